@@ -1,0 +1,368 @@
+"""The settings of a run: every key with its type, range, default and meaning, in one place.
+
+A `Config` is frozen and strict: an unknown key, a value of the wrong type or an impossible combination raises
+`InputError`, one line that names the key. Keys of the first implementation keep their names. `config.json` holds its
+883M WikiText-103 configuration, `configs/` the others; every key is also a command-line option of train.py.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """Bad input from the user; its message is the one line that a command prints before it exits with code 2."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: an `InputError` ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def option(default: Any, meaning: str, effect: str = "", **limits: Any) -> Any:
+    """A key: its default, what it means, what it was measured to do (shown in the README) and its limits."""
+    return Field(default, description=meaning, json_schema_extra={"effect": effect}, **limits)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has lists only
+
+
+Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Basis = Literal["haar", "zero", "random"]
+Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
+
+SECTIONS = {  # the first key of each section of `Config`, for --help and the README
+    "dataset": "Data",
+    "C": "Network: size",
+    "wavelet_mode": "Network: lifting wavelet",
+    "decompose_bypass": "Network: bypass and embedding",
+    "use_mixer_gate": "Network: mixers",
+    "pkm_enabled": "Network: memories",
+    "learned_residual": "Network: residual stream",
+    "dropout_embedding": "Network: regularisation and initial scales",
+    "multinodal_enabled": "Network: several cells",
+    "out_dir": "Run",
+    "optimizer": "Optimisation",
+    "generation_prompt": "Generation",
+}
+
+
+class Config(BaseModel):
+    """All settings. The defaults are those of the released 883M configuration wherever it has the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    # Data
+    dataset: str = option("wikitext-103", "built-in corpus `pydoc`, a data set's name, or a .txt file or folder", min_length=1)
+    dataset_path: str = option("", "hub id or local folder in the hub's layout that overrides the name's own")
+    dataset_name: str = option("", "configuration inside the hub data set, such as wikitext-103-raw-v1")
+    text_column: str = option("text", "column of the hub data set that holds the text")
+    split_fractions: Floats = option((0.9, 0.05, 0.05), "train, validation and test shares of a text without splits of its own")
+    tokenizer: str = option("auto", "auto, bytes, gpt2, sentencepiece, or a SentencePiece .model file")
+    vocab_size: int = option(32000, "tokens of a SentencePiece that is trained on the training split", ge=260, le=1_000_000)
+    cache_dir: str = option("cache", "folder of the token files and trained tokenizers")
+    block_size: int = option(256, "tokens in a training window", ge=2)
+
+    # Network: size
+    C: int = option(2048, "channels of the residual stream", ge=2)
+    layers: int = option(2, "blocks", "depth 2→10 at equal parameters, without MLP: −0.03 to −0.05", ge=1)
+    levels: int = option(5, "levels of the wavelet; there are levels + 1 scales", "5→7: −0.031", ge=1, le=20)
+    mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0)
+    mlp_layers: int = option(2, "linear layers of the MLP", ge=2)
+    tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
+    looped_blocks: bool = option(False, "one block, applied looped_blocks_count times in place of `layers` blocks")
+    looped_blocks_count: int = option(8, "applications of the looped block", ge=1)
+    loop_iterations: int = option(1, "passes through the whole stack; the loss averages over them", ge=1)
+
+    # Network: lifting wavelet
+    wavelet_mode: Literal["lifting", "haar"] = option("lifting", "learned lifting, or the fixed Haar wavelet")
+    shared_lifting_weights: bool = option(True, "one lifting for all blocks", "off: −0.024 (untied lifting)")
+    untied_reconstruction: bool = option(False, "reconstruction has Update networks of its own")
+    lifting_linear_only: bool = option(False, "Predict and Update are single linear maps", "on: +0.009 to +0.017")
+    lifting_hidden_mult: int = option(1, "hidden width of Predict and Update in units of P", ge=1)
+    lifting_init: Basis = option("haar", "initial lifting: haar, zero (last layers 0) or random")
+    lifting_dropout: float = option(0.0, "dropout inside Predict and Update", ge=0, lt=1)
+    wavelet_crawl: bool = option(True, "learn each level's lag as a mixture of wavelet_crawl_k neighbours", "off: +0.018")
+    wavelet_crawl_k: int = option(3, "lags in the mixture, odd", "3→33: −0.013", ge=1)
+    multi_basis_lifting: bool = option(False, "several liftings, blended per scale")
+    multi_basis_inits: Bases = option(("haar", "random"), "initial lifting of each basis", min_length=1)
+
+    # Network: bypass and embedding
+    decompose_bypass: bool = option(True, "the running mean of the residual stream enters every scale")
+    decompose_bypass_ema: bool = option(False, "a learned, gated moving average in place of the running mean")
+    decompose_bypass_cross_window: bool = option(
+        False, "training carries the state from one window to the next: windows in order, reset where a document ends"
+    )
+    per_layer_embedding: bool = option(True, "each block adds the token's embedding again, gated per channel")
+
+    # Network: mixers
+    use_mixer_gate: bool = option(True, "SwiGLU-like gate in the mixers", "off: +0.026")
+    mixer_gate_activation: Literal["silu", "sigmoid", "gelu", "relu"] = option("silu", "activation of the gate")
+    cross_scale_gating: bool = option(True, "each scale's gate reads a learned blend of all scales")
+    low_rank: int = option(4, "rank of the mixers' ungated U Vᵀ term; 0 = none", ge=0)
+    per_scale_mixer_widths: Floats | None = option(
+        (1.0, 1.0, 1.0, 0.5, 0.5, 0.5), "mixer width per scale in units of P, coarse to fine; null = full width"
+    )
+    mixer_depth: int = option(1, "mixers in a row at each scale", ge=1)
+    mixer_depth_residuals: bool = option(False, "each mixer before the last adds its input")
+    mixer_depth_stabilizers: bool = option(False, "learned scalars, 1/mixer_depth at first, around the mixers before the last")
+    exp_parametrization: bool = option(False, "mixer and gate weights stored as sign and log-magnitude")
+
+    # Network: memories
+    pkm_enabled: bool = option(True, "product-key memory beside the MLP", "≈ 0")
+    pkm_num_keys: int = option(16384, "memory slots per head, a square", ge=1)
+    pkm_top_k: int = option(32, "slots read per head", ge=1)
+    pkm_heads: int = option(1, "heads", ge=1)
+    fwpkm_enabled: bool = option(True, "fast-weight product-key memory beside the MLP", "≈ 0")
+    fwpkm_num_keys: int = option(16384, "memory slots per head, a square", ge=1)
+    fwpkm_top_k: int = option(32, "slots read per head", ge=1)
+    fwpkm_heads: int = option(1, "heads", ge=1)
+    fwpkm_inference_updates: bool = option(False, "at inference each sequence writes into its fast weights")
+    fwpkm_update_lr: float = option(0.01, "step of a fast-weight update", gt=0)
+    fwpkm_chunk_size: int = option(64, "tokens between two fast-weight updates", ge=2)
+
+    # Network: residual stream
+    learned_residual: bool = option(True, "learned scalars on the residual stream")
+    skip_proj_out: bool = option(False, "no projection after reconstruction where P = C")
+    stochastic_depth_rate: float = option(0.0, "block i is dropped in training with probability rate·i/blocks", ge=0, lt=1)
+    gradient_checkpointing: bool = option(False, "recompute the blocks in the backward pass: less memory, more time")
+
+    # Network: regularisation and initial scales
+    dropout_embedding: float = option(0.2, "dropout on the embedding", "all dropouts 2×, 5 epochs: −0.062", ge=0, lt=1)
+    dropout_projection: float = option(0.1, "dropout on the wavelet branch's output", ge=0, lt=1)
+    dropout_mixer: float = option(0.1, "dropout on the mixed coefficients", ge=0, lt=1)
+    dropout_mlp: float = option(0.1, "dropout on the MLP's output", ge=0, lt=1)
+    dropout_lm_head: float = option(0.24, "dropout on the head's input", ge=0, lt=1)
+    stable_parametrization: bool = option(False, "all six stab_ options")
+    stab_spectral_norm: bool = option(False, "spectral norm on the mixers' weight W")
+    stab_ff_scaling: bool = option(False, "last MLP weight ×1/√(mlp_expansion·C) at init")
+    stab_embed_scaling: bool = option(False, "embedding ×√C")
+    stab_proj_out_scaling: bool = option(False, "projection ×1/√(C·layers) at init")
+    stab_mixer_eps_scaling: bool = option(False, "noise of the mixers' identity init ÷√P")
+    stab_lifting_level_scaling: bool = option(False, "last Predict/Update weight of level l ×1/(1+0.1·l) at init")
+
+    # Network: several cells
+    multinodal_enabled: bool = option(False, "several whole networks side by side, their logits combined")
+    multinodal_num_cells: int = option(2, "cells", ge=1)
+    multinodal_cell_dim: int = option(512, "channels of each cell, in place of C", ge=2)
+    multinodal_seeds: Ints = option((42, 137), "seed of each cell's initial weights")
+    multinodal_combination: Literal["average", "sum"] = option("average", "how the cells' logits are combined")
+    multinodal_cross_cell_gating: bool = option(False, "cells gate each other's residual stream between blocks")
+    multinodal_cross_cell_gate_interval: int = option(1, "blocks from one gate to the next", ge=1)
+    multinodal_features_per_cell: int = option(-1, "embedding columns a cell starts with (the others: bagged_eps); -1 = all")
+    multinodal_bagged_eps: float = option(1e-6, "initial value of the embedding columns a cell does not start with")
+
+    # Run
+    out_dir: str = option("logs", "folder of the run folders")
+    seed: int = option(1337, "seed of initialisation, data order, dropout and samples", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
+    compile: bool = option(True, "torch.compile the loss; says so and goes on without where it cannot")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "mode of torch.compile")
+    use_amp: bool = option(True, "autocast: on CUDA to amp_dtype, on a CPU with bf16 instructions to bf16, else fp32")
+    amp_dtype: Literal["fp16", "bf16"] = option("fp16", "autocast type on CUDA")
+    allow_tf32: bool = option(True, "TF32 matrix products on CUDA")
+    epochs: float = option(5.0, "passes over the training split", gt=0)
+    max_steps: int | None = option(None, "optimizer steps at the most; null = as epochs say", ge=1)
+    micro_batch_size: int = option(8, "windows in a forward pass", ge=1)
+    grad_accum: int = option(1, "forward passes in an optimizer step", ge=1)
+    log_interval: int = option(10, "steps from one log line to the next", ge=1)
+    eval_interval: int = option(250, "steps between evaluations on the fixed validation tokens", ge=1)
+    eval_tokens: int = option(65536, "validation tokens of such an evaluation, the same every time", ge=2)
+    save_interval: int = option(250, "steps between saves of the resumable state", ge=1)
+    eval_context: Literal["stream", "window"] = option("stream", "context past block_size in final evaluations and samples")
+    skip_warmup_saves: bool = option(True, "no best_model.safetensors before the warm-up is over")
+    sample_tokens: int = option(64, "tokens of the sample written at each evaluation; 0 = none", ge=0)
+
+    # Optimisation
+    optimizer: Literal["Adagrad", "AdamW"] = option("Adagrad", "optimizer")
+    optimizer_eps: float = option(2e-13, "the optimizer's epsilon", gt=0)
+    adam_betas: Floats = option((0.9, 0.95), "AdamW's betas", min_length=2, max_length=2)
+    lr: float = option(0.01, "highest learning rate", gt=0)
+    min_lr: float = option(2e-4, "last learning rate", ge=0)
+    warmup_fraction: float = option(0.3, "share of the steps that raise the learning rate linearly from 0", ge=0, lt=1)
+    weight_decay: float = option(1e-6, "weight decay on matrices: none on norms, biases, scalars, gains and logits", ge=0)
+    grad_clip: float = option(1.0, "highest gradient norm; 0 = no clipping", ge=0)
+
+    # Generation
+    generation_prompt: str = option("The history of", "prompt of samples", min_length=1)
+    num_new_tokens: int = option(512, "tokens to generate", ge=0)
+    temperature: float = option(1.0, "softmax temperature; 0 = greedy", ge=0)
+    top_p: float = option(0.95, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
+    repetition_penalty: float = option(1.1, "divides the logits of tokens seen before; 1 = none", ge=1)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        for line in _contradictions(self):
+            raise ValueError(line)
+        return self
+
+    @classmethod
+    def network_keys(cls) -> list[str]:
+        """The keys that shape the network."""
+        section, keys = "", ["block_size"]
+        for key in cls.model_fields:
+            section = SECTIONS.get(key, section)
+            if section.startswith("Network"):
+                keys.append(key)
+        return keys
+
+    @property
+    def padded_width(self) -> int:
+        """P, the next power of two ≥ C: the width of wavelet coefficients."""
+        return 1 << (self.C - 1).bit_length()
+
+    @property
+    def scales(self) -> int:
+        """S = levels + 1, the number of scales."""
+        return self.levels + 1
+
+    @property
+    def applications(self) -> int:
+        """Blocks applied in one pass through the stack."""
+        return self.looped_blocks_count if self.looped_blocks else self.layers
+
+    def stab(self, name: str) -> bool:
+        """Whether `stab_<name>` is on, by itself or by `stable_parametrization`."""
+        return self.stable_parametrization or getattr(self, f"stab_{name}")
+
+
+def _contradictions(c: Config):
+    """Yields a line for each combination of keys that no network or run can have."""
+    if 2 ** (c.levels - 1) >= c.block_size:
+        yield (
+            f"levels: {c.levels} levels look back {2 ** (c.levels - 1)} tokens, block_size is {c.block_size}; "
+            f"at most {int(math.log2(c.block_size - 1)) + 1} levels fit"
+        )
+    if c.wavelet_crawl_k % 2 == 0:
+        yield f"wavelet_crawl_k: {c.wavelet_crawl_k} is even; lags are centred, so it must be odd"
+    widths = c.per_scale_mixer_widths
+    if widths is not None and len(widths) != c.scales:
+        yield f"per_scale_mixer_widths: {len(widths)} widths, but levels {c.levels} make {c.scales} scales (null = full width)"
+    if widths is not None and not all(w > 0 and int(c.padded_width * w) >= 1 for w in widths):
+        yield f"per_scale_mixer_widths: {list(widths)} has a width of no channel at P = {c.padded_width}"
+    for memory in ("pkm", "fwpkm"):
+        keys, heads = getattr(c, f"{memory}_num_keys"), getattr(c, f"{memory}_heads")
+        if not getattr(c, f"{memory}_enabled"):
+            continue
+        if math.isqrt(keys) ** 2 != keys:
+            yield f"{memory}_num_keys: {keys} is not a square; {math.isqrt(keys) ** 2} or {(math.isqrt(keys) + 1) ** 2} is"
+        width = c.multinodal_cell_dim if c.multinodal_enabled else c.C
+        if width % (2 * heads):
+            yield f"{memory}_heads: {heads} heads need C to be a multiple of {2 * heads} (halves of queries), not {width}"
+    if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):
+        other = "exp_parametrization" if c.exp_parametrization else "gradient_checkpointing"
+        yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
+    if c.min_lr > c.lr:
+        yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
+    if len(c.split_fractions) != 3 or min(c.split_fractions) <= 0 or abs(sum(c.split_fractions) - 1) > 1e-6:
+        yield f"split_fractions: {list(c.split_fractions)} must be three positive numbers that add up to 1"
+    if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode == "haar"):
+        yield "untied_reconstruction: needs wavelet_mode lifting with a single basis (multi_basis_lifting false)"
+    if not c.decompose_bypass and c.decompose_bypass_ema:
+        yield "decompose_bypass_ema: needs decompose_bypass"
+    if c.multinodal_enabled and c.multinodal_cross_cell_gating and c.multinodal_num_cells < 2:
+        yield "multinodal_cross_cell_gating: needs at least two cells (multinodal_num_cells)"
+    if c.multinodal_enabled and len(c.multinodal_seeds) < c.multinodal_num_cells:
+        yield f"multinodal_seeds: {len(c.multinodal_seeds)} seeds for {c.multinodal_num_cells} cells (multinodal_num_cells)"
+    if not (c.multinodal_features_per_cell == -1 or 1 <= c.multinodal_features_per_cell <= c.multinodal_cell_dim):
+        yield f"multinodal_features_per_cell: must be -1 or from 1 to multinodal_cell_dim, {c.multinodal_cell_dim}"
+
+
+def make_config(values: dict[str, Any], source: str) -> Config:
+    """Checks `values` (key -> value); `source` names them in the error. Raises `InputError` with one line."""
+    for key in values:
+        if key not in Config.model_fields:
+            near = difflib.get_close_matches(key, Config.model_fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists the keys"
+            raise InputError(f"{source}: unknown key {key}{hint}")
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1])
+        message = first["msg"].removeprefix("Value error, ")
+        where = f"{key}: {message}, not {json.dumps(first['input'], default=str)}" if key else message
+        raise InputError(f"{source}: {where}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `InputError` when there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold one JSON object of keys and values")
+    return values
+
+
+def load_config(path: str | Path, **overrides: Any) -> Config:
+    """The config in the JSON file at `path`, with `overrides` (key=value) put over it. Raises `InputError`."""
+    path = Path(path)
+    return make_config(read_json(path) | overrides, str(path))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every key of `config` as JSON, so that a run does not depend on later defaults."""
+    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds an option `--KEY VALUE` for every key, with its meaning and default, in sections."""
+    group = parser
+    for key, field in Config.model_fields.items():
+        if key in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[key])
+        default = json.dumps(field.get_default(), ensure_ascii=False)
+        text = f"{field.description} (default {default})".replace("%", "%%")
+        group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The config keys given on the command line. A value is read as JSON, so `false`, `3` and `[1, 0.5]` have their
+    types; what is not JSON, and every value of a text key, stays text."""
+    values = {}
+    for key, text in vars(arguments).items():
+        if key not in Config.model_fields:
+            continue
+        values[key] = text
+        if Config.model_fields[key].annotation is not str:
+            with contextlib.suppress(json.JSONDecodeError):  # stays text, which the check of its type then names
+                values[key] = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
+    return values
+
+
+def options_table() -> str:
+    """The README's table of options in Markdown: key, default, meaning, measured effect."""
+    lines = []
+    for key, field in Config.model_fields.items():
+        if key in SECTIONS:
+            lines += [f"\n**{SECTIONS[key]}**\n", "| key | default | meaning | effect |", "|---|---|---|---|"]
+        default = json.dumps(field.get_default(), ensure_ascii=False)
+        lines.append(f"| `{key}` | `{default}` | {field.description} | {field.json_schema_extra['effect']} |")
+    return "\n".join(lines).strip() + "\n"
+
+
+if __name__ == "__main__":
+    print(options_table(), end="")

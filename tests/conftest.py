@@ -1,0 +1,87 @@
+"""What several test files need: a tiny config with every released feature on, random weights, the shared fixtures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from config import Config, make_config
+from model import build_model
+
+SHARED = Path(__file__).parents[2] / "shared"
+VOCAB = 50
+
+# The released feature set at a size that runs in milliseconds. Dropouts are 0, so that results repeat.
+TINY = {
+    "C": 16, "layers": 2, "levels": 3, "block_size": 32, "mlp_expansion": 2, "low_rank": 2,
+    "pkm_num_keys": 16, "pkm_top_k": 4, "fwpkm_num_keys": 16, "fwpkm_top_k": 4, "fwpkm_chunk_size": 8,
+    "multinodal_cell_dim": 16,
+    **{f"dropout_{place}": 0.0 for place in ("embedding", "projection", "mixer", "mlp", "lm_head")},
+}  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the tensors are tiny: more threads only get in each other's way
+    settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+    settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of data and fixtures beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent")
+    return SHARED
+
+
+def tiny(**overrides: Any) -> Config:
+    """A config for tests. Mixer widths follow `levels`: full at the coarse half of the scales, half at the fine one."""
+    values = TINY | overrides
+    scales = values["levels"] + 1
+    values.setdefault("per_scale_mixer_widths", (1.0,) * (scales // 2) + (0.5,) * (scales - scales // 2))
+    return make_config(values, "tiny")
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Moves every parameter away from its initial value, so that zero-initialised gains count and no matrix is special.
+
+    Logits that a softmax blends (bases, lags) are drawn anew: at their initial 10 and 5 one choice hides all others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith(("basis_weights", "dilation_logits")):
+                parameter.copy_(noise)
+            elif parameter.dim() >= 2 and not name.endswith("history_gains"):
+                parameter.add_(0.4 * noise / parameter.size(-1) ** 0.5)
+            else:
+                parameter.add_(0.2 * noise)
+    return model
+
+
+def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
+    """A network with randomised weights, in eval mode."""
+    torch.manual_seed(seed)
+    return randomised(build_model(config, VOCAB), seed).eval()
+
+
+def random_ids(rows: int = 2, length: int = 40, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run_in_chunks(model: torch.nn.Module, ids: torch.Tensor, lengths, state=None):
+    """The logits of `ids`, given to the model in pieces of `lengths` with the state handed on, and the last state."""
+    logits = []
+    for piece in ids.split(list(lengths), dim=1):
+        part, state = model(piece, state)
+        logits.append(part)
+    return torch.cat(logits, dim=1), state
