@@ -1,0 +1,551 @@
+"""Text is read verbatim, token files are whole or not trusted, and training order is a function of (seed, step)."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import corpus
+import data
+from config import Config, InputError
+from corpus import SPLITS, documents, source_fingerprint
+from data import Lanes, TokenFile, Windows, encode_documents, evaluation_slice, prepare, write_token_file
+from tokenizer import ByteTokenizer, GPT2Tokenizer, SentencePieceTokenizer, train_sentencepiece
+
+SHARED = Path(__file__).parents[2] / "shared"
+LINES = "Äpfel und Birnen: été 中文 𝄞\r\nsecond  line\n\n\ttabbed ▁ line\n"
+
+
+def text_of(config, split):
+    return "".join(text for _, text in documents(config, split))
+
+
+def files_of(folder, split):
+    return [path for path in folder.rglob("*") if path.is_file() and split in path.name]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small corpus with three splits of several documents."""
+    for split, count in (("train", 5), ("valid", 2), ("test", 1)):
+        (tmp_path / "text" / split).mkdir(parents=True)
+        for number in range(count):
+            text = f"{split} {number}\n" + LINES * (3 + number)
+            (tmp_path / "text" / split / f"{number}.txt").write_bytes(text.encode())
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    return Config(dataset=str(folder), cache_dir=str(tmp_path / "cache"), block_size=32)
+
+
+def token_file(path, lengths, tokenizer=None):
+    """A token file of documents of these lengths, in which the token at position i is i mod 128."""
+    total = (np.arange(sum(lengths)) % 128).astype(np.uint8).tobytes().decode("ascii")
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append((True, total[start : start + length]))
+        start += length
+    write_token_file(path, iter(pieces), tokenizer or ByteTokenizer(), "key")
+    return TokenFile(path, "key")
+
+
+# The corpus
+
+
+def test_pydoc_is_the_same_every_time_and_its_splits_are_disjoint():
+    config = Config(dataset="pydoc")
+    seen, sizes = {}, {}
+    for split in SPLITS:
+        found = [text for starts, text in documents(config, split) if starts]
+        sizes[split] = sum(map(len, found))
+        for text in found:
+            heading = text.split("\n", 1)[0]
+            assert seen.setdefault(heading, split) == split, heading
+    assert text_of(config, "validation") == text_of(config, "validation")
+    assert sum(sizes.values()) > 2_000_000
+    assert 0.85 < sizes["train"] / sum(sizes.values()) < 0.95
+    assert source_fingerprint(config) == source_fingerprint(config)
+
+
+def test_pydoc_reads_like_documentation():
+    import ast
+
+    source = 'class A(B):\n    "About A."\n    def f(self, x: int = 1, *, y):\n        """Does f.\n\n        More."""\n'
+    tree = ast.parse(source)
+    assert "".join(corpus._entries(tree, "m")) == (
+        "class m.A(B)\n    About A.\n\nm.A.f(self, x: int=1, *, y)\n    Does f.\n\n    More.\n\n"
+    )
+
+
+def test_folders_of_splits_are_read_verbatim(config, folder):
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        expected = b"".join(path.read_bytes() for path in sorted((folder / name).iterdir()))
+        assert text_of(config, split).encode() == expected
+    assert sum(starts for starts, _ in documents(config, "train")) == 5
+
+
+def test_split_files_are_read_verbatim(tmp_path):
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.txt").write_bytes(name.encode() + b"\r\nx")
+    assert text_of(Config(dataset=str(tmp_path)), "validation") == "validation\r\nx"
+
+
+@pytest.mark.parametrize("files", [1, 4])
+def test_text_without_splits_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, files):
+    rng = random.Random(0)
+    for number in range(files):
+        lines = "".join(f"é{rng.random()}" * rng.randint(0, 5) + "\n" for _ in range(300))
+        (tmp_path / f"{number}.txt").write_text(lines, encoding="utf-8", newline="")
+    dataset = str(tmp_path if files > 1 else tmp_path / "0.txt")
+    config = Config(dataset=dataset, split_fractions=(0.6, 0.25, 0.15))
+    whole = "".join((tmp_path / f"{number}.txt").read_text(encoding="utf-8") for number in range(files))
+    parts = [text_of(config, split) for split in SPLITS]
+    assert "".join(parts) == whole
+    for part, share in zip(parts, config.split_fractions, strict=True):
+        assert part.endswith("\n")
+        assert abs(len(part) / len(whole) - share) < 0.02
+
+
+def test_pieces_never_cut_a_character(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "READ_BYTES", 7)
+    (tmp_path / "a.txt").write_bytes(LINES.encode() * 3)
+    assert "".join(corpus.read_text(tmp_path / "a.txt")) == LINES * 3
+
+
+def test_the_fingerprint_changes_with_the_files(config, folder):
+    before = source_fingerprint(config)
+    with open(folder / "train" / "0.txt", "a") as file:
+        file.write("more\n")
+    assert source_fingerprint(config) != before
+
+
+def test_bad_sources_are_one_clear_error(tmp_path, monkeypatch):
+    def error(**values):
+        with pytest.raises(InputError) as caught:
+            for split in SPLITS:
+                list(documents(Config(**values), split))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "nothing at" in error(dataset=str(tmp_path / "none.txt"))
+    assert "did you mean wikitext-103?" in error(dataset="wikitxt-103")
+    assert "unknown data set xyzzy" in error(dataset="xyzzy")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert "empty.txt: is empty" in error(dataset=str(tmp_path / "empty.txt"))
+    (tmp_path / "line.txt").write_bytes(b"one line without an end")
+    assert "split_fractions" in error(dataset=str(tmp_path / "line.txt"))
+    monkeypatch.setattr(corpus, "READ_BYTES", 8)
+    latin = b"good \xc3\xa9 lines\n" * 3 + b"caf\xe9 bad\n"
+    (tmp_path / "latin.txt").write_bytes(latin)
+    assert f"latin.txt: not UTF-8 at byte {latin.index(0xE9)};" in error(dataset=str(tmp_path / "latin.txt"))
+    (tmp_path / "none").mkdir()
+    assert "no .txt files" in error(dataset=str(tmp_path / "none"))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "train.txt").write_text("a\n")
+    (tmp_path / "part" / "valid.txt").write_text("a\n")
+    assert "has no test split; add test.txt" in error(dataset=str(tmp_path / "part"))
+    (tmp_path / "part" / "test.txt").write_text("")
+    assert "test split" in error(dataset=str(tmp_path / "part"))
+
+
+# Data sets in the hub's layout
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that writes parquet files in the hub's layout; the data set library works in a folder of its own."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")  # where it was imported before
+    import pyarrow
+    import pyarrow.parquet
+
+    def write(column="text", **splits):
+        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        for split, rows in splits.items():
+            path = tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"
+            pyarrow.parquet.write_table(pyarrow.table({column: rows}), path)
+        return str(tmp_path / "hub")
+
+    return write
+
+
+def test_parquet_splits_are_read_verbatim(hub):
+    path = hub(train=["a\r\n", "", "b "], validation=["v"], test=["t\n"])
+    config = Config(dataset="tinystories", dataset_path=path)
+    assert [text_of(config, split) for split in SPLITS] == ["a\r\nb ", "v", "t\n"]
+
+
+def test_wikitext_from_a_local_copy_has_its_blank_lines(hub):
+    rows = ["", " = One = \n", "", " a . \n", "", " = Two = \n", " b \n"]
+    config = Config(dataset="wikitext-103", dataset_path=hub(train=rows, validation=rows, test=rows))
+    pieces = list(documents(config, "test"))
+    assert "".join(text for _, text in pieces) == " \n = One = \n \n a . \n \n = Two = \n b \n"
+    assert [text for starts, text in pieces if starts] == [" \n", " = Two = \n"]
+
+
+def test_missing_hub_splits_are_cut_from_train_by_row(hub):
+    rows = [f"row {number}\n" for number in range(400)]
+    config = Config(dataset="openwebtext", dataset_path=hub(train=rows), split_fractions=(0.8, 0.1, 0.1))
+    parts = [text_of(config, split).splitlines(True) for split in SPLITS]
+    assert sorted(sum(parts, [])) == sorted(rows)
+    assert all(20 < len(part) < 70 for part in parts[1:])
+    hub(validation=["given"])
+    assert text_of(config, "validation") == "given"
+    train, test = (text_of(config, split).splitlines(True) for split in ("train", "test"))
+    assert sorted(train + test) == sorted(rows)
+
+
+def test_hub_errors_are_one_clear_line(hub, tmp_path):
+    def error(**values):
+        with pytest.raises(InputError) as caught:
+            list(documents(Config(**values), "train"))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    path = hub(train=["a"], column="content")
+    assert "text_column: " in (line := error(dataset="mine", dataset_path=path)) and "content" in line
+    assert "dataset_name" in error(dataset="mine", dataset_path=path, dataset_name="none")
+    numbers = hub(train=[1, 2], column="text")
+    assert "holds int" in error(dataset="mine", dataset_path=numbers)
+    (tmp_path / "nothing").mkdir()
+    assert "parquet" in error(dataset="mine", dataset_path=str(tmp_path / "nothing"))
+
+
+def test_wikitext_rows_become_the_published_text_and_articles():
+    path = SHARED / "data" / "wikitext" / "test.txt"
+    if not path.exists():
+        pytest.skip("no WikiText-103 test split beside the repository")
+    published = path.read_text(encoding="utf-8")
+    rows = ["" if not line.strip() else line for line in published.splitlines(True)]  # as the hub has them
+    assert "".join(rows) != published
+    pieces = list(corpus._wikitext_articles(iter(rows)))
+    assert "".join(text for _, text in pieces) == published
+    assert sum(starts for starts, _ in pieces) == 60
+
+
+# Token files
+
+
+def test_wikitext_test_has_its_published_number_of_words(tmp_path):
+    path = SHARED / "data" / "wikitext" / "test.txt"
+    if not path.exists():
+        pytest.skip("no WikiText-103 test split beside the repository")
+    pieces = ((index == 0, text) for index, text in enumerate(corpus.read_text(path)))
+    write_token_file(tmp_path / "t", pieces, ByteTokenizer(), "key")
+    assert TokenFile(tmp_path / "t").n_words == 245_569
+    assert TokenFile(tmp_path / "t").n_bytes == path.stat().st_size
+
+
+def trained():
+    return SentencePieceTokenizer(train_sentencepiece(iter([LINES * 50]), 330))
+
+
+def gpt2():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR") and (SHARED / "tiktoken").is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "tiktoken")
+    try:
+        return GPT2Tokenizer()
+    except InputError:
+        pytest.skip("GPT-2's merges are not cached and there is no network")
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, trained, gpt2])
+def test_a_token_file_gives_back_text_counts_and_documents(make, tmp_path):
+    tokenizer = make()
+    texts = [LINES, "", "one 中 word", LINES * 3]
+    write_token_file(tmp_path / "t", iter([(True, text) for text in texts]), tokenizer, "key")
+    file = TokenFile(tmp_path / "t", "key")
+    whole = "".join(texts)
+    assert tokenizer.decode_bytes(file.tokens.tolist()) == whole.encode()
+    assert len(file) == file.n_tokens == len(file.tokens)
+    assert file.n_bytes == len(whole.encode()) and file.tokenizer == tokenizer.name
+    assert file.n_words == sum(len(text.split()) + text.count("\n") for text in texts)
+    edges = [*file.document_starts.tolist(), len(file)]
+    found = [tokenizer.decode(file.tokens[a:b].tolist()) for a, b in zip(edges, edges[1:], strict=False)]
+    assert found == [text for text in texts if text]
+    assert file.tokens.dtype == np.uint16
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
+    class Large(ByteTokenizer):
+        vocab_size = 70_000
+
+        def encode(self, text):
+            return [69_999 - value for value in text.encode()]
+
+    file = token_file(tmp_path / "t", [10], Large())
+    assert file.tokens.dtype == np.uint32 and file.tokens[0] == 69_999
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, trained, gpt2])
+def test_tokens_depend_on_the_text_alone_and_cuts_change_none(make, monkeypatch):
+    tokenizer = make()
+    rng = random.Random(1)
+    vocabulary = ["the", " ", "  ", "\n", "\n\n", " \n", "\t", "é", "中", "▁", "don't", "123", "...", "\r\n", "\u3000"]
+    text = "".join(rng.choice(vocabulary) for _ in range(5000))
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(data, "ENCODE_CHARACTERS", 500)
+
+    def tokens(sizes):
+        pieces, start = [], 0
+        while start < len(text):
+            size = sizes()
+            pieces.append((start == 0, text[start : start + size]))
+            start += size
+        return [token for _, _, ids in encode_documents(iter(pieces), tokenizer) for token in ids]
+
+    assert tokens(lambda: 10**9) == tokens(lambda: 1) == tokens(lambda: rng.randint(1, 2000)) == whole
+
+
+def test_words_are_counted_once_where_a_long_one_is_cut(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "ENCODE_CHARACTERS", 10)
+    text = "a" * 35 + " " + "b" * 25 + "\n" + "中" * 40
+    write_token_file(tmp_path / "t", iter([(True, text), (True, "c")]), ByteTokenizer(), "key")
+    assert TokenFile(tmp_path / "t").n_words == 5
+
+
+def test_preparing_again_reuses_the_files(config, tmp_path):
+    said = []
+    first = prepare(config, said.append)
+    assert len(said) == 3
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.tokens")}
+    assert len(files) == 3
+    said.clear()
+    second = prepare(config, said.append)
+    assert said == [] and {path: path.stat().st_mtime_ns for path in files} == files
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+    assert second.vocab_size == 256 and second.tokenizer.name == "bytes"
+    assert second.tokenizer.decode_bytes(second.test.tokens.tolist()).decode() == text_of(config, "test")
+
+
+def test_a_trained_tokenizer_is_reused_and_a_broken_one_trained_again(config, tmp_path):
+    config = config.model_copy(update={"tokenizer": "sentencepiece", "vocab_size": 330})
+    first, said = prepare(config, lambda line: None), []
+    assert prepare(config, said.append).tokenizer.fingerprint == first.tokenizer.fingerprint and said == []
+    (path,) = (tmp_path / "cache").rglob("tokenizer.model")
+    path.write_bytes(b"rubbish")
+    assert prepare(config, said.append).tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert said[0].startswith("training again")
+
+
+def test_changed_text_and_other_tokenizers_get_files_of_their_own(config, folder):
+    first = prepare(config, lambda line: None)
+    (folder / "train" / "0.txt").write_bytes(b"something else\n" * 9)
+    second = prepare(config, lambda line: None)
+    assert second.train.path != first.train.path and second.train.n_bytes != first.train.n_bytes
+
+
+@pytest.mark.parametrize("damage", ["truncate", "extend", "magic", "header", "other", "empty"])
+def test_a_damaged_file_is_rebuilt_and_said_so(config, damage):
+    path = prepare(config, lambda line: None).train.path
+    whole = path.read_bytes()
+    other = whole.replace(b'"key": "', b'"key": "0', 1)
+    damaged = {
+        "truncate": whole[:-8],
+        "extend": whole + b"\0",
+        "magic": b"X" + whole[1:],
+        "header": whole[:8] + b"[" + whole[9:],
+        "other": other[:4096] + whole[4096:],
+        "empty": b"",
+    }[damage]
+    path.write_bytes(damaged)
+    said = []
+    prepare(config, said.append)
+    assert path.read_bytes() == whole
+    assert len(said) == 2 and said[0].startswith("rebuilding") and str(path) in said[0]
+
+
+def test_an_error_in_the_middle_leaves_no_file(config, tmp_path, monkeypatch):
+    def broken(config, split):
+        yield True, LINES
+        raise InputError("stop")
+
+    monkeypatch.setattr(data, "documents", broken)
+    with pytest.raises(InputError, match="stop"):
+        prepare(config, lambda line: None)
+    assert files_of(tmp_path / "cache", "tokens") == []
+
+
+def test_a_killed_prepare_leaves_nothing_that_is_trusted(config, folder, tmp_path):
+    script = (
+        "import sys, time, data\nfrom config import Config\nold = data.documents\n"
+        "def slow(config, split):\n"
+        "    yield from old(config, split)\n"
+        "    if split == 'validation':\n        print('now', flush=True); time.sleep(60)\n"
+        "data.documents = slow\n"
+        "data.prepare(Config(dataset=sys.argv[1], cache_dir=sys.argv[2], block_size=32), lambda line: None)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(folder), config.cache_dir]
+    process = subprocess.Popen(arguments, cwd=Path(data.__file__).parent, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [path.name for path in (tmp_path / "cache").rglob("*.tokens")] == ["train.tokens"]
+    corpus = prepare(config, lambda line: None)
+    for split in SPLITS:
+        assert bytes(getattr(corpus, split).tokens.astype(np.uint8)).decode() == text_of(config, split)
+
+
+def test_concurrent_prepares_do_not_break_each_other(config, folder):
+    script = (
+        "import sys, data\nfrom config import Config\n"
+        "c = Config(dataset=sys.argv[1], cache_dir=sys.argv[2], block_size=32,\n"
+        "           tokenizer='sentencepiece', vocab_size=330)\n"
+        "corpus = data.prepare(c, lambda line: None)\n"
+        "print(corpus.tokenizer.fingerprint, int(corpus.train.tokens.astype('int64').sum()))\n"
+    )
+    arguments = [sys.executable, "-c", script, str(folder), config.cache_dir]
+    root = Path(data.__file__).parent
+    running = [subprocess.Popen(arguments, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = {process.communicate(timeout=120)[0] for process in running}
+    assert len(outputs) == 1 and all(process.returncode == 0 for process in running)
+
+
+def test_preparing_a_long_text_takes_bounded_memory(tmp_path):
+    line = "some words of a line that is neither long nor short, and so on " * 12 + "\n"
+    for name in ("train", "validation", "test"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        (tmp_path / "text" / name / "a.txt").write_text(line * (40_000 if name == "train" else 10))
+    script = (
+        "import sys, resource, data\nfrom config import Config\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "data.prepare(Config(dataset=sys.argv[1], cache_dir=sys.argv[2]), lambda line: None)\n"
+        "print(peak() - before)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "text"), str(tmp_path / "cache")]
+    output = subprocess.run(arguments, cwd=Path(data.__file__).parent, capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert (tmp_path / "text" / "train" / "a.txt").stat().st_size > 30_000_000
+    assert int(output.stdout) * unit < 64 << 20
+
+
+def test_an_unwritable_cache_is_one_clear_error(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cache_dir: cannot make"):
+        prepare(config.model_copy(update={"cache_dir": str(tmp_path / "file")}))
+
+
+def test_the_evaluation_slice_is_the_first_tokens(tmp_path):
+    file = token_file(tmp_path / "t", [100])
+    assert torch.equal(evaluation_slice(file, 10), torch.arange(10))
+    assert evaluation_slice(file, 1000).shape == (100,) and evaluation_slice(file, 10).dtype == torch.int64
+
+
+# Training order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000, 4097])
+def test_the_permutation_is_one_and_differs_by_seed_and_epoch(n):
+    orders = [data.permuted(np.arange(n), n, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(n))
+    if n >= 10:
+        assert not np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
+        assert data.permuted(np.array([n // 2]), n, 0, 1)[0] == orders[1][n // 2]
+
+
+def test_the_permutation_leaves_no_trace_of_the_order():
+    n, trials = 50, 2000
+    first = np.array([data.permuted(np.arange(n), n, seed, 0) for seed in range(trials)])  # (trials, n)
+    for column in (0, 7, 49):  # where an index goes is uniform: chi² with 49 degrees of freedom, p = 1e-4 at 94
+        counts = np.bincount(first[:, column], minlength=n)
+        assert ((counts - trials / n) ** 2 / (trials / n)).sum() < 94
+    assert abs(np.mean([np.corrcoef(row, np.arange(n))[0, 1] for row in first])) < 0.02
+    assert abs((np.diff(first, axis=1) > 0).mean() - 0.5) < 0.02
+
+
+def test_each_epoch_reads_every_window_once(tmp_path):
+    windows = Windows(token_file(tmp_path / "t", [1000, 43]), 16, 7, seed=3)
+    assert windows.n_windows == 1042 // 16 == 65 and windows.steps_per_epoch == 65 / 7
+    starts = np.concatenate([windows.starts(step) for step in range(65)])  # 7 epochs of 65 windows
+    for epoch, read in enumerate(starts.reshape(7, 65)):
+        read = np.sort(read)
+        assert read[0] < 16 and read[-1] + 16 < 1043
+        assert (np.diff(read)[:-1] == 16).all() and 0 < read[-1] - read[-2] <= 16
+        if epoch == 0:
+            assert read[0] == 0 and (np.diff(read) == 16).all()
+
+
+@pytest.mark.parametrize("order", [Windows, Lanes])
+def test_a_batch_is_a_function_of_seed_and_step_alone(order, tmp_path):
+    file = token_file(tmp_path / "t", [300, 20, 500, 90, 7])
+    one, other = order(file, 8, 5, seed=1), order(file, 8, 5, seed=1)
+    expected = [one.batch(step) for step in range(50)]
+    for step in random.Random(0).sample(range(50), 50):
+        for left, right in zip(expected[step], other.batch(step), strict=True):
+            assert torch.equal(left, right)
+    changed = order(file, 8, 5, seed=2)
+    assert any(not torch.equal(expected[step][0], changed.batch(step)[0]) for step in range(3))
+
+
+@pytest.mark.parametrize("order", [Windows, Lanes])
+def test_targets_are_the_next_tokens_and_rows_are_parts_of_the_batch(order, tmp_path):
+    windows = order(token_file(tmp_path / "t", [300, 200]), 8, 6, seed=1)
+    for step in (0, 5, 30):
+        batch = windows.batch(step)
+        ids, targets = batch[:2]
+        assert ids.shape == targets.shape == (6, 8) and ids.dtype == targets.dtype == torch.int64
+        assert torch.equal(targets, (ids + 1) % 128)
+        for rows in (slice(0, 2), slice(2, 6), slice(1, None, 2)):
+            for whole, part in zip(batch, windows.batch(step, rows=rows), strict=True):
+                assert torch.equal(whole[rows], part)
+
+
+def test_lanes_go_on_where_they_ended_unless_fresh_and_never_cross_a_document(tmp_path):
+    lengths = [300, 20, 5, 500, 90, 8, 9, 17]
+    file = token_file(tmp_path / "t", lengths)
+    lanes = Lanes(file, 8, 4, seed=0)
+    per_document = [(length - 1) // 8 for length in lengths]
+    assert lanes.n_windows == sum(per_document) and lanes.steps_per_epoch == sum(per_document) // 4
+    edges = np.append(file.document_starts, len(file))
+    firsts = set(file.document_starts.tolist())
+    for epoch in range(3):
+        seen, last = [], None
+        for turn in range(lanes.lane_length):
+            starts, fresh = lanes.starts(epoch * lanes.lane_length + turn)
+            document = np.searchsorted(edges, starts, side="right") - 1
+            assert (starts + 8 < edges[document + 1]).all()  # the last target is still in the document
+            for row in range(4):
+                if turn == 0 or starts[row] in firsts:
+                    assert fresh[row]
+                else:
+                    assert not fresh[row] and starts[row] == last[row] + 8
+            last = starts
+            seen += starts.tolist()
+        assert len(set(seen)) == len(seen) > lanes.n_windows - 4
+
+
+def test_one_long_document_fills_all_lanes(tmp_path):
+    lanes = Lanes(token_file(tmp_path / "t", [10_000]), 8, 4, seed=0)
+    assert lanes.starts(0)[0].tolist() == [lane * lanes.lane_length * 8 for lane in range(4)]
+    assert lanes.starts(0)[1].all() and not lanes.starts(1)[1].any()
+
+
+def test_a_text_too_short_for_a_block_names_block_size_and_its_tokens(tmp_path):
+    file = token_file(tmp_path / "t", [20, 12])
+    Windows(file, 31, 4, 0)
+    with pytest.raises(InputError, match="block_size: a window needs 33 tokens, but the training text has 32"):
+        Windows(file, 32, 4, 0)
+    with pytest.raises(InputError, match="block_size: the documents' 32 tokens make 1 windows of 17"):
+        Lanes(file, 16, 2, 0)
+
+
+def test_a_batch_of_a_long_text_is_quick_to_find(tmp_path):
+    windows = Windows(token_file(tmp_path / "t", [2_000_000]), 64, 32, seed=0)
+    started = time.perf_counter()
+    for step in range(100):
+        windows.batch(step * 31)
+    assert time.perf_counter() - started < 3
