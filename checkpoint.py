@@ -1,0 +1,306 @@
+"""Checkpoints: safetensors beside config.json and the tokenizer; strict loading; the first implementation's files too.
+
+A checkpoint PATH is a run directory, a `.safetensors` file in one, or a `.pt` of the first implementation with its
+`config.json` beside it. Loading fills every parameter and uses every tensor, or it is an error that names them. Files are
+written beside their name and renamed, so a kill leaves the old file or the new one. Nothing is ever unpickled.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from config import Config, InputError, load_config, make_config, read_json
+from model import MultinodalLM, State, WaveletLM, build_model
+from tokenizer import Tokenizer, load_tokenizer
+
+MODEL_FILE = "best_model.safetensors"
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to, and renames it to `path` if all went well: readers never see half a file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and buffers by name, a tensor with several names (tied, shared) once."""
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            tensors[name] = tensor
+            seen.add(id(tensor))
+    return tensors
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors to a safetensors file, whole or not at all."""
+    with written_whole(path) as beside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Writes the model's own tensors; config.json and the tokenizer beside it are the run's."""
+    save_tensors(own_tensors(model), path, {"format": "waveletlm", "vocab_size": str(model.vocab_size)})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `InputError` where it is missing, cut short or something else."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Puts `tensors` in the place of the model's. Raises `InputError` naming what is missing, unused or misshapen."""
+    own = own_tensors(model)
+    if missing := own.keys() - tensors.keys():
+        raise InputError(f"{path}: lacks {_some(missing)}, which its config.json asks for")
+    if unused := tensors.keys() - own.keys():
+        raise InputError(f"{path}: has {_some(unused)}, which the network of its config.json has no use for")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise InputError(f"{path}: {name} is {list(tensors[name].shape)}, its config.json makes it {list(tensor.shape)}")
+    model.load_state_dict(tensors, strict=False, assign=True)  # strict was done above; tied names are absent here
+    model.tie_weights()
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config, Tokenizer | None]:
+    """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has none)."""
+    path = Path(path)
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file():
+        pt = path / "best_model.pt"
+        if not (path.is_dir() and pt.is_file()):
+            raise InputError(f"{file}: no such checkpoint; give a run directory, a .safetensors file or an old .pt")
+        file = pt
+    if file.suffix == ".pt":
+        tensors, config, vocab_size = read_original(file)
+    elif file.suffix == ".safetensors":
+        tensors, config = load_tensors(file), load_config(file.parent / "config.json")
+        vocab_size = _vocab_size(tensors, file)
+    else:
+        raise InputError(f"{file}: not a checkpoint; give a run directory, a .safetensors file or an old .pt")
+    with torch.device("meta"):  # every tensor comes from the file: initialising them first would only cost time
+        model = build_model(config, vocab_size)
+    if file.suffix == ".pt":
+        tensors = from_original(tensors, model, file)
+    fill(model, tensors, file)
+    return model.eval().to(device), config, load_tokenizer(file.parent)
+
+
+def _vocab_size(tensors: dict[str, Tensor], path: Path) -> int:
+    for name, tensor in tensors.items():
+        if name.endswith("token_embedding.weight"):
+            return tensor.size(0)
+    raise InputError(f"{path}: has no token_embedding.weight, so it is not a WaveletLM checkpoint")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first implementation's layout: one flat state dict, shared tensors under each layer that uses them
+
+
+def original_names(name: str, model: WaveletLM) -> list[str]:
+    """The names under which the first implementation keeps our tensor `name`; a shared one has several."""
+    config = model.config
+    name = re.sub(r"\.parametrizations\.weight\.original$", ".weight_orig", name)
+    name = re.sub(r"\.parametrizations\.weight\.0\._([uv])$", r".weight_\1", name)
+    if match := re.match(r"wavelets\.(\d+)\.(.+)", name):
+        index, rest = int(match[1]), match[2]
+        layers = [f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index]
+        return [layer + old for layer in layers for old in _original_wavelet_names(rest, config)]
+    if match := re.match(r"(layers\.\d+\.)inverse_(update_nets\..+)", name):
+        return [match[1] + place + match[2] for place in ("lifting_reconstruct_wavelet.", "lifting_reconstruct.decompose.")]
+    name = re.sub(r"\.bypass\.(average\.)?", ".", name)
+    name = re.sub(r"\.mixers\.norms\.", ".mixer_depth_norms.", name)
+    name = re.sub(r"\.mixers\.(alphas|betas)\.", r".mixer_depth_\1.", name)
+    name = name.replace(".mixers.scale_routing", ".scale_routing").replace(".ffwd.", ".ffwd.net.")
+    bank = ".scale_mixers." if config.mixer_depth == 1 else r".scale_mixers_by_depth.\1."
+    inner = "" if config.per_scale_mixer_widths is None else "mixer."
+    name = re.sub(r"\.mixers\.banks\.(\d+)\.(\d+)\.(proj_(?:in|out))", bank + r"\2.\3", name)
+    name = re.sub(r"\.mixers\.banks\.(\d+)\.(\d+)\.", bank + r"\2." + inner, name)
+    if name == "token_embedding.weight" and config.tie_embedding_to_lm_head:
+        return [name, "lm_head.weight"]
+    return [name]
+
+
+def _original_wavelet_names(rest: str, config: Config) -> list[str]:
+    if rest == "basis_weights":
+        return ["lifting_wavelet.basis_weights", "lifting_reconstruct.multi_basis.basis_weights"]
+    if match := re.match(r"wavelets\.(\d+)\.(.+)", rest):  # of a multi-basis wavelet
+        prefixes = [f"lifting_wavelet.{match[0]}", f"lifting_reconstruct.multi_basis.{match[0]}"]
+        return [*prefixes, f"lifting_reconstruct.reconstructs.{match[1]}.decompose.{match[2]}"]
+    own = [f"lifting_wavelet.{rest}"]
+    return own if config.untied_reconstruction else [*own, f"lifting_reconstruct.decompose.{rest}"]
+
+
+def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
+    """Reads a `.pt` and the config.json beside it. Returns the tensors by their old names, the config, and V."""
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever torch's reader met, the file is not a plain, whole state dict
+        raise InputError(f"{path}: not a whole file of plain tensors ({type(error).__name__})") from None
+    if not (isinstance(raw, dict) and raw and all(isinstance(t, Tensor) for t in raw.values())):
+        raise InputError(f"{path}: must hold one dict of tensors by name, as the first implementation saves it")
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in raw.items()}
+    if "token_embedding.weight" not in tensors or "layers.0.scale_weights" not in tensors:
+        raise InputError(f"{path}: has no token_embedding.weight or layers.0.scale_weights, so it is not a WaveletLM")
+    config = original_config(read_json(path.parent / "config.json"), tensors, path.parent / "config.json")
+    return tensors, config, tensors["token_embedding.weight"].size(0)
+
+
+def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> Config:
+    """The config of an old run: its own values, for keys that it lacks what the tensors show, else off.
+
+    Only what shapes the network is taken: how an old run was trained has no bearing on its weights. A key that we do not
+    know may be there, since old configs have many, unless it is true: then it switches on what this network lacks.
+    """
+    known = {key: old[key] for key in Config.network_keys() if key in old}
+    if unknown := [key for key, value in old.items() if key not in Config.model_fields and value is True]:
+        ignored = {"benchmark_only"}
+        if rest := [key for key in unknown if key not in ignored]:
+            raise InputError(f"{source}: {', '.join(rest)} switches on something that this network does not have")
+    values = {"per_scale_mixer_widths": None, "dataset": "original", "wavelet_crawl": False, "multi_basis_lifting": False}
+    values |= {key: False for key in Config.network_keys() if Config.model_fields[key].annotation is bool}
+    values |= shown_by_tensors(tensors) | known
+    return make_config(values, str(source))
+
+
+def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The config values that the names and shapes of an old state dict show."""
+
+    def shape(pattern: str) -> torch.Size | None:
+        return next((t.shape for name, t in tensors.items() if re.fullmatch(pattern, name)), None)
+
+    def count(pattern: str) -> int:
+        return len({re.match(pattern, name)[1] for name in tensors if re.match(pattern, name)})
+
+    width = tensors["token_embedding.weight"].size(1)
+    padded = 1 << (width - 1).bit_length()
+    levels = tensors["layers.0.scale_weights"].numel() - 1
+    mixers = r"layers\.0\.(?:scale_mixers|scale_mixers_by_depth\.0)"
+    hidden = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?predict_nets\.0\.0\.weight")
+    linear = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?predict_nets\.0\.weight")
+    crawl = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?dilation_logits")
+    layer0 = {n.removeprefix("layers.0."): t for n, t in tensors.items() if n.startswith("layers.0.lifting")}
+    shared = all(torch.equal(t, tensors.get(f"layers.1.{n}", t)) for n, t in layer0.items())
+    depths = count(r"layers\.0\.scale_mixers_by_depth\.(\d+)\.")
+    values = {
+        "C": width, "layers": count(r"layers\.(\d+)\."), "levels": levels,
+        "wavelet_mode": "lifting" if hidden or linear else "haar",
+        "lifting_linear_only": linear is not None, "lifting_hidden_mult": hidden[0] // padded if hidden else 1,
+        "shared_lifting_weights": shared, "skip_proj_out": "layers.0.proj_out.weight" not in tensors,
+        "untied_reconstruction": shape(r"layers\.0\.lifting_reconstruct_wavelet\..*") is not None,
+        "multi_basis_lifting": "layers.0.lifting_wavelet.basis_weights" in tensors,
+        "multi_basis_inits": ["haar"] * max(1, count(r"layers\.0\.lifting_wavelet\.wavelets\.(\d+)\.")),
+        "wavelet_crawl": crawl is not None, "wavelet_crawl_k": crawl[1] if crawl else 3,
+        "decompose_bypass": "layers.0.history_gains" in tensors, "decompose_bypass_ema": "layers.0.ema_gate.weight" in tensors,
+        "learned_residual": "layers.0.residual_alpha_mlp" in tensors,
+        "per_layer_embedding": "layers.0.embedding_residual_gamma" in tensors,
+        "cross_scale_gating": "layers.0.scale_routing" in tensors,
+        "use_mixer_gate": shape(mixers + r"\.0\.(?:mixer\.)?gate\.weight") is not None,
+        "low_rank": (shape(mixers + r"\.0\.(?:mixer\.)?U") or [0, 0])[1],
+        "mixer_depth": max(1, depths), "mixer_depth_stabilizers": "layers.0.mixer_depth_alphas.0" in tensors,
+        "stab_spectral_norm": any(name.endswith(".weight_orig") for name in tensors),
+        "mlp_expansion": (shape(r"layers\.0\.ffwd\.net\.0\.weight") or [0])[0] // width,
+        "mlp_layers": max(2, count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
+    }  # fmt: skip
+    inner = [shape(mixers + rf"\.{s}\.mixer\.mixer\.weight(?:_orig)?") for s in range(levels + 1)]
+    values["per_scale_mixer_widths"] = [s[0] / padded for s in inner] if all(inner) else None
+    for memory in ("pkm", "fwpkm"):
+        keys = shape(rf"layers\.0\.{memory}\.keys_a")
+        values[f"{memory}_enabled"] = keys is not None
+        if keys:
+            values |= {f"{memory}_heads": keys[0], f"{memory}_num_keys": keys[1] ** 2}
+    if "lm_head.weight" in tensors:
+        values["tie_embedding_to_lm_head"] = torch.equal(tensors["lm_head.weight"], tensors["token_embedding.weight"])
+    return values
+
+
+def from_original(old: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Old tensors under our names. Copies of a shared tensor must be equal; every old tensor must be used.
+
+    Two have no place here and are used up so: fast weights left in a file are added to the values they change, and the
+    Predict networks of an untied reconstruction, which nothing ever reads, are dropped.
+    """
+    if isinstance(model, MultinodalLM):
+        raise InputError(f"{path}: multinodal_enabled: only single networks are read from the old format")
+    unused, tensors = set(old), {}
+    for name in own_tensors(model):
+        copies = [alias for alias in original_names(name, model) if alias in old]
+        if not copies:
+            raise InputError(f"{path}: lacks {original_names(name, model)[0]}, which its config.json asks for")
+        if different := [alias for alias in copies if not torch.equal(old[alias], old[copies[0]])]:
+            raise InputError(f"{path}: {different[0]} differs from {copies[0]}, but its config.json makes them one tensor")
+        unused -= set(copies)
+        tensors[name] = old[copies[0]]
+    for name in sorted(unused):
+        if name.endswith(".fwpkm.value_deltas"):
+            values = name.replace("value_deltas", "values.weight")
+            if values in tensors:
+                tensors[values] = tensors[values] + old[name]
+                unused.discard(name)
+        elif model.config.untied_reconstruction and re.search(r"\.lifting_reconstruct.*\.(predict_nets|dilation_logits)", name):
+            unused.discard(name)
+    if unused:
+        raise InputError(f"{path}: has {_some(unused)}, which the network of its config.json has no use for")
+    return tensors
+
+
+def to_original(model: WaveletLM) -> dict[str, Tensor]:
+    """The model's tensors in the first implementation's layout, which `from_original` reads back unchanged."""
+    if not isinstance(model, WaveletLM) or model.config.exp_parametrization:
+        raise InputError("the old format holds single networks without exp_parametrization only")
+    old = {}
+    for name, tensor in own_tensors(model).items():
+        for alias in original_names(name, model):
+            old[alias] = tensor.detach()
+        if name.endswith(".fwpkm.values.weight"):
+            old[name.replace("values.weight", "value_deltas")] = torch.zeros_like(tensor)
+    return old
+
+
+def save_original(model: WaveletLM, folder: Path) -> None:
+    """Writes `best_model.pt` and config.json as the first implementation lays them out."""
+    with written_whole(folder / "best_model.pt") as beside:
+        torch.save(to_original(model), beside)
+    with written_whole(folder / "config.json") as beside:
+        beside.write_text(json.dumps(model.config.model_dump(mode="json"), indent=1), encoding="utf-8")
+
+
+def save_state(state: State, path: Path) -> None:
+    """Writes a model state, so that a text can be gone on with later."""
+    tensors = {f"{i}.{name}": t for i, block in enumerate(state.blocks) for name, t in block.items()}
+    save_tensors(tensors, path, {"blocks": str(len(state.blocks))})
+
+
+def load_state(path: Path, device: str = "cpu") -> State:
+    """The state that `save_state` wrote."""
+    blocks: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_tensors(path).items():
+        index, name = key.split(".", 1)
+        blocks.setdefault(int(index), {})[name] = tensor.to(device)
+    return State([blocks[i] for i in sorted(blocks)])

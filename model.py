@@ -1,0 +1,800 @@
+"""The whole WaveletLM network, from its leaves to its root.
+
+    ids → embedding → [ block ]×layers → LayerNorm → head → logits
+
+    block:  running mean of x ──────────────┐ (bypass)
+            x → LayerNorm → lifting wavelet → + → Hadamard → gated mixers → Hadamard → inverse lifting → + x
+            x → LayerNorm → MLP + product-key memories → + x
+
+Nothing here attends and nothing has a position. Only three things look back: the lags of the lifting wavelet, the running
+mean, and (if asked) the fast weights of a memory. What they need of the past is a `State` of fixed size, so one code path
+serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
+
+Letters: B batch, T positions, C channels, P the next power of two ≥ C, J levels, S = J + 1 scales (index 0 the coarsest),
+V vocabulary. Tensors are (B, T, channels), with the scales in front, (S, B, T, P), between decomposition and reconstruction.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+from config import Config
+
+BlockState = dict[str, Tensor]
+
+
+class State:
+    """What the network keeps of the text so far: for each block application a dict of tensors, batch rows first.
+
+    Its size does not depend on how much text went before. `detach` cuts the gradient (truncated BPTT), `select` forks or
+    reorders rows, `reset` starts some rows anew; checkpoint.py saves it.
+    """
+
+    def __init__(self, blocks: list[BlockState]):
+        self.blocks = blocks
+
+    def _map(self, function) -> "State":
+        return State([{name: function(tensor) for name, tensor in block.items()} for block in self.blocks])
+
+    def select(self, rows: Tensor | Sequence[int]) -> "State":
+        """The state of `rows` (indices into the batch, in any order and number)."""
+        return self._map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+
+    def detach(self) -> "State":
+        return self._map(Tensor.detach)
+
+    def reset(self, rows: Tensor) -> "State":
+        """A state in which the rows where `rows` (B,) is True are at the start of a text; every start is all zeros."""
+        return self._map(lambda t: t.masked_fill(rows.to(t.device).view(-1, *[1] * (t.dim() - 1)), 0))
+
+    def to(self, device) -> "State":
+        return self._map(lambda tensor: tensor.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for block in self.blocks for tensor in block.values())
+
+
+def remember(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the remembered inputs `past` (B, n, ·) before `x` (B, T, ·): returns both joined, and the last n of them."""
+    joined = torch.cat([past, x], dim=1)
+    return joined, joined[:, x.size(1) :].clone()  # a copy: a view would keep the whole chunk in memory
+
+
+# ===== Walsh–Hadamard transform
+
+
+def hadamard(n: int) -> Tensor:
+    """The orthonormal Sylvester–Hadamard matrix (n, n), n a power of two: H_2n = [[H, H], [H, −H]] / √2, H_1 = [1]."""
+    h = torch.ones(1, 1, device="cpu")  # a constant even where weights are built on the meta device
+    while h.size(0) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h / math.sqrt(n)
+
+
+class WalshHadamard(nn.Module):
+    """The orthonormal Walsh–Hadamard transform of the last dimension, in natural order; its own inverse.
+
+    H_P = H_a ⊗ H_b for P = a·b, so two small matrix products do it: 2·√P multiplications per channel in place of P, and
+    on every device faster than log₂P butterfly passes over memory.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        a = 1 << (width.bit_length() - 1) // 2
+        self.register_buffer("left", hadamard(a), persistent=False)
+        self.register_buffer("right", hadamard(width // a), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., P)
+        grid = x.reshape(-1, self.right.size(0)) @ self.right  # (N·a, b)
+        return (self.left @ grid.view(-1, self.left.size(0), self.right.size(0))).view_as(x)
+
+
+# ===== Lifting wavelet
+
+
+def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module:
+    """A Predict (gain 1) or Update (gain ½) network of one level, position-wise, P → P.
+
+    Under `init` "haar" it starts as gain·identity (up to the GELU), so that an untrained lifting is close to Haar's.
+    """
+    width, hidden = config.padded_width, config.padded_width * config.lifting_hidden_mult
+    if config.lifting_linear_only:
+        net = last = nn.Linear(width, width)
+    else:
+        first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
+        nn.init.normal_(first.weight, std=0.01)
+        nn.init.zeros_(first.bias)
+        if init == "haar":
+            nn.init.eye_(first.weight.data[:width])
+    if init == "haar":
+        nn.init.eye_(last.weight).data.mul_(gain)
+    elif init == "zero":
+        nn.init.zeros_(last.weight)
+    else:
+        nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)
+    if config.stab("lifting_level_scaling"):
+        last.weight.data.div_(1 + 0.1 * level)
+    return net
+
+
+class Lifting(nn.Module):
+    """A causal, undecimated lifting wavelet: at level l each position is paired with the one 2^l before it.
+
+    odd = lagged cur, detail = (odd − Predict(cur)) / √2, approx = (cur + Update(detail)) / √2, cur ← approx
+    (after Sweldens, "The lifting scheme", 1998; here without subsampling, so that every position has its coefficients).
+    wavelet_mode "haar" is the fixed wavelet detail = (cur − odd) / √2, approx = (cur + odd) / √2, without weights.
+    """
+
+    def __init__(self, config: Config, init: str):
+        super().__init__()
+        levels = range(config.levels)
+        self.fixed = config.wavelet_mode == "haar"
+        crawls = config.wavelet_crawl and not self.fixed
+        k = config.wavelet_crawl_k if crawls else 1
+        self.first_lag = [max(1, 2**level - k // 2) for level in levels]
+        self.longest_lag = [first + k - 1 for first in self.first_lag]
+        self.width = config.padded_width
+        self.dilation_logits = nn.Parameter(torch.zeros(config.levels, k)) if crawls else None
+        if crawls:
+            for level in levels:
+                self.dilation_logits.data[level, 2**level - self.first_lag[level]] = 5.0
+        if not self.fixed:
+            self.predict_nets = nn.ModuleList(lifting_net(config, init, 1.0, level) for level in levels)
+            self.update_nets = nn.ModuleList(lifting_net(config, init, 0.5, level) for level in levels)
+
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in enumerate(self.longest_lag)}
+
+    def lagged(self, joined: Tensor, level: int, length: int) -> Tensor:
+        """The last `length` positions of `joined`, delayed by 2^level, or by the learned mixture of lags around it."""
+        longest = self.longest_lag[level]
+        if self.dilation_logits is None:
+            return joined[:, :length]
+        weights = self.dilation_logits[level].float().softmax(0).to(joined.dtype)
+        lags = range(self.first_lag[level], longest + 1)
+        return sum(w * joined[:, longest - lag : longest - lag + length] for w, lag in zip(weights, lags, strict=True))
+
+    def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """(B, T, P) → coefficients (S, B, T, P), the approximation first, then the details from coarse to fine."""
+        details, new_state = [], {}
+        for level in range(len(self.longest_lag)):
+            joined, new_state[f"lag{level}"] = remember(state[f"lag{level}"], cur)
+            odd = self.lagged(joined, level, cur.size(1))
+            if self.fixed:
+                detail, cur = (cur - odd) / math.sqrt(2), (cur + odd) / math.sqrt(2)
+            else:
+                detail = (odd - self.predict_nets[level](cur)) / math.sqrt(2)
+                cur = (cur + self.update_nets[level](detail)) / math.sqrt(2)
+            details.append(detail)
+        return torch.stack([cur, *reversed(details)]), new_state
+
+    def reconstruct(self, u: Tensor, updates: nn.ModuleList | None = None) -> Tensor:
+        """(S, B, T, P) → (B, T, P): undoes the approximation steps, cur ← √2·cur − Update(detail), position-wise, with
+        the Update networks of the decomposition or a block's own `updates`. Haar's: cur ← (cur + detail) / √2."""
+        cur = u[0]
+        if self.fixed:
+            for detail in u[1:]:
+                cur = (cur + detail) / math.sqrt(2)
+            return cur
+        for detail, update in zip(u[1:], reversed(updates or self.update_nets), strict=True):
+            cur = math.sqrt(2) * cur - update(detail)
+        return cur
+
+
+class MultiBasis(nn.Module):
+    """Several liftings side by side; per scale their coefficients are blended by a softmax over the bases."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.wavelets = nn.ModuleList(Lifting(config, init) for init in config.multi_basis_inits)
+        logits = torch.zeros(len(self.wavelets), config.scales)
+        logits[0] = 10.0
+        self.basis_weights = nn.Parameter(logits)  # column 0 the approximation, column l + 1 the detail of level l
+
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        states = [wavelet.start(rows, like) for wavelet in self.wavelets]
+        return {f"basis{k}.{name}": tensor for k, state in enumerate(states) for name, tensor in state.items()}
+
+    def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        blend = self.basis_weights.float().softmax(0).to(cur.dtype)
+        coarse_to_fine = torch.cat([blend[:, :1], blend[:, 1:].flip(1)], dim=1)[..., None, None, None]  # (bases, S, 1, 1, 1)
+        blended, new_state = 0, {}
+        for k, wavelet in enumerate(self.wavelets):
+            own = {name: state[f"basis{k}.{name}"] for name in wavelet.start(0, cur)}
+            coefficients, own = wavelet.decompose(cur, own)
+            blended = blended + coarse_to_fine[k] * coefficients
+            new_state |= {f"basis{k}.{name}": tensor for name, tensor in own.items()}
+        return blended, new_state
+
+    def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
+        blend = self.basis_weights[:, 0].float().softmax(0).to(u.dtype)
+        return sum(w * wavelet.reconstruct(u) for w, wavelet in zip(blend, self.wavelets, strict=True))
+
+
+def build_wavelet(config: Config) -> Lifting | MultiBasis:
+    several = config.multi_basis_lifting and config.wavelet_mode == "lifting"
+    return MultiBasis(config) if several else Lifting(config, config.lifting_init)
+
+
+# ===== Bypass: a summary of all the text so far, added to every scale
+
+
+class RunningMean(nn.Module):
+    """m_t = mean(x_0 … x_t), in fp32. A stream's state also has a ring of the last block_size inputs, and then the mean
+    is over those: a model has never seen the mean of more positions than a training window has."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.window, self.width = config.block_size, config.C
+
+    def start(self, rows: int, like: Tensor, stream: bool) -> BlockState:
+        state = {"count": like.new_zeros(rows, dtype=torch.int64)}
+        if stream:  # entries join and leave the sum for ever: fp64 keeps their rounding errors from adding up
+            state["ring"] = like.new_zeros(rows, self.window, self.width, dtype=torch.float32)
+        state["sum"] = like.new_zeros(rows, self.width, dtype=torch.float64 if stream else torch.float32)
+        return state
+
+    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        length, new_state = x.size(1), {"count": state["count"] + x.size(1)}
+        change, n = x.float(), state["count"][:, None] + torch.arange(1, length + 1, device=x.device)  # n: (B, T)
+        if "ring" in state:
+            joined, new_state["ring"] = remember(state["ring"], change)
+            change, n = change.double() - joined[:, :length], n.clamp(max=self.window)
+        total = state["sum"][:, None] + change.cumsum(1)
+        new_state["sum"] = total[:, -1].clone()
+        return (total / n[..., None]).to(x.dtype), new_state
+
+
+class MovingAverage(nn.Module):
+    """m_t = f_t·m_{t−1} + (1 − f_t)·x_t with f_t = σ(ema_gate(x_t)) per channel, in fp32."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ema_gate = nn.Linear(config.C, config.C)
+        nn.init.zeros_(self.ema_gate.weight)
+        nn.init.zeros_(self.ema_gate.bias)
+
+    def start(self, rows: int, like: Tensor, stream: bool) -> BlockState:
+        return {"mean": like.new_zeros(rows, self.ema_gate.in_features, dtype=torch.float32)}
+
+    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        with torch.autocast(x.device.type, enabled=False):
+            forget = torch.sigmoid(F.linear(x.float(), self.ema_gate.weight.float(), self.ema_gate.bias.float()))
+        mean = (1 - forget) * x.float()
+        mean = torch.cat([mean[:, :1] + forget[:, :1] * state["mean"][:, None], mean[:, 1:]], dim=1)
+        # Hillis–Steele scan: after the pass with shift d, `mean` sums the last 2d terms and `forget` is their product.
+        shift = 1
+        while shift < x.size(1):
+            mean = mean + forget * F.pad(mean, (0, 0, shift, 0))[:, : x.size(1)]
+            forget = forget * F.pad(forget, (0, 0, shift, 0))[:, : x.size(1)]
+            shift *= 2
+        return mean.to(x.dtype), {"mean": mean[:, -1].clone()}
+
+
+class Bypass(nn.Module):
+    """Adds context = m + M·m₋ to each scale's coefficients, weighted per channel; m₋ is the block below's mean."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.average = MovingAverage(config) if config.decompose_bypass_ema else RunningMean(config)
+        self.history_gains = nn.Parameter(torch.zeros(config.scales, config.C))
+        # The first block has nothing below it: its M is used (and trained) only when loop_iterations > 1.
+        self.cross_layer_mix = nn.Linear(config.C, config.C, bias=False)
+        nn.init.eye_(self.cross_layer_mix.weight).data.mul_(0.5)
+
+    def forward(self, x: Tensor, below: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
+        """Returns the biases (S, B, T, C), this block's mean (B, T, C) for the block above, and the new state."""
+        mean, state = self.average(x, state)
+        context = mean if below is None else mean + self.cross_layer_mix(below)
+        return context * self.history_gains[:, None, None], mean, state
+
+
+# ===== Mixers: per scale, y = (W z) ⊙ act(G r) + U (Vᵀ z)
+
+
+class SignExp(nn.Module):
+    """Stores a matrix as its sign (fixed) and log-magnitude (trained)."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("sign", weight.sign())
+
+    def forward(self, log_magnitude: Tensor) -> Tensor:
+        return self.sign * log_magnitude.exp()
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight.abs().clamp_min(1e-30).log()
+
+
+class Mixer(nn.Module):
+    """The weights of one scale's mixer, of width w ≤ P. Their use is in `MixerBank`, for all scales at once."""
+
+    def __init__(self, config: Config, width: int, depth: int):
+        super().__init__()
+        outer = config.padded_width
+        self.mixer = nn.Linear(width, width, bias=False)
+        noise = 1e-3 / (math.sqrt(outer) if config.stab("mixer_eps_scaling") else 1)
+        if config.mixer_depth_stabilizers:
+            noise /= depth + 1
+        self.mixer.weight.data = torch.eye(width) + noise * torch.randn(width, width)
+        self.gate = None
+        if config.use_mixer_gate:
+            self.gate = nn.Linear(width, width, bias=False)
+            nn.init.normal_(self.gate.weight, std=0.02)
+        if config.low_rank:
+            self.U = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
+            self.V = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
+        last = depth == config.mixer_depth - 1
+        self.bias = None if last else nn.Parameter(torch.zeros(width))
+        self.proj_in = self.proj_out = None
+        if width != outer:
+            self.proj_in, self.proj_out = nn.Linear(outer, width, bias=False), nn.Linear(width, outer, bias=False)
+            nn.init.normal_(self.proj_in.weight, std=1 / math.sqrt(outer))
+            nn.init.normal_(self.proj_out.weight, std=1 / math.sqrt(width))
+        if config.stab("spectral_norm"):
+            parametrizations.spectral_norm(self.mixer)
+        if config.exp_parametrization:
+            for linear in filter(None, (self.mixer, self.gate)):
+                parametrize.register_parametrization(linear, "weight", SignExp(linear.weight.data))
+
+
+class MixerBank(nn.ModuleList):
+    """One `Mixer` per scale. Neighbouring scales of one width are computed by one batched product."""
+
+    def __init__(self, config: Config, depth: int):
+        shares = config.per_scale_mixer_widths or (1.0,) * config.scales
+        widths = [int(config.padded_width * share) for share in shares]
+        super().__init__(Mixer(config, width, depth) for width in widths)
+        runs = itertools.groupby(range(config.scales), key=widths.__getitem__)
+        self.runs = [slice(members[0], members[-1] + 1) for members in (list(run) for _, run in runs)]
+        self.activation = {"silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": F.relu}[
+            config.mixer_gate_activation
+        ]
+
+    def forward(self, z: Tensor, r: Tensor) -> Tensor:
+        """z: what is mixed, r: what the gate reads; all (S, N, P)."""
+        mixers = list(self)
+        return torch.cat([self._mix(mixers[run], z[run], r[run]) for run in self.runs])
+
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor) -> Tensor:
+        def product(x: Tensor, weights: list[Tensor]) -> Tensor:  # (n, N, in) by n matrices (out, in)
+            return torch.bmm(x, torch.stack(weights).mT.to(x.dtype))
+
+        first = mixers[0]
+        if first.proj_in is not None:
+            same = r is z
+            z = product(z, [m.proj_in.weight for m in mixers])
+            r = z if same else product(r, [m.proj_in.weight for m in mixers])
+        y = product(z, [m.mixer.weight for m in mixers])
+        if first.gate is not None:
+            y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
+        if hasattr(first, "U"):
+            y = y + product(product(z, [m.V.mT for m in mixers]), [m.U for m in mixers])
+        if first.bias is not None:
+            y = y + torch.stack([m.bias for m in mixers])[:, None]
+        if first.proj_out is not None:
+            y = product(y, [m.proj_out.weight for m in mixers])
+        return y
+
+
+class Mixers(nn.Module):
+    """`mixer_depth` banks in a row; all but the last with a LayerNorm before, and if asked a residual and scalars."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        depth = config.mixer_depth
+        self.banks = nn.ModuleList(MixerBank(config, d) for d in range(depth))
+        self.norms = nn.ModuleList(
+            nn.ModuleList(nn.LayerNorm(config.padded_width) for _ in range(config.scales)) for _ in range(depth - 1)
+        )
+        self.residuals = config.mixer_depth_residuals
+        self.alphas = self.betas = None
+        if config.mixer_depth_stabilizers:
+            self.alphas = nn.ParameterList(nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1))
+            self.betas = nn.ParameterList(nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1))
+        self.scale_routing = nn.Parameter(torch.eye(config.scales)) if config.cross_scale_gating else None
+
+    def routed(self, z: Tensor) -> Tensor:
+        """What the gates read: z itself, or with cross_scale_gating r_s = Σ_s' R[s, s'] z_s'."""
+        if self.scale_routing is None:
+            return z
+        return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
+
+    def forward(self, z: Tensor) -> Tensor:  # (S, N, P)
+        for d, norms in enumerate(self.norms):
+            normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
+            if self.alphas is not None:
+                normed = self.alphas[d] * normed
+            mixed = self.banks[d](normed, self.routed(normed))
+            if self.betas is not None:
+                mixed = self.betas[d] * mixed
+            z = z + mixed if self.residuals else mixed
+        return self.banks[-1](z, self.routed(z))
+
+
+# ===== Position-wise memory: MLP, product-key memory, product-key memory with fast weights
+
+
+def build_mlp(config: Config) -> nn.Sequential:
+    width, inner = config.C, config.C * config.mlp_expansion
+    layers: list[nn.Module] = [nn.Linear(width, inner)]
+    for _ in range(config.mlp_layers - 2):
+        layers += [nn.GELU(), nn.Linear(inner, inner)]
+    last = nn.Linear(inner, width)
+    last.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
+    if config.stab("ff_scaling"):
+        last.weight.data.div_(math.sqrt(inner))
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, nn.GELU(), last, nn.Dropout(config.dropout_mlp))
+
+
+class ProductKeyMemory(nn.Module):
+    """K = k² values per head, found by two codebooks of k keys each (Lample et al., "Large memory layers with product
+    keys", 2019): a query's halves are scored against them, the score of a slot is the sum of its two keys' scores."""
+
+    def __init__(self, config: Config, keys: int, top_k: int, heads: int):
+        super().__init__()
+        self.heads, self.slots = heads, keys
+        side, half = math.isqrt(keys), config.C // heads // 2
+        self.best_per_half = min(top_k, side)
+        self.top_k = min(top_k, self.best_per_half**2)
+        self.query_proj = nn.Linear(config.C, config.C, bias=False)
+        self.keys_a = nn.Parameter(0.02 * torch.randn(heads, side, half))
+        self.keys_b = nn.Parameter(0.02 * torch.randn(heads, side, half))
+        self.values = nn.EmbeddingBag(heads * keys, config.C, mode="sum")
+        nn.init.normal_(self.values.weight, std=0.02)
+        # Of the pairs of the i-th and j-th best halves, (i+1)(j+1) score at least as high: only pairs with
+        # (i+1)(j+1) ≤ top_k can be among the best top_k. For top_k = 32 that leaves 119 sums of 1,024.
+        best = range(self.best_per_half)
+        pairs = [(i, j) for i in best for j in best if (i + 1) * (j + 1) <= self.top_k]
+        self.register_buffer("pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False)  # (2, pairs)
+
+    def lookup(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h (N, C) → the rows of `values` that it reads and their softmax weights, both (N, heads·top_k)."""
+        query_a, query_b = self.query_proj(h).view(h.size(0), self.heads, 2, -1).unbind(2)  # (N, heads, d/2)
+        score_a, index_a = torch.einsum("nhd,hkd->nhk", query_a, self.keys_a).topk(self.best_per_half)
+        score_b, index_b = torch.einsum("nhd,hkd->nhk", query_b, self.keys_b).topk(self.best_per_half)
+        i, j = self.pairs
+        score, best = (score_a[..., i] + score_b[..., j]).topk(self.top_k)
+        slot = (index_a[..., i] * self.keys_b.size(1) + index_b[..., j]).gather(-1, best)
+        slot = slot + self.slots * torch.arange(self.heads, device=h.device)[:, None]
+        return slot.flatten(1), score.float().softmax(-1).flatten(1)
+
+    def forward(self, h: Tensor) -> Tensor:  # (B, T, C)
+        slot, weight = self.lookup(h.flatten(0, 1))
+        read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight.to(self.values.weight.dtype))
+        return read.view_as(h)
+
+
+class FastWeightMemory(ProductKeyMemory):
+    """A product-key memory whose values v_i + Δ_i each sequence rewrites at inference, if fwpkm_inference_updates asks:
+    after each chunk of n tokens one gradient step on Δ towards predicting the next hidden state,
+    Δ ← Δ − lr·∇_Δ MSE(lookup(h[:-1]), h[1:])."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.fwpkm_num_keys, config.fwpkm_top_k, config.fwpkm_heads)
+        self.writes, self.lr, self.chunk = config.fwpkm_inference_updates, config.fwpkm_update_lr, config.fwpkm_chunk_size
+
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        if not self.writes:
+            return {}
+        slots, width = self.values.weight.shape
+        return {"delta": like.new_zeros(rows, slots, width), "unwritten": like.new_zeros(rows, 0, width)}
+
+    def read(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, t, C) → what it reads of each row's own v + Δ, the rows of the flattened Δ that it reads, their weights."""
+        slot, weight = self.lookup(h.flatten(0, 1))
+        row = torch.arange(h.size(0), device=h.device).repeat_interleave(h.size(1))
+        own = slot + delta.size(1) * row[:, None]
+        weight = weight.to(delta.dtype)
+        read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight)
+        read = read + F.embedding_bag(own, delta.flatten(0, 1), mode="sum", per_sample_weights=weight)
+        return read.view_as(h), own, weight
+
+    def write(self, h: Tensor, delta: Tensor) -> Tensor:
+        read, own, weight = self.read(h[:, :-1], delta)
+        gradient = 2 * (read - h[:, 1:]) / h[:, 1:][0].numel()  # of each row's mean squared error by `read`
+        change = -self.lr * weight[..., None] * gradient.flatten(0, 1)[:, None]  # (B·t, reads, C)
+        return delta.flatten(0, 1).index_add(0, own.flatten(), change.flatten(0, 1)).view_as(delta)
+
+    def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        if self.training or not self.writes:
+            return super().forward(h), {name: state[name] for name in ("delta", "unwritten") if name in state}
+        delta, unwritten, reads = state["delta"], state["unwritten"], []
+        room = min(self.chunk - unwritten.size(1), h.size(1))
+        for piece in (h[:, :room], *h[:, room:].split(self.chunk, dim=1)):
+            reads.append(self.read(piece, delta)[0])
+            unwritten = torch.cat([unwritten, piece], dim=1)
+            if unwritten.size(1) == self.chunk:
+                delta, unwritten = self.write(unwritten, delta), unwritten[:, :0]
+        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten}
+
+
+# ===== Block
+
+
+class Block(nn.Module):
+    """One block: a wavelet branch that mixes positions, then a position-wise memory branch, both added to the stream."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        width, padded = config.C, config.padded_width
+        self.pad = padded - width
+        self.bypass = Bypass(config) if config.decompose_bypass else None
+        self.embedding_residual_gamma = nn.Parameter(torch.zeros(width)) if config.per_layer_embedding else None
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.hadamard = WalshHadamard(padded)
+        self.mixers = Mixers(config)
+        self.dropout_mixer = nn.Dropout(config.dropout_mixer)
+        self.scale_weights = nn.Parameter(torch.ones(config.scales))
+        self.inverse_update_nets = None
+        if config.untied_reconstruction:
+            nets = (lifting_net(config, config.lifting_init, 0.5, level) for level in range(config.levels))
+            self.inverse_update_nets = nn.ModuleList(nets)
+        self.proj_out = nn.Identity()
+        if not (config.skip_proj_out and padded == width):
+            self.proj_out = nn.Linear(padded, width)
+            self.proj_out.weight.data.mul_(1e-3)  # the wavelet branch too starts as almost nothing
+            if config.stab("proj_out_scaling"):
+                self.proj_out.weight.data.div_(math.sqrt(width * config.applications))
+            nn.init.zeros_(self.proj_out.bias)
+        self.dropout_projection = nn.Dropout(config.dropout_projection)
+        self.residual_alpha_spectral = self.residual_alpha_mlp = 1.0
+        if config.learned_residual:
+            self.residual_alpha_spectral = nn.Parameter(torch.tensor(1.0))
+            self.residual_alpha_mlp = nn.Parameter(torch.tensor(1.0))
+        self.ffwd = build_mlp(config) if config.mlp_expansion else None
+        self.pkm = self.fwpkm = None
+        if config.pkm_enabled:
+            self.pkm = ProductKeyMemory(config, config.pkm_num_keys, config.pkm_top_k, config.pkm_heads)
+        if config.fwpkm_enabled:
+            self.fwpkm = FastWeightMemory(config)
+        for name, branch in (("mlp", self.ffwd), ("pkm", self.pkm), ("fwpkm", self.fwpkm)):
+            self.register_parameter(f"alpha_{name}", nn.Parameter(torch.tensor(1.0)) if branch is not None else None)
+
+    def start(self, wavelet: nn.Module, rows: int, like: Tensor, stream: bool) -> BlockState:
+        state = wavelet.start(rows, like)
+        if self.bypass is not None:
+            state |= self.bypass.average.start(rows, like, stream)
+        if self.fwpkm is not None:
+            state |= self.fwpkm.start(rows, like)
+        return state
+
+    def mix(self, c: Tensor) -> Tensor:
+        """The coefficients (S, B, T, P) mixed over channels, in the Hadamard domain."""
+        z = self.hadamard(c).flatten(1, 2)
+        y = self.dropout_mixer(self.hadamard(self.mixers(z)))
+        return (y * self.scale_weights[:, None, None]).view_as(c)
+
+    def remember_and_think(self, h: Tensor, state: BlockState) -> tuple[Tensor | float, BlockState]:
+        """The sum of the memory branches of the normed stream h (B, T, C)."""
+        total: Tensor | float = 0.0
+        if self.ffwd is not None:
+            total = total + self.alpha_mlp * self.ffwd(h)
+        if self.pkm is not None:
+            total = total + self.alpha_pkm * self.pkm(h)
+        if self.fwpkm is not None:
+            read, state = self.fwpkm(h, state)
+            return total + self.alpha_fwpkm * read, state
+        return total, {}
+
+    def forward(self, x: Tensor, e: Tensor, below: Tensor | None, wavelet: nn.Module, state: BlockState):
+        """x, the token embedding e, the mean of the block below (all (B, T, C)) → new x, this block's mean, new state."""
+        bias, mean, averages = self.bypass(x, below, state) if self.bypass is not None else (0.0, None, {})
+        if self.embedding_residual_gamma is not None:
+            x = x + self.embedding_residual_gamma * e
+        c, lags = wavelet.decompose(F.pad(self.ln1(x), (0, self.pad)), state)
+        if self.bypass is not None:
+            c = c + F.pad(bias, (0, self.pad))
+        mixed = self.proj_out(wavelet.reconstruct(self.mix(c), self.inverse_update_nets))
+        x = self.residual_alpha_spectral * x + self.dropout_projection(mixed)
+        thought, fast_weights = self.remember_and_think(self.ln2(x), state)
+        return self.residual_alpha_mlp * x + thought, mean, lags | averages | fast_weights
+
+
+# ===== Loss
+
+
+def autocast_type(like: Tensor) -> torch.dtype:
+    """The type of a matrix product of `like` under the autocast in force, if any."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a linear head, in nats, that never holds more than `rows` rows of logits.
+
+    The gradients of a chunk, softmax − one-hot, are used where its logits are made, so that no logit is computed twice.
+    Products are in the autocast type, softmax and sums in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, rows: int, want_gradient: bool) -> Tensor:
+        kind = autocast_type(h)
+        h_low, w_low = h.to(kind), weight.to(kind)
+        total = h.new_zeros((), dtype=torch.float32)
+        grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(weight)) if want_gradient else (None, None)
+        for start in range(0, h.size(0), rows):
+            part, target = h_low[start : start + rows], targets[start : start + rows, None]
+            logits = (part @ w_low.T).float()
+            normaliser = logits.logsumexp(1, keepdim=True)
+            total += (normaliser - logits.gather(1, target)).sum()
+            if want_gradient:
+                error = (logits - normaliser).exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).to(kind)
+                grad_h[start : start + rows] = error @ w_low
+                grad_w += error.T @ part
+        ctx.save_for_backward(grad_h, grad_w)
+        ctx.tokens = h.size(0)
+        return total / h.size(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        scale = gradient / ctx.tokens
+        return grad_h * scale, grad_w * scale, None, None, None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits h Wᵀ: h (B, T, C), weight (V, C), targets (B, T) int64."""
+    rows = max(1, 2**23 // weight.size(0))  # 32 MB of fp32 logits at a time
+    return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), rows, torch.is_grad_enabled())
+
+
+# ===== The network
+
+
+class LanguageModel(nn.Module):
+    """What one network and several side by side have in common: ids (B, T) int64 → logits (B, T, V), and a state.
+
+    `state` None is the start of a text. `start(rows, stream=True)` gives a start whose running mean is over the last
+    block_size positions, for texts longer than that.
+    """
+
+    gates: nn.ModuleList | None = None
+    share = 1.0  # of each cell in the logits
+    loss_weight = 1.0  # what training multiplies the loss by before the backward pass
+
+    def start(self, rows: int, stream: bool = False) -> State:
+        """The state at the start of `rows` texts: by cell, then iteration, then block application."""
+        applications = self.config.applications
+        blocks = []
+        for cell in self.cells:
+            for i in range(applications * self.config.loop_iterations):
+                block, wavelet = cell.block(i % applications)
+                blocks.append(block.start(wavelet, rows, cell.token_embedding.weight.detach(), stream))
+        return State(blocks)
+
+    def head_inputs(self, ids: Tensor, state: State | None) -> tuple[list[list[Tensor]], State]:
+        """Runs the blocks of all cells in step. Returns what the heads read, [iteration][cell] → (B, T, C), and the state."""
+        config, cells = self.config, self.cells
+        state = self.start(ids.size(0)) if state is None else state
+        each = config.applications * config.loop_iterations
+        before = [iter(state.blocks[c * each : (c + 1) * each]) for c in range(len(cells))]
+        after: list[list[BlockState]] = [[] for _ in cells]
+        es = [cell.token_embedding(ids) * cell.embed_scale for cell in cells]
+        xs = [cell.dropout_embedding(e) for cell, e in zip(cells, es, strict=True)]
+        means: list[Tensor | None] = [None] * len(cells)
+        hidden = []
+        for _ in range(config.loop_iterations):
+            for i in range(config.applications):
+                for c, cell in enumerate(cells):
+                    xs[c], means[c], new = cell.apply_block(i, xs[c], es[c], means[c], next(before[c]))
+                    after[c].append(new)
+                if self.gates is not None and i % config.multinodal_cross_cell_gate_interval == 0:
+                    xs = self.gates[i // config.multinodal_cross_cell_gate_interval](xs)
+            hidden.append([cell.dropout_lm_head(cell.final_ln(x)) for cell, x in zip(cells, xs, strict=True)])
+        return hidden, State([block for blocks in after for block in blocks])
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        hidden, state = self.head_inputs(ids, state)
+        return F.linear(*self.one_head(hidden[-1])), state
+
+    def loss(self, ids: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Mean cross-entropy in nats over all targets (B, T), averaged over loop_iterations, and the state after ids."""
+        hidden, state = self.head_inputs(ids, state)
+        losses = [linear_cross_entropy(*self.one_head(hs), targets) for hs in hidden]
+        return sum(losses) / len(losses), state
+
+    def one_head(self, hs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The cells' combined logits Σ h_i W_iᵀ are one product h Wᵀ, of their h and W side by side: returns h and W."""
+        if len(hs) == 1:
+            return hs[0], self.cells[0].lm_head.weight
+        return torch.cat(hs, dim=-1) * self.share, torch.cat([cell.lm_head.weight for cell in self.cells], dim=1)
+
+    def tie_weights(self) -> None:
+        for cell in self.cells:
+            if cell.config.tie_embedding_to_lm_head:
+                cell.lm_head.weight = cell.token_embedding.weight
+
+
+class WaveletLM(LanguageModel):
+    """The language model of one network."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embed_scale = math.sqrt(config.C) if config.stab("embed_scaling") else 1.0
+        self.token_embedding = nn.Embedding(vocab_size, config.C)
+        nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))
+        self.dropout_embedding = nn.Dropout(config.dropout_embedding)
+        count = 1 if config.looped_blocks else config.layers
+        self.layers = nn.ModuleList(Block(config) for _ in range(count))
+        self.wavelets = nn.ModuleList(build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count))
+        self.final_ln = nn.LayerNorm(config.C)
+        self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
+        self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
+        self.tie_weights()
+
+    @property
+    def cells(self) -> list["WaveletLM"]:
+        return [self]
+
+    def block(self, i: int) -> tuple[Block, nn.Module]:
+        """The block that is applied i-th and its wavelet; looped blocks and shared wavelets are applied repeatedly."""
+        return self.layers[i % len(self.layers)], self.wavelets[i % len(self.wavelets)]
+
+    def apply_block(self, i: int, x: Tensor, e: Tensor, below: Tensor | None, state: BlockState):
+        """Block application i: returns the new x, its mean and its new state."""
+        block, wavelet = self.block(i)
+        if self.config.gradient_checkpointing and self.training:
+            new_x, mean, state = checkpoint(block, x, e, below, wavelet, state, use_reentrant=False)
+        else:
+            new_x, mean, state = block(x, e, below, wavelet, state)
+        drop = self.config.stochastic_depth_rate * i / self.config.applications
+        if drop and self.training:  # computed and then discarded: simple, and one graph for torch.compile
+            dropped = torch.rand((), device=x.device) < drop
+            new_x = torch.where(dropped, x, new_x)
+            mean = mean if below is None else torch.where(dropped, below, mean)
+        return new_x, mean, state
+
+
+class CrossCellGate(nn.Module):
+    """h_i ← h_i·(1 + tanh(A·mean of the other cells' h)), A zero at first."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.A = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.A.weight)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        total = sum(xs)
+        return [x * (1 + torch.tanh(self.A((total - x) / (len(xs) - 1)))) for x in xs]
+
+
+class MultinodalLM(LanguageModel):
+    """Several whole networks (cells), each with its own seed, in step; their logits are averaged or summed."""
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        width, features = config.multinodal_cell_dim, config.multinodal_features_per_cell
+        cell_config = config.model_copy(update={"C": width, "multinodal_enabled": False})
+        self.cells = nn.ModuleList()
+        for seed in config.multinodal_seeds[: config.multinodal_num_cells]:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                cell = WaveletLM(cell_config, vocab_size)
+                if features != -1:  # feature bagging: each cell starts from a random subset of the embedding's columns
+                    cell.token_embedding.weight.data[:, torch.randperm(width)[features:]] = config.multinodal_bagged_eps
+            self.cells.append(cell)
+        if config.multinodal_cross_cell_gating:
+            count = math.ceil(config.applications / config.multinodal_cross_cell_gate_interval)
+            self.gates = nn.ModuleList(CrossCellGate(width) for _ in range(count))
+        self.share = 1 / len(self.cells) if config.multinodal_combination == "average" else 1.0
+        self.loss_weight = 1 / math.sqrt(len(self.cells))
+
+
+def build_model(config: Config, vocab_size: int) -> WaveletLM | MultinodalLM:
+    """The network that `config` asks for."""
+    return MultinodalLM(config, vocab_size) if config.multinodal_enabled else WaveletLM(config, vocab_size)
