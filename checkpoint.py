@@ -31,9 +31,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the contents
         os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -52,6 +55,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Writes tensors to a safetensors file, whole or not at all."""
     with written_whole(path) as beside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
+
+
+def save_plain(values: dict[str, Any], path: Path) -> None:
+    """Writes tensors, numbers and lists in torch's own format, to be read with weights_only; whole or not at all."""
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        try:
+            torch.save(values, file)
+        except RuntimeError as error:  # torch's writer hides the system's error, such as a full disk
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -285,8 +297,7 @@ def to_original(model: WaveletLM) -> dict[str, Tensor]:
 
 def save_original(model: WaveletLM, folder: Path) -> None:
     """Writes `best_model.pt` and config.json as the first implementation lays them out."""
-    with written_whole(folder / "best_model.pt") as beside:
-        torch.save(to_original(model), beside)
+    save_plain(to_original(model), folder / "best_model.pt")
     with written_whole(folder / "config.json") as beside:
         beside.write_text(json.dumps(model.config.model_dump(mode="json"), indent=1), encoding="utf-8")
 
@@ -301,6 +312,8 @@ def load_state(path: Path, device: str = "cpu") -> State:
     """The state that `save_state` wrote."""
     blocks: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        if not index.isdecimal():
+            raise InputError(f"{path}: has {key}, so it is not a saved state; give a file that save_state wrote")
         blocks.setdefault(int(index), {})[name] = tensor.to(device)
     return State([blocks[i] for i in sorted(blocks)])

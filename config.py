@@ -67,7 +67,7 @@ SECTIONS = {  # the first key of each section of `Config`, for --help and the RE
 class Config(BaseModel):
     """All settings. The defaults are those of the released 883M configuration wherever it has the key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     # Data
     dataset: str = option("wikitext-103", "built-in corpus `pydoc`, a data set's name, or a .txt file or folder", min_length=1)
@@ -252,18 +252,19 @@ def _contradictions(c: Config):
         )
     if c.wavelet_crawl_k % 2 == 0:
         yield f"wavelet_crawl_k: {c.wavelet_crawl_k} is even; lags are centred, so it must be odd"
+    width = c.multinodal_cell_dim if c.multinodal_enabled else c.C
+    padded = 1 << (width - 1).bit_length()
     widths = c.per_scale_mixer_widths
     if widths is not None and len(widths) != c.scales:
         yield f"per_scale_mixer_widths: {len(widths)} widths, but levels {c.levels} make {c.scales} scales (null = full width)"
-    if widths is not None and not all(w > 0 and int(c.padded_width * w) >= 1 for w in widths):
-        yield f"per_scale_mixer_widths: {list(widths)} has a width of no channel at P = {c.padded_width}"
+    if widths is not None and not all(w > 0 and int(padded * w) >= 1 for w in widths):
+        yield f"per_scale_mixer_widths: {list(widths)} has a width of no channel at P = {padded}"
     for memory in ("pkm", "fwpkm"):
         keys, heads = getattr(c, f"{memory}_num_keys"), getattr(c, f"{memory}_heads")
         if not getattr(c, f"{memory}_enabled"):
             continue
         if math.isqrt(keys) ** 2 != keys:
             yield f"{memory}_num_keys: {keys} is not a square; {math.isqrt(keys) ** 2} or {(math.isqrt(keys) + 1) ** 2} is"
-        width = c.multinodal_cell_dim if c.multinodal_enabled else c.C
         if width % (2 * heads):
             yield f"{memory}_heads: {heads} heads need C to be a multiple of {2 * heads} (halves of queries), not {width}"
     if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from config import Config
+from loss import linear_cross_entropy
 
 BlockState = dict[str, Tensor]
 
@@ -489,7 +490,8 @@ class FastWeightMemory(ProductKeyMemory):
         if not self.writes:
             return {}
         slots, width = self.values.weight.shape
-        return {"delta": like.new_zeros(rows, slots, width), "unwritten": like.new_zeros(rows, 0, width)}
+        buffer = {"unwritten": like.new_zeros(rows, self.chunk, width), "held": like.new_zeros(rows, dtype=torch.int64)}
+        return {"delta": like.new_zeros(rows, slots, width)} | buffer
 
     def read(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h (B, t, C) → what it reads of each row's own v + Δ, the rows of the flattened Δ that it reads, their weights."""
@@ -509,15 +511,18 @@ class FastWeightMemory(ProductKeyMemory):
 
     def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         if self.training or not self.writes:
-            return super().forward(h), {name: state[name] for name in ("delta", "unwritten") if name in state}
-        delta, unwritten, reads = state["delta"], state["unwritten"], []
-        room = min(self.chunk - unwritten.size(1), h.size(1))
-        for piece in (h[:, :room], *h[:, room:].split(self.chunk, dim=1)):
+            return super().forward(h), {name: state[name] for name in ("delta", "unwritten", "held") if name in state}
+        delta, unwritten, held, reads = state["delta"], state["unwritten"], state["held"], []
+        while h.size(1):  # up to the place where the first row's chunk is full; rows may have begun at different times
+            piece, h = h.tensor_split([min(self.chunk - int(held.max()), h.size(1))], dim=1)
             reads.append(self.read(piece, delta)[0])
-            unwritten = torch.cat([unwritten, piece], dim=1)
-            if unwritten.size(1) == self.chunk:
-                delta, unwritten = self.write(unwritten, delta), unwritten[:, :0]
-        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten}
+            place = held[:, None] + torch.arange(piece.size(1), device=h.device)
+            unwritten = unwritten.scatter(1, place[..., None].expand_as(piece), piece)
+            full = held + piece.size(1) == self.chunk
+            if full.any():
+                delta = torch.where(full[:, None, None], self.write(unwritten, delta), delta)
+            held = (held + piece.size(1)).masked_fill(full, 0)
+        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten, "held": held}
 
 
 # ===== Block
@@ -602,55 +607,6 @@ class Block(nn.Module):
         return self.residual_alpha_mlp * x + thought, mean, lags | averages | fast_weights
 
 
-# ===== Loss
-
-
-def autocast_type(like: Tensor) -> torch.dtype:
-    """The type of a matrix product of `like` under the autocast in force, if any."""
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a linear head, in nats, that never holds more than `rows` rows of logits.
-
-    The gradients of a chunk, softmax − one-hot, are used where its logits are made, so that no logit is computed twice.
-    Products are in the autocast type, softmax and sums in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, rows: int, want_gradient: bool) -> Tensor:
-        kind = autocast_type(h)
-        h_low, w_low = h.to(kind), weight.to(kind)
-        total = h.new_zeros((), dtype=torch.float32)
-        grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(weight)) if want_gradient else (None, None)
-        for start in range(0, h.size(0), rows):
-            part, target = h_low[start : start + rows], targets[start : start + rows, None]
-            logits = (part @ w_low.T).float()
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, target)).sum()
-            if want_gradient:
-                error = (logits - normaliser).exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).to(kind)
-                grad_h[start : start + rows] = error @ w_low
-                grad_w += error.T @ part
-        ctx.save_for_backward(grad_h, grad_w)
-        ctx.tokens = h.size(0)
-        return total / h.size(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
-        scale = gradient / ctx.tokens
-        return grad_h * scale, grad_w * scale, None, None, None
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits h Wᵀ: h (B, T, C), weight (V, C), targets (B, T) int64."""
-    rows = max(1, 2**23 // weight.size(0))  # 32 MB of fp32 logits at a time
-    return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), rows, torch.is_grad_enabled())
-
-
 # ===== The network
 
 
@@ -661,7 +617,6 @@ class LanguageModel(nn.Module):
     block_size positions, for texts longer than that.
     """
 
-    gates: nn.ModuleList | None = None
     share = 1.0  # of each cell in the logits
     loss_weight = 1.0  # what training multiplies the loss by before the backward pass
 
@@ -734,6 +689,7 @@ class WaveletLM(LanguageModel):
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
         self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
+        self.gates = None
         self.tie_weights()
 
     @property
@@ -788,6 +744,7 @@ class MultinodalLM(LanguageModel):
                 if features != -1:  # feature bagging: each cell starts from a random subset of the embedding's columns
                     cell.token_embedding.weight.data[:, torch.randperm(width)[features:]] = config.multinodal_bagged_eps
             self.cells.append(cell)
+        self.gates = None
         if config.multinodal_cross_cell_gating:
             count = math.ceil(config.applications / config.multinodal_cross_cell_gate_interval)
             self.gates = nn.ModuleList(CrossCellGate(width) for _ in range(count))

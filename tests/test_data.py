@@ -1,5 +1,6 @@
 """Text is read verbatim, token files are whole or not trusted, and training order is a function of (seed, step)."""
 
+import itertools
 import os
 import random
 import signal
@@ -198,7 +199,7 @@ def test_missing_hub_splits_are_cut_from_train_by_row(hub):
     rows = [f"row {number}\n" for number in range(400)]
     config = Config(dataset="openwebtext", dataset_path=hub(train=rows), split_fractions=(0.8, 0.1, 0.1))
     parts = [text_of(config, split).splitlines(True) for split in SPLITS]
-    assert sorted(sum(parts, [])) == sorted(rows)
+    assert sorted(line for part in parts for line in part) == sorted(rows)
     assert all(20 < len(part) < 70 for part in parts[1:])
     hub(validation=["given"])
     assert text_of(config, "validation") == "given"
@@ -272,7 +273,7 @@ def test_a_token_file_gives_back_text_counts_and_documents(make, tmp_path):
     assert file.n_bytes == len(whole.encode()) and file.tokenizer == tokenizer.name
     assert file.n_words == sum(len(text.split()) + text.count("\n") for text in texts)
     edges = [*file.document_starts.tolist(), len(file)]
-    found = [tokenizer.decode(file.tokens[a:b].tolist()) for a, b in zip(edges, edges[1:], strict=False)]
+    found = [tokenizer.decode(file.tokens[a:b].tolist()) for a, b in itertools.pairwise(edges)]
     assert found == [text for text in texts if text]
     assert file.tokens.dtype == np.uint16
 

@@ -13,10 +13,10 @@ from scipy.linalg import hadamard as scipy_hadamard
 
 from checkpoint import load_state, save_model, save_state
 from config import Config, InputError, load_config
+from loss import LinearCrossEntropy
 from model import (
     FastWeightMemory,
     Lifting,
-    LinearCrossEntropy,
     MovingAverage,
     MultiBasis,
     ProductKeyMemory,
@@ -620,6 +620,20 @@ def test_cells_without_gates_combine_the_logits_of_whole_networks(combination):
         each = torch.stack([cell(ids)[0] for cell in model.cells])
         expected = each.sum(0) if combination == "sum" else each.mean(0)
         torch.testing.assert_close(model(ids)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cells_gate_each_other_s_stream_after_a_block():
+    gated = model_of("released", multinodal_enabled=True, multinodal_cross_cell_gating=True, layers=1)
+    ids, streams = random_ids(), []
+    for cell in gated.cells:
+        cell.layers[0].register_forward_hook(lambda module, inputs, output: streams.append(output[0]))
+    with torch.no_grad():
+        logits, _ = gated(ids)
+        (one, two), gate = streams, gated.get_submodule("gates.0.A")
+        expected = 0
+        for cell, own, other in zip(gated.cells, (one, two), (two, one), strict=True):
+            expected = expected + cell.lm_head(cell.final_ln(own * (1 + torch.tanh(gate(other))))) / 2
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cells", [1, 2, 3])

@@ -1,0 +1,139 @@
+"""Measures a checkpoint: negative log-likelihood of every token of a text but the first, in fp32.
+
+    python evaluate.py --checkpoint logs/RUN --data test
+
+From the nats come bits per byte (comparable across tokenizers), word perplexity and token perplexity. Two contexts:
+"stream" reads the text once and carries the state on, its running mean over the last block_size positions; "window" reads
+windows of W tokens that start anew every R tokens, and scores of each the tokens that no window before it scored.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoint import load_model
+from config import Config, InputError, run_command
+from corpus import SPLITS, read_text
+from data import encode_documents, prepare
+from tokenizer import Tokenizer
+
+LOGITS_AT_A_TIME = 2**24  # 64 MB of fp32: bounds memory, and has no bearing on the figures
+
+
+def _nats(model: nn.Module, ids: np.ndarray, skip: int, state, device: str):
+    """The summed nats of ids (B, T + 1), of which each row's first `skip` predictions are not counted, and the state."""
+    rows = torch.from_numpy(ids.astype(np.int64)).to(device)
+    logits, state = model(rows[:, :-1], state)
+    nats = F.cross_entropy(logits[:, skip:].float().flatten(0, 1), rows[:, 1 + skip :].flatten(), reduction="none")
+    return nats.double().sum().item(), state
+
+
+@torch.inference_mode()
+def score(model: nn.Module, tokens: np.ndarray, window: int, stride: int, context: str, device: str = "cpu") -> float:
+    """The negative log-likelihood, in nats, of tokens (n,) but the first. `stride` is of use in context "window" only."""
+    if len(tokens) < 2:
+        raise InputError(f"data: {len(tokens)} tokens; at least 2 are needed to predict one")
+    last = len(tokens) - 1
+    total = 0.0
+    if context == "stream":
+        state, length = model.start(1, stream=True), max(16, LOGITS_AT_A_TIME // model.vocab_size)
+        for start in range(0, last, length):
+            nats, state = _nats(model, tokens[None, start : min(start + length, last) + 1], 0, state, device)
+            total += nats
+        return total
+    # Whole windows in batches, then a last one that may be shorter; the first has nothing to skip.
+    starts = list(range(0, max(last - window, 0) + 1, stride))
+    batch = max(1, LOGITS_AT_A_TIME // (model.vocab_size * window))
+    total += _nats(model, tokens[None, : min(window, last) + 1], 0, None, device)[0]
+    for i in range(1, len(starts), batch):
+        rows = np.stack([tokens[start : start + window + 1] for start in starts[i : i + batch]])
+        total += _nats(model, rows, window - stride, None, device)[0]
+    scored = starts[-1] + window
+    if scored < last:
+        start = starts[-1] + stride
+        total += _nats(model, tokens[None, start:], scored - start, None, device)[0]
+    return total
+
+
+def figures(nats: float, tokens: int, size: int, words: int) -> dict[str, float]:
+    """Bits per byte, and perplexity per token and per word, of a text of `tokens` tokens, `size` bytes, `words` words."""
+    return {
+        "bits_per_byte": nats / math.log(2) / size,
+        "token_perplexity": _exp(nats / (tokens - 1)),
+        "word_perplexity": _exp(nats / max(words, 1)),
+    }
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def bigram_nats(train: np.ndarray, tokens: np.ndarray, vocab_size: int) -> float:
+    """Mean nats per token of a bigram model of the same tokens: the figure that any language model has to beat.
+
+    p(b | a) = (count(a, b) + λ·p(b)) / (count(a) + λ), p(b) add-one smoothed; the λ that suits `tokens` best is taken,
+    so the figure errs in the bigram's favour. At most 20 million training tokens are counted.
+    """
+    train = np.asarray(train[:20_000_000], np.int64)
+    tokens = np.asarray(tokens, np.int64)
+    pairs, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    wanted = tokens[:-1] * vocab_size + tokens[1:]
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    pair_count = np.where(pairs[place] == wanted, counts[place], 0)
+    single = np.bincount(train, minlength=vocab_size)
+    p_single = (single[tokens[1:]] + 1) / (len(train) + vocab_size)
+    priors = [2.0**i for i in range(-2, 14)]
+    return min(-np.log((pair_count + k * p_single) / (single[tokens[:-1]] + k)).mean() for k in priors)
+
+
+def read_tokens(data: str, config: Config, tokenizer: Tokenizer, say: Callable) -> tuple[np.ndarray, int, int]:
+    """Tokens, bytes and words of a split of the run's own data set, or of a text file."""
+    if data in SPLITS:
+        file = getattr(prepare(config, say), data)
+        return file.tokens, file.n_bytes, file.n_words
+    path = Path(data)
+    if not path.is_file():
+        raise InputError(f"data: {data} is neither one of {', '.join(SPLITS)} nor a file")
+    text = "".join(read_text(path))
+    ids = [i for _, _, piece in encode_documents(iter([(True, text)]), tokenizer) for i in piece]
+    return np.array(ids, np.int64), len(text.encode()), len(text.split()) + text.count("\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run directory, .safetensors file, or an old .pt")
+    parser.add_argument("--data", default="test", help="a split of the run's data, or a text file (default test)")
+    parser.add_argument("--window", type=int, help="tokens in a window (default: the run's block_size)")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
+    parser.add_argument("--context", choices=["stream", "window"], help="default: the run's eval_context")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
+    args = parser.parse_args()
+    model, config, tokenizer = load_model(args.checkpoint, args.device)
+    if tokenizer is None:
+        raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text can be read")
+    window = args.window if args.window is not None else config.block_size
+    stride = args.stride if args.stride is not None else max(1, window // 2)
+    if window < 1:
+        raise InputError(f"window: {window} must be at least 1")
+    if not 1 <= stride <= window:
+        raise InputError(f"stride: {stride} must be from 1 to the window, {window}, or tokens would be left out")
+    tokens, size, words = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr))
+    context = args.context or config.eval_context
+    nats = score(model, tokens, window, stride, context, args.device)
+    result = {"nats": nats, "tokens": len(tokens) - 1, "bytes": size, "words": words}
+    result |= figures(nats, len(tokens), size, words)
+    result |= {"context": context, "window": window, "stride": stride, "tokenizer": tokenizer.name, "data": args.data}
+    print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+if __name__ == "__main__":
+    run_command(main)

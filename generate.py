@@ -1,0 +1,352 @@
+"""Continues a prompt with a trained model.
+
+    python generate.py --checkpoint logs/RUN --prompt "The history of" --num_tokens 200
+
+Text goes to stdout as it is made; figures go to stderr as `key: value`; samples are appended to the run's generations.txt.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import load_model
+from config import Config, InputError, run_command
+from model import FastWeightMemory
+from sampling import Settings, generate, measure
+from tokenizer import TextStream, Tokenizer
+
+GENERATIONS_FILE = "generations.txt"
+STRATEGIES = {"top_p": 0.85, "repetition_penalty": 1.2, "entropy_adaptive": True, "metrics": True, "clean_spacing": True}
+STRATEGIES_TEMPERATURE = 0.9  # the highest under --strategies
+
+# ===== WikiText's spacing
+
+CONTRACTION = re.compile(r"n't|'(s|t|re|ve|m|ll|d)", re.IGNORECASE)
+SPAN_OF_NUMBERS = re.compile(r"\S*\d – \d\S*|\d\d? : \d\d")  # years, scores; times of day
+CLOSING = {".", ",", ";", ":", "!", "?", "...", ")", "]", "%"}
+OPENING = {"(", "[", "$", "£"}
+
+
+def clean_spacing(text: str) -> str:
+    """Undoes WikiText's tokenisation line by line: `@-@`, `@,@`, `@.@`, spaces around punctuation, quotes, brackets and
+    before contractions. Text that is clean stays as it is."""
+    return "\n".join(map(_clean_line, text.split("\n")))
+
+
+def _clean_line(line: str) -> str:
+    while (cleaned := _clean_once(line)) != line:  # each pass removes something, so this ends
+        line = cleaned
+    return line
+
+
+def _clean_once(line: str) -> str:
+    words = line.split(" ")
+    glued = set()  # i: no space between words i and i + 1
+    is_open = {'"': False, "'": False}
+    for i, word in enumerate(words):
+        previous, following = words[i - 1] if i else "", words[i + 1] if i + 1 < len(words) else ""
+        if word in is_open:
+            if not is_open[word] and word == "'" and (previous.endswith("s") or "'" not in words[i + 1 :]):
+                if previous.endswith("s"):  # a plural's genitive, more often than a quote
+                    glued.add(i - 1)
+                continue
+            glued.add(i - 1 if is_open[word] else i)
+            is_open[word] = not is_open[word]
+        elif word in ("@-@", "@,@", "@.@"):
+            words[i] = word[1]
+            glued |= {i - 1, i}
+        elif SPAN_OF_NUMBERS.fullmatch(f"{previous} {word} {following}"):
+            glued |= {i - 1, i}
+        elif word in CLOSING or CONTRACTION.fullmatch(word):
+            glued.add(i - 1)
+        elif word in OPENING:
+            glued.add(i)
+    return "".join(word if i in glued else word + " " for i, word in enumerate(words[:-1])) + words[-1]
+
+
+class Printer:
+    """Prints text as it comes, in whole characters; with `clean`, in whole lines, whose quotes are paired."""
+
+    def __init__(self, tokenizer: Tokenizer, clean: bool):
+        self.stream, self.clean, self.line = TextStream(tokenizer), clean, ""
+
+    def text(self, text: str) -> None:
+        if self.clean:
+            *whole, self.line = (self.line + text).split("\n")
+            text = "".join(f"{_clean_line(line)}\n" for line in whole)
+        if text:
+            print(text, end="", flush=True)
+
+    def token(self, token: int) -> None:
+        self.text(self.stream.push(token))
+
+    def end(self) -> None:
+        self.text(self.stream.flush())
+        print(_clean_line(self.line) if self.clean else "", flush=True)
+
+
+# ===== For other scripts
+
+
+def settings_of(config: Config) -> Settings:
+    """The settings that a run's config asks for."""
+    keys = ("temperature", "top_p", "repetition_penalty", "seed")
+    return Settings(context=config.eval_context, **{key: getattr(config, key) for key in keys})
+
+
+def sample_text(model: nn.Module, tokenizer: Tokenizer, config: Config, num_tokens: int) -> str:
+    """The config's prompt, continued by the model as it is: plain text. Leaves the model in the mode that it was in."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    ids = torch.tensor([tokenizer.encode(config.generation_prompt)], dtype=torch.int64, device=device)
+    sample = generate(model.eval(), ids, num_tokens, settings_of(config))
+    model.train(was_training)
+    return tokenizer.decode(sample.ids[0].tolist())
+
+
+# ===== The command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    def complain(message: str) -> NoReturn:  # argparse itself would print its usage too: bad input is one line
+        raise InputError(f"{message}; see python generate.py --help")
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=formatter, allow_abbrev=False)
+    parser.error = complain
+    given = "(default: the checkpoint's %s)"
+    add = parser.add_argument_group("Text").add_argument
+    add("--checkpoint", metavar="PATH", required=True, help="run directory, .safetensors file, or an old .pt")
+    add("--prompt", metavar="TEXT", help="text to go on from " + given % "generation_prompt")
+    add("--num_tokens", type=int, metavar="N", help="tokens to generate " + given % "num_new_tokens")
+    add("--n", type=int, default=1, help="samples, in one batch; several are printed when all are done (default 1)")
+    add("--seed", type=int, default=1337, help="the same seed gives the same text, whatever the batch (default 1337)")
+    add("--interactive", action="store_true", help="read a prompt per line from stdin until it ends, and continue each")
+    add = parser.add_argument_group("Choosing a token").add_argument
+    add("--temperature", type=float, metavar="T", help="divides the logits; 0 = most probable token " + given % "temperature")
+    add("--top_p", type=float, metavar="P", help="nucleus: the smallest set of this probability " + given % "top_p")
+    add(
+        "--repetition_penalty",
+        type=float,
+        metavar="R",
+        help="divides positive and multiplies negative logits of tokens in the text so far " + given % "repetition_penalty",
+    )
+    add("--context", choices=["stream", "window"], help=CONTEXT_HELP)
+    add = parser.add_argument_group("Strategies").add_argument
+    add("--strategies", action="store_true", help=STRATEGIES_HELP)
+    add("--entropy_adaptive", action="store_true", help=ADAPTIVE_HELP)
+    add("--min_temperature", type=float, default=0.5, metavar="T", help="T_min of --entropy_adaptive (default 0.5)")
+    add("--lookahead_k", type=int, default=1, metavar="K", help=LOOKAHEAD_HELP)
+    add("--lookahead_depth", type=int, default=4, metavar="D", help="tokens of each candidate's greedy text (default 4)")
+    add(
+        "--best_of_n",
+        type=int,
+        default=1,
+        metavar="N",
+        help=BEST_HELP,
+    )
+    add("--wavelet_coherence", action="store_true", help=COHERENCE_HELP)
+    add("--fwpkm_inference_updates", action="store_true", help="let the text rewrite the fast-weight memory as it goes")
+    add = parser.add_argument_group("Output and speed").add_argument
+    add("--clean_spacing", action="store_true", help="undo WikiText's spacing of punctuation, quotes and contractions")
+    add("--metrics", action="store_true", help="mean log-probability, entropy, Distinct-1/2/3 and Rep-4, on stderr")
+    width = parser.add_mutually_exclusive_group()
+    width.add_argument("--ptq8", action="store_true", help="quantise the weights to 8 bits while loading")
+    width.add_argument("--ptq4", action="store_true", help="quantise the weights to 4 bits while loading")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one (default auto)")
+    return parser
+
+
+CONTEXT_HELP = (
+    "past block_size: stream carries the state on, its mean over the last block_size tokens; window rebuilds it from the "
+    "last block_size/2 tokens whenever block_size is reached (default: the checkpoint's eval_context)"
+)
+STRATEGIES_HELP = (
+    "--entropy_adaptive with at most temperature 0.9, --top_p 0.85, --repetition_penalty 1.2, --metrics, --clean_spacing; "
+    "a value given beside it counts"
+)
+ADAPTIVE_HELP = (
+    "temperature T_max - H/ln V * (T_max - T_min), H the entropy of the model's softmax, T_max the --temperature: "
+    "careful where the model is unsure"
+)
+LOOKAHEAD_HELP = (
+    "try the K most probable tokens of the nucleus, each followed by a greedy text of --lookahead_depth tokens, and take "
+    "the one whose whole text is most probable; chance has no part in it (default 1: no lookahead)"
+)
+BEST_HELP = "make N texts for each sample and keep the one whose mean log-probability is highest (default 1)"
+COHERENCE_HELP = (
+    "every 16 tokens compare the mean Haar approximation of the prompt's embeddings with that of the last 128 tokens; "
+    "where their cosine c is under 0.5, top_p is multiplied by max(0.5, c/0.5)"
+)
+
+
+def read_settings(args: argparse.Namespace, config: Config) -> Settings:
+    """What the command line says, over what --strategies says, over what the checkpoint's config says."""
+    settings = settings_of(config)
+    if args.strategies:
+        temperature = args.temperature if args.temperature is not None else settings.temperature
+        args.temperature = min(temperature, STRATEGIES_TEMPERATURE)
+        for name, value in STRATEGIES.items():
+            if getattr(args, name) is None or getattr(args, name) is False:  # neither given nor switched on
+                setattr(args, name, value)
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def allow_writes(model: nn.Module) -> None:
+    """Switches fwpkm_inference_updates on."""
+    memories = [module for module in model.modules() if isinstance(module, FastWeightMemory)]
+    if not memories:
+        raise InputError("fwpkm_inference_updates: this checkpoint has no fast-weight memory (its fwpkm_enabled is false)")
+    for memory in memories:
+        memory.writes = True
+
+
+def build_decoder(model: nn.Module, bits: int | None):
+    """What reads the text: the network itself, or with quantised weights of `bits` bits."""
+    if bits is None:
+        return model
+    from decode import Decoder
+
+    return Decoder(model, bits)
+
+
+def read_prompts(args: argparse.Namespace, config: Config) -> Iterator[str]:
+    """The one prompt, or with --interactive each line of stdin that has any text."""
+    if not args.interactive:
+        yield config.generation_prompt if args.prompt is None else args.prompt
+        return
+    print("> ", end="", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\r\n")
+        print("> ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("prompt: is not valid UTF-8; give it in UTF-8") from None
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise InputError("prompt: has no tokens; give some text to go on from")
+    if max(ids) >= vocab_size:
+        raise InputError(f"prompt: token {max(ids)} of {tokenizer.name} is beyond the model's {vocab_size}; they do not match")
+    return ids
+
+
+def say_figures(values: dict[str, float]) -> None:
+    for key, value in values.items():
+        print(f"{key}: {value:.4f}", file=sys.stderr)
+
+
+def speed(seconds: list[float], start: float, rows: int) -> dict[str, float]:
+    """Time to the first token, and tokens per second from the third on: the second may compile or pack the step."""
+    values = {"seconds_to_first_token": seconds[0] - start} if seconds else {}
+    if len(seconds) > 2:
+        values["tokens_per_second"] = rows * (len(seconds) - 2) / (seconds[-1] - seconds[1])
+    return values
+
+
+def keep_samples(folder: Path, settings: Settings, texts: list[str], more: str) -> None:
+    """Appends texts and what made them to the run's generations.txt."""
+    values = " ".join(f"{field.name}={getattr(settings, field.name)}" for field in fields(settings))
+    entry = f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {more} {values}\n"
+    for i, text in enumerate(texts):
+        entry += f"{heading(i, len(texts))}{text}\n\n"
+    try:
+        with open(folder / GENERATIONS_FILE, "a", encoding="utf-8", newline="\n") as file:
+            file.write(entry)
+    except OSError as error:
+        print(f"note: {folder / GENERATIONS_FILE}: cannot be written ({error.strerror}); text is printed only", file=sys.stderr)
+
+
+def heading(i: int, n: int) -> str:
+    return f"--- sample {i + 1} of {n}\n" if n > 1 else ""
+
+
+@dataclass
+class Session:
+    """A decoder with all that it takes to continue prompts."""
+
+    decoder: Any  # a Decoder
+    tokenizer: Tokenizer
+    settings: Settings
+    num_tokens: int
+    vocab_size: int
+    device: str
+    embedding: Tensor | None  # (V, C), for wavelet_coherence
+    clean: bool
+    metrics: bool
+
+    def continue_prompt(self, prompt: str) -> list[str]:
+        """Generates, prints and measures. A single text is printed as it comes; several, or the best of several, when done."""
+        ids = torch.tensor([encode_prompt(prompt, self.tokenizer, self.vocab_size)], dtype=torch.int64, device=self.device)
+        printer = Printer(self.tokenizer, self.clean) if self.settings.rows == 1 else None
+        moments: list[float] = []
+
+        def on_token(tokens: Tensor) -> None:
+            if printer is not None:
+                printer.token(int(tokens[0]))
+            moments.append(time.perf_counter())
+
+        start = time.perf_counter()
+        if printer is not None:
+            printer.text(prompt)
+        sample = generate(self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding)
+        texts = [self.tokenizer.decode(row) for row in sample.ids.tolist()]
+        if self.clean:
+            texts = [clean_spacing(text) for text in texts]
+        if printer is not None:
+            printer.end()
+        else:
+            for i, text in enumerate(texts):
+                print(f"{heading(i, len(texts))}{text}", flush=True)
+        if self.metrics and self.num_tokens:
+            say_figures(measure(sample, ids.size(1)))
+        say_figures(speed(moments, start, self.settings.rows))
+        return texts
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.interactive and args.prompt is not None:
+        raise InputError("prompt: --interactive reads its prompts from stdin; leave one of the two out")
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
+    device = "cuda" if has_gpu and args.device != "cpu" else "cpu"
+    model, config, tokenizer = load_model(args.checkpoint, device)
+    if tokenizer is None:
+        raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so it can write no text")
+    settings = read_settings(args, config)
+    num_tokens = config.num_new_tokens if args.num_tokens is None else args.num_tokens
+    if num_tokens < 0:
+        raise InputError(f"num_tokens: {num_tokens} is out of range; it must be 0 or more")
+    if settings.lookahead_k > 1 and settings.rows > 1:
+        print("note: chance has no part in lookahead, so all samples will be the same", file=sys.stderr)
+    if args.fwpkm_inference_updates:
+        allow_writes(model)
+    bits = 8 if args.ptq8 else 4 if args.ptq4 else None
+    embedding = model.cells[0].token_embedding.weight.detach() if settings.wavelet_coherence else None
+    decoder, vocab_size = build_decoder(model, bits), model.vocab_size
+    del model  # what the decoder has packed is not needed twice
+    clean, metrics = args.clean_spacing, args.metrics
+    session = Session(decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics)
+    folder = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
+    for prompt in read_prompts(args, config):
+        keep_samples(folder, settings, session.continue_prompt(prompt), f"num_tokens={num_tokens} bits={bits}")
+
+
+if __name__ == "__main__":
+    run_command(main)

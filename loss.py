@@ -1,0 +1,50 @@
+"""The training loss: cross-entropy of a linear head that never holds all logits, the largest tensor of a training step."""
+
+import torch
+from torch import Tensor
+
+
+def autocast_type(like: Tensor) -> torch.dtype:
+    """The type of a matrix product of `like` under the autocast in force, if any."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a linear head, in nats, that never holds more than `rows` rows of logits.
+
+    The gradients of a chunk, softmax − one-hot, are used where its logits are made, so that no logit is computed twice.
+    Products are in the autocast type, softmax and sums in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, rows: int, want_gradient: bool) -> Tensor:
+        kind = autocast_type(h)
+        h_low, w_low = h.to(kind), weight.to(kind)
+        total = h.new_zeros((), dtype=torch.float32)
+        grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(weight)) if want_gradient else (None, None)
+        for start in range(0, h.size(0), rows):
+            part, target = h_low[start : start + rows], targets[start : start + rows, None]
+            logits = (part @ w_low.T).float()
+            normaliser = logits.logsumexp(1, keepdim=True)
+            total += (normaliser - logits.gather(1, target)).sum()
+            if want_gradient:
+                error = (logits - normaliser).exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).to(kind)
+                grad_h[start : start + rows] = error @ w_low
+                grad_w += error.T @ part
+        ctx.save_for_backward(grad_h, grad_w)
+        ctx.tokens = h.size(0)
+        return total / h.size(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        scale = gradient / ctx.tokens
+        return grad_h * scale, grad_w * scale, None, None, None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits h Wᵀ: h (B, T, C), weight (V, C), targets (B, T) int64."""
+    rows = max(1, 2**23 // weight.size(0))  # 32 MB of fp32 logits at a time
+    return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), rows, torch.is_grad_enabled())

@@ -1,0 +1,338 @@
+"""From logits to text: how the next token is chosen, for a whole batch of texts at once, without any I/O.
+
+`generate` is the loop; the rules it follows are the functions before it, each of them pure. No rule ever reads text again:
+what a strategy tries out, it tries on forked states (`state.select`). Letters: R rows (texts), V vocabulary, k candidates.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import InputError
+
+PREFILL = 512  # prompt tokens read at once: enough to keep the matrix products busy, and their memory is bounded
+# Wavelet coherence: how often it is looked at, over how many tokens, and what it does (see `tightened`).
+COHERENCE_EVERY, COHERENCE_SPAN, COHERENCE_THRESHOLD, COHERENCE_LEAST = 16, 128, 0.5, 0.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How text is sampled. Raises `InputError`, naming the setting, for a value that has no meaning."""
+
+    temperature: float = 1.0  # 0 = the most probable token; with entropy_adaptive the highest temperature
+    top_p: float = 0.95
+    repetition_penalty: float = 1.1
+    seed: int = 1337
+    n: int = 1  # samples of each prompt, all in one batch
+    best_of_n: int = 1  # texts tried for each sample; the most probable one stays
+    context: Literal["stream", "window"] = "stream"
+    entropy_adaptive: bool = False
+    min_temperature: float = 0.5  # of entropy_adaptive
+    lookahead_k: int = 1  # 1 = no lookahead
+    lookahead_depth: int = 4
+    wavelet_coherence: bool = False
+
+    def __post_init__(self):
+        limits = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (the most probable token) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (1 <= self.repetition_penalty < math.inf, "1 (none) or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "n": (self.n >= 1, "at least 1"),
+            "best_of_n": (self.best_of_n >= 1, "at least 1"),
+            "context": (self.context in ("stream", "window"), "stream or window"),
+            "min_temperature": (0 < self.min_temperature < math.inf, "above 0"),
+            "lookahead_k": (self.lookahead_k >= 1, "at least 1 (none)"),
+            "lookahead_depth": (self.lookahead_depth >= 1, "at least 1"),
+        }
+        for name, (good, right) in limits.items():
+            if not good:
+                raise InputError(f"{name}: {getattr(self, name)} is out of range; it must be {right}")
+
+    @property
+    def rows(self) -> int:
+        """Texts generated for each prompt."""
+        return self.n * self.best_of_n
+
+
+class Sample(NamedTuple):
+    """Generated texts: ids (rows, T + N), the prompt's T tokens first; for each of the N new tokens its log-probability
+    (rows, N) and the entropy of the distribution it came from (rows, N), in nats, both under the model's own softmax."""
+
+    ids: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+
+
+# ===== Rules
+
+
+def penalised(logits: Tensor, factor: Tensor | None) -> Tensor:
+    """Logits of tokens seen before, positive ones divided and negative ones multiplied by the repetition penalty (Keskar
+    et al., "CTRL", 2019). factor (R, V): the penalty, ≥ 1, where a row's text has the token, else 1; None = no penalty."""
+    return logits if factor is None else torch.minimum(logits / factor, logits * factor)
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """The entropy (R,), in nats, of log-probabilities (R, V)."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def adaptive_temperature(entropy: Tensor, vocab_size: int, lowest: float, highest: float) -> Tensor:
+    """T = T_max − H / ln V · (T_max − T_min): daring where the model is sure, careful where it is not. H (R,) in nats."""
+    return highest - entropy / math.log(vocab_size) * (highest - lowest)
+
+
+def before(probs: Tensor, token: Tensor) -> Tensor:
+    """The tokens that come before `token` (R, 1) in falling order of probs (R, V), among equals by id: a mask (R, V)."""
+    p = probs.gather(1, token)
+    return (probs > p) | ((probs == p) & (torch.arange(probs.size(1), device=probs.device) < token))
+
+
+def draw(probs: Tensor, top_p: Tensor, uniform: Callable[[list[int]], Tensor]) -> Tensor:
+    """Draws a token (R,) from each row's nucleus, the smallest set of tokens whose probability reaches `top_p`
+    (Holtzman et al., "The curious case of neural text degeneration", 2020).
+
+    Nothing is sorted, which would cost more than the network's step. A token drawn from all is in the nucleus if those
+    before it in falling order hold less than top_p. If not, neither it nor what comes after it is: they are struck off
+    and the row draws again. A draw succeeds with probability ≥ top_p, so one or two passes over V do.
+
+    probs (R, V), top_p (R, 1); uniform(rows) gives a number in [0, 1) for each of those rows, (len(rows), 1). Tokens are
+    drawn by the inverse of the cumulative distribution in order of id: unlike falling order, it hardly moves when
+    rounding (another batch size, another kernel) swaps two tokens of nearly the same probability.
+    """
+    tokens = torch.zeros(len(probs), dtype=torch.int64, device=probs.device)
+    rows = list(range(len(probs)))
+    while rows:
+        cumulative = probs.cumsum(1)
+        total = cumulative[:, -1:]
+        target = torch.minimum(uniform(rows).to(probs) * total, torch.nextafter(total, torch.zeros_like(total)))
+        token = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.size(1) - 1)
+        tokens[rows] = token.squeeze(1)
+        probs = probs * before(probs, token)
+        outside = (probs.sum(1, keepdim=True) >= top_p).squeeze(1)
+        again = outside.nonzero().squeeze(1)
+        rows = [rows[i] for i in again.tolist()]
+        probs, top_p = probs[again], top_p[again]
+    return tokens
+
+
+def haar_mean(embedded: Tensor, levels: int) -> Tensor:
+    """The mean over positions of the coarsest Haar approximation of embedded (R, T, C): (R, C).
+
+    At position t the undecimated approximation after `levels` levels is 2^(−levels/2) times the sum of the last 2^levels
+    embeddings, zeros before the start. So in the mean the embedding at s counts min(2^levels, T − s) times.
+    """
+    length = embedded.size(1)
+    times = torch.arange(length, 0, -1, device=embedded.device).clamp(max=2**levels).to(embedded.dtype)
+    return (times @ embedded) * (2 ** (-levels / 2) / length)
+
+
+def tightened(top_p: float, coherence: Tensor) -> Tensor:
+    """top_p · clamp(coherence / threshold, least, 1): below the threshold the nucleus shrinks, to `least` at the worst."""
+    return top_p * (coherence / COHERENCE_THRESHOLD).clamp(COHERENCE_LEAST, 1)
+
+
+# ===== Reading
+
+
+def window_start(length: int, block_size: int) -> int:
+    """The first of `length` tokens that a window's state still holds: whenever block_size tokens are held and one more
+    comes, the state starts anew from the last block_size // 2 and the new one."""
+    stride = block_size - block_size // 2
+    return max(0, -(-(length - block_size) // stride)) * stride
+
+
+class Reader:
+    """A decoder and its state, which goes past block_size as `context` says.
+
+    "stream": the state is carried on for ever, its running mean over the last block_size positions. "window": the
+    state never holds more than block_size tokens, positions start at 0 and there are zeros before it, as in training.
+    """
+
+    def __init__(self, decoder, context: str):
+        self.decoder, self.block_size, self.stream = decoder, decoder.config.block_size, context == "stream"
+        self.state, self.held = None, 0
+
+    def start(self, ids: Tensor) -> Tensor:
+        """Reads ids (R, T) from the start, in bounded pieces. Returns the logits after the last, (R, V) in fp32."""
+        if not self.stream:
+            ids = ids[:, window_start(ids.size(1), self.block_size) :]
+        self.state, self.held = self.decoder.start(len(ids), stream=self.stream), 0
+        for piece in ids.split(PREFILL, dim=1):
+            logits = self.read(piece)
+        return logits
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Reads on: ids (R, T), for which there must be room. Returns the logits after the last, (R, V) in fp32."""
+        logits, self.state = self.decoder(ids, self.state)
+        self.held += ids.size(1)
+        return logits[:, -1].float()
+
+    def make_room(self, text: Tensor) -> None:
+        """Before a token is read after `text` (R, n): in a full window the state is rebuilt from the last half."""
+        if not self.stream and self.held == self.block_size:
+            self.start(text[:, text.size(1) - self.block_size // 2 :])
+
+
+def look_ahead(reader: Reader, logits: Tensor, probs: Tensor, top_p: Tensor, factor: Tensor | None, settings: Settings):
+    """Tries the lookahead_k most probable tokens of the nucleus: each is read by a fork of the state and followed by the
+    greedy text of lookahead_depth tokens. The one whose own log-probability plus that of its text is highest is taken;
+    both are under the penalised softmax, since tokens that the penalty will not let pass should not raise a score.
+
+    All R·k forks are one batch, so it costs lookahead_depth calls. logits (R, V) are penalised. Returns the tokens (R,);
+    the reader has read them, and the logits after them (R, V), as from `Reader.read`, come second.
+    """
+    k, depth = min(settings.lookahead_k, logits.size(1)), settings.lookahead_depth
+    best, candidates = probs.topk(k)
+    score = logits.log_softmax(-1).gather(1, candidates)
+    score = score.masked_fill(best.cumsum(1) - best >= top_p, -math.inf).flatten()  # outside the nucleus
+
+    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(k)
+    token = candidates.flatten()[:, None]  # (R·k, 1)
+    after, state = reader.decoder(token, reader.state.select(rows))
+    after = after[:, -1].float()
+    if factor is not None:
+        factor = factor[rows].scatter_(1, token, settings.repetition_penalty)
+    ahead, fork = after, state
+    for step in range(depth):
+        value, token = penalised(ahead, factor).log_softmax(-1).max(-1, keepdim=True)
+        score = score + value.squeeze(1)
+        if step + 1 == depth:
+            break
+        if step == 0:  # a call may change the state that it is given, and the state after the candidates is needed
+            fork = state.select(torch.arange(len(rows), device=rows.device))
+        if factor is not None:
+            factor.scatter_(1, token, settings.repetition_penalty)
+        ahead, fork = reader.decoder(token, fork)
+        ahead = ahead[:, -1].float()
+    chosen = score.view(-1, k).argmax(1) + k * torch.arange(len(logits), device=rows.device)
+    reader.state, reader.held = state.select(chosen), reader.held + 1
+    return candidates.flatten()[chosen], after[chosen]
+
+
+# ===== The loop
+
+
+class Rules:
+    """The settings at work on R texts: what they remember of each text, and how they choose its next token."""
+
+    def __init__(self, settings: Settings, prompts: Tensor, logits: Tensor, levels: int, embedding: Tensor | None):
+        """prompts (R, T), logits (R, V) after them; embedding (V, C) is needed for wavelet_coherence only."""
+        self.settings, self.levels, self.embedding = settings, levels, embedding
+        self.top_p = logits.new_full((len(prompts), 1), settings.top_p)
+        self.factor = None  # (R, V), see `penalised`
+        if settings.repetition_penalty != 1:
+            self.factor = torch.ones_like(logits).scatter_(1, prompts, settings.repetition_penalty)
+        if settings.wavelet_coherence:
+            self.theme = self.summary(prompts)
+        # A generator for each row, so that no row's text depends on the rows beside it.
+        self.generators = [np.random.default_rng((settings.seed, row)) for row in range(len(prompts))]
+
+    def summary(self, text: Tensor) -> Tensor:
+        return haar_mean(self.embedding[text].float(), self.levels)
+
+    def uniform(self, rows: list[int]) -> Tensor:
+        return torch.tensor([[self.generators[row].random()] for row in rows], dtype=torch.float64)
+
+    def look_back(self, text: Tensor) -> None:
+        """Wavelet coherence: tightens top_p where the end of text (R, n) has strayed from the prompt."""
+        coherence = torch.cosine_similarity(self.theme, self.summary(text[:, -COHERENCE_SPAN:]), dim=-1)
+        self.top_p = tightened(self.settings.top_p, coherence)[:, None]
+
+    def probabilities(self, logits: Tensor, entropy: Tensor) -> Tensor:
+        """The softmax of penalised logits (R, V) at the temperature that is due; at 1 where only the order counts."""
+        temperature = self.settings.temperature
+        if self.settings.entropy_adaptive and temperature > 0:
+            lowest = min(self.settings.min_temperature, temperature)
+            return (logits / adaptive_temperature(entropy, logits.size(1), lowest, temperature)[:, None]).softmax(-1)
+        return (logits / (temperature or 1.0)).softmax(-1)
+
+    def choose(self, logits: Tensor, entropy: Tensor, reader: Reader, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The token (R,) that follows text (R, n), and the logits after it if finding it took reading it (else None)."""
+        logits = penalised(logits, self.factor)
+        if self.settings.lookahead_k > 1:
+            reader.make_room(text)
+            probs = self.probabilities(logits, entropy)
+            token, after = look_ahead(reader, logits, probs, self.top_p, self.factor, self.settings)
+        elif self.settings.temperature == 0:
+            token, after = logits.argmax(-1), None
+        else:
+            token, after = draw(self.probabilities(logits, entropy), self.top_p, self.uniform), None
+        if self.factor is not None:
+            self.factor.scatter_(1, token[:, None], self.settings.repetition_penalty)
+        return token, after
+
+
+@torch.no_grad()  # not inference_mode: its tensors could not be given to a network that is being trained
+def generate(
+    decoder,
+    ids: Tensor,
+    num_tokens: int,
+    settings: Settings,
+    on_token: Callable[[Tensor], None] | None = None,
+    embedding: Tensor | None = None,
+) -> Sample:
+    """Continues each of the prompts ids (B, T) by `num_tokens` tokens, settings.n times: B·n texts.
+
+    decoder: a `Decoder` or the network itself. on_token(tokens) is called with each step's new tokens (B·n·best_of_n,).
+    embedding (V, C): the token embedding, for wavelet_coherence. Raises `InputError` for an empty prompt, num_tokens < 0
+    and logits that are not finite.
+    """
+    if ids.size(1) == 0:
+        raise InputError("prompt: has no tokens; give some text to go on from")
+    if num_tokens < 0:
+        raise InputError(f"num_tokens: {num_tokens} is out of range; it must be 0 or more")
+    reader = Reader(decoder, settings.context)
+    logits, length = reader.start(ids), ids.size(1)
+    if settings.rows > 1:
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(settings.rows)
+        ids, logits, reader.state = ids[rows], logits[rows], reader.state.select(rows)
+    text = torch.cat([ids, ids.new_zeros(len(ids), num_tokens)], dim=1)
+    rules = Rules(settings, ids, logits, decoder.config.levels, embedding)
+    log_probs, entropies = logits.new_zeros(len(ids), num_tokens), logits.new_zeros(len(ids), num_tokens)
+
+    for i in range(num_tokens):
+        so_far = text[:, : length + i]
+        if settings.wavelet_coherence and i and i % COHERENCE_EVERY == 0:
+            rules.look_back(so_far)
+        log_p = logits.log_softmax(-1)
+        entropies[:, i] = entropy_of(log_p)
+        token, logits = rules.choose(logits, entropies[:, i], reader, so_far)
+        text[:, length + i] = token
+        log_probs[:, i] = log_p.gather(1, token[:, None]).squeeze(1)
+        if on_token is not None:
+            on_token(token)
+        if logits is None and i + 1 < num_tokens:
+            reader.make_room(so_far)
+            logits = reader.read(token[:, None])
+
+    if not log_probs.isfinite().all():
+        raise InputError("checkpoint: gives logits that are not finite, so no text can be sampled; train it anew")
+    if settings.best_of_n > 1:  # all texts are of one length, so sums order them as means do
+        tries = log_probs.sum(1).view(-1, settings.best_of_n)
+        best = tries.argmax(1) + settings.best_of_n * torch.arange(len(tries), device=ids.device)
+        text, log_probs, entropies = text[best], log_probs[best], entropies[best]
+    return Sample(text, log_probs, entropies)
+
+
+def measure(sample: Sample, prompt_length: int) -> dict[str, float]:
+    """Means over the texts of a sample: log-probability and entropy per new token in nats, and of the new tokens
+    Distinct-n, the share of different n-grams (Li et al., 2016), and Rep-4 = 1 − Distinct-4 (Welleck et al., 2020)."""
+    texts = sample.ids[:, prompt_length:].tolist()
+    values = {"mean_log_probability": sample.log_probs.mean().item(), "entropy": sample.entropy.mean().item()}
+    for n in (1, 2, 3):
+        values[f"distinct_{n}"] = sum(distinct(text, n) for text in texts) / len(texts)
+    values["rep_4"] = 1 - sum(distinct(text, 4) for text in texts) / len(texts)
+    return values
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """The share of different n-grams among all of `tokens`; 1 where there are none, since then none is repeated."""
+    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0

@@ -1,0 +1,140 @@
+"""The figures of evaluate.py: every token once, any batch size, against a plain computation written apart from it."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, tiny
+
+import evaluate
+from checkpoint import save_model
+from config import InputError, save_config
+from evaluate import bigram_nats, figures, read_tokens, score
+from model import State
+from tokenizer import ByteTokenizer
+
+
+class Uniform(torch.nn.Module):
+    """Gives every token the same probability, and counts what it is asked for."""
+
+    vocab_size = 7
+
+    def start(self, rows, stream):
+        return State([])
+
+    def forward(self, ids, state):
+        return torch.zeros(*ids.shape, self.vocab_size), state
+
+
+@pytest.mark.parametrize("context", ["stream", "window"])
+@pytest.mark.parametrize("length", [2, 3, 9, 10, 11, 16, 17, 63, 64, 65, 100])
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (8, 8), (8, 1), (16, 5), (200, 100)])
+def test_every_token_but_the_first_is_scored_once(monkeypatch, context, length, window, stride):
+    monkeypatch.setattr(evaluate, "LOGITS_AT_A_TIME", 7 * 24)
+    tokens = np.arange(length, dtype=np.uint16) % 7
+    nats = score(Uniform(), tokens, window, stride, context)
+    assert nats == pytest.approx((length - 1) * math.log(7))
+
+
+def plain_nats(model, tokens, window, stride):
+    """Position by position: the window that scores it is the first that holds it."""
+    total, scored, start = 0.0, 0, 0
+    while scored < len(tokens) - 1:
+        ids = torch.tensor([tokens[start : start + window]])
+        log_p = torch.log_softmax(model(ids)[0][0].double(), dim=-1)
+        for t in range(ids.size(1)):
+            target = start + t + 1
+            if target > scored and target < len(tokens):
+                total -= log_p[t, tokens[target]].item()
+                scored = target
+        start += stride
+    return total
+
+
+@pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 32), (20, 7)])
+def test_window_nats_equal_a_plain_loop_on_real_text(shared, window, stride):
+    text = (shared / "data/wikitext/test.txt").read_text(encoding="utf-8")[:1500]
+    tokens = list(text.encode())
+    model = random_model_of_bytes()
+    with torch.no_grad():
+        expected = plain_nats(model, tokens, window, stride)
+    assert score(model, np.array(tokens), window, stride, "window") == pytest.approx(expected, rel=1e-5)
+
+
+def test_stream_nats_equal_one_pass_over_the_whole_text(shared, monkeypatch):
+    tokens = np.frombuffer((shared / "data/wikitext/test.txt").read_bytes()[:1500], np.uint8)
+    model = random_model_of_bytes()
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        logits, _ = model(ids[:, :-1], model.start(1, stream=True))
+        expected = torch.nn.functional.cross_entropy(logits[0].double(), ids[0, 1:], reduction="sum").item()
+    for size in (256 * 16, 256 * 100):
+        monkeypatch.setattr(evaluate, "LOGITS_AT_A_TIME", size)
+        assert score(model, tokens, 32, 16, "stream") == pytest.approx(expected, rel=1e-6)
+
+
+def random_model_of_bytes():
+    from conftest import randomised
+
+    from model import build_model
+
+    torch.manual_seed(0)
+    return randomised(build_model(tiny(), 256)).eval()
+
+
+def test_the_batch_size_has_no_bearing_on_the_figures(monkeypatch):
+    model, tokens = random_model(tiny()), np.random.default_rng(0).integers(0, 50, 500)
+    results = []
+    for size in (1, 50 * 32 * 3, 2**24):
+        monkeypatch.setattr(evaluate, "LOGITS_AT_A_TIME", size)
+        results.append(score(model, tokens, 32, 16, "window"))
+    assert results == pytest.approx([results[0]] * 3, rel=1e-6)
+
+
+def test_wikitext_test_has_its_published_number_of_words(shared):
+    _, size, words = read_tokens(str(shared / "data/wikitext/test.txt"), tiny(), ByteTokenizer(), print)
+    assert words == 245_569
+    assert size == (shared / "data/wikitext/test.txt").stat().st_size
+
+
+def test_figures_are_in_their_units():
+    values = figures(nats=1000 * math.log(2), tokens=501, size=2000, words=100)
+    assert values["bits_per_byte"] == pytest.approx(0.5)
+    assert values["token_perplexity"] == pytest.approx(4.0)
+    assert values["word_perplexity"] == pytest.approx(2.0**10)
+
+
+def test_bigram_nats_equal_the_formula():
+    train, tokens = np.array([0, 1, 0, 1, 2, 0]), np.array([0, 1, 2])
+    single = {0: 3, 1: 2, 2: 1}
+    pairs = {(0, 1): 2, (1, 2): 1}
+
+    def nats(k):
+        terms = [(pairs[a, b] + k * (single[b] + 1) / (6 + 3)) / (single[a] + k) for a, b in ((0, 1), (1, 2))]
+        return -sum(map(math.log, terms)) / 2
+
+    assert bigram_nats(train, tokens, 3) == pytest.approx(min(nats(2.0**i) for i in range(-2, 14)))
+
+
+def test_the_command_prints_the_promised_json(tmp_path, monkeypatch, capsys):
+    model = random_model_of_bytes()
+    save_model(model, tmp_path / "best_model.safetensors")
+    save_config(model.config, tmp_path / "config.json")
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "text.txt").write_text("Some läng text, for the byte tokenizer.\n" * 20, encoding="utf-8")
+    command = ["evaluate.py", "--checkpoint", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    evaluate.main()
+    result = json.loads(capsys.readouterr().out)
+    size = (tmp_path / "text.txt").stat().st_size
+    assert (result["bytes"], result["tokens"], result["words"]) == (size, size - 1, 8 * 20)
+    assert result["bits_per_byte"] == pytest.approx(result["nats"] / math.log(2) / size)
+    assert result["tokenizer"] == "bytes"
+    assert {"token_perplexity", "word_perplexity", "window", "stride"} <= result.keys()
+    for extra in (["--window", "0"], ["--stride", "33"], ["--data", "nowhere"]):
+        monkeypatch.setattr(sys, "argv", command + extra)
+        with pytest.raises(InputError, match=extra[0][2:]):
+            evaluate.main()

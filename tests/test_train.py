@@ -1,0 +1,252 @@
+"""Training as a user runs it: files, figures, kills, resumption, bad input. Tiny network, tiny text."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_module
+from checkpoint import load_tensors
+from config import Config, InputError, make_config
+from data import prepare
+from optimizers import is_decayed, learning_rate, make_optimizer
+from record import Record
+from train import Trainer
+
+REPO = Path(__file__).parent.parent
+SMALL = {
+    "C": 16, "layers": 2, "levels": 3, "mlp_expansion": 2, "per_scale_mixer_widths": None, "block_size": 16, "pkm_num_keys": 16,
+    "pkm_top_k": 4, "fwpkm_num_keys": 16, "fwpkm_top_k": 4, "micro_batch_size": 4, "compile": False, "use_amp": False,
+    "tokenizer": "bytes", "max_steps": 12, "eval_interval": 4, "save_interval": 4, "eval_tokens": 256, "log_interval": 1,
+    "sample_tokens": 8, "num_new_tokens": 8, "generation_prompt": "The ", "warmup_fraction": 0.25, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of a few thousand words with some regularity in it."""
+    lines = [f"The {i} bears of valley {i % 7} met the fox, who owed them {i * i % 13} pears.\n" for i in range(300)]
+    (tmp_path / "tale.txt").write_text("".join(lines), encoding="utf-8")
+    return tmp_path / "tale.txt"
+
+
+@pytest.fixture
+def settings(text, tmp_path):
+    def make(**overrides):
+        values = SMALL | {"dataset": str(text), "out_dir": str(tmp_path / "logs"), "cache_dir": str(tmp_path / "cache")}
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(values | overrides), encoding="utf-8")
+        return path
+
+    return make
+
+
+def run(monkeypatch, *arguments):
+    """Runs train.py's main here, with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train_module.main()
+
+
+def only_run(tmp_path):
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, REPO / "train.py", *map(str, arguments)],
+        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def untimed(folder):
+    """The metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = {"tokens_per_second", "seconds", "peak_memory_mib", "evaluation_share", "run_dir"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+def assert_same_run(a, b):
+    for name in ("latest.pt", "best_model.safetensors"):
+        one, two = (
+            torch.load(f / name, weights_only=True)["model"] if name.endswith(".pt") else load_tensors(f / name) for f in (a, b)
+        )
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    assert untimed(a) == untimed(b)
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+
+
+def test_a_run_writes_exactly_the_promised_files_and_figures(settings, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--config", settings())
+    lines = capsys.readouterr().out.splitlines()
+    folder = only_run(tmp_path)
+    assert lines[0] == f"run: {folder}"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "env.json", "log.txt", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.json",
+        "best_model.safetensors", "latest.pt",
+    }  # fmt: skip
+    figures = dict(line.split(": ", 1) for line in lines[-30:] if ": " in line)
+    for key in ("val_bits_per_byte", "test_bits_per_byte", "bigram_val_bits_per_byte", "tokens_per_second"):
+        assert math.isfinite(float(figures[key])), key
+    for key in ("peak_memory_mib", "parameters", "seconds"):
+        assert float(figures[key]) > 0
+    assert json.loads((folder / "config.json").read_text())["C"] == 16
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_training_lowers_the_validation_loss(settings, tmp_path, monkeypatch):
+    run(monkeypatch, "--config", settings(max_steps=60, eval_interval=20, lr=0.05, **NO_DROPOUT))
+    losses = [m["loss"] for m in untimed(only_run(tmp_path)) if m["kind"] == "validation"]
+    assert losses[-1] < losses[0] - 0.3
+
+
+NO_DROPOUT = dict.fromkeys((k for k in Config.model_fields if k.startswith("dropout_")), 0.0)
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_resumes_bit_for_bit(settings, tmp_path, carry, signal_number):
+    options = ["--config", settings(max_steps=40, decompose_bypass_cross_window=carry), "--num_new_tokens", "4"]
+    whole, broken = start(*options, "--out_dir", tmp_path / "whole"), start(*options, "--out_dir", tmp_path / "broken")
+    folder = Path(broken.stdout.readline().removeprefix("run: ").strip())
+    while '"step": 9' not in (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else True:
+        assert broken.poll() is None, broken.stderr.read()
+        time.sleep(0.002)
+    broken.send_signal(signal_number)
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[signal_number]
+    broken.communicate()
+    assert broken.returncode == expected
+    again = start("--resume", folder)
+    out, error = again.communicate(timeout=120)
+    assert again.returncode == 0, error
+    assert out.splitlines()[0] == f"run: {folder}"
+    whole.communicate(timeout=120)
+    assert_same_run(next((tmp_path / "whole").iterdir()), folder)
+
+
+def trainer_of(tmp_path, text, **overrides):
+    config = make_config(SMALL | {"dataset": str(text), "cache_dir": str(tmp_path / "cache")} | overrides, "test")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return Trainer(config, Record(tmp_path / "run", quiet=True), prepare(config, lambda line: None))
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(tmp_path, text):
+    one = trainer_of(tmp_path, text, micro_batch_size=8, grad_accum=1, **NO_DROPOUT)
+    four = trainer_of(tmp_path, text, micro_batch_size=2, grad_accum=4, **NO_DROPOUT)
+    for _ in range(4):
+        (loss, norm), (loss4, norm4) = one.take_step(), four.take_step()
+        torch.testing.assert_close(loss, loss4)
+        assert norm == pytest.approx(norm4, rel=1e-4)
+    torch.testing.assert_close(weights(one), weights(four), atol=1e-4, rtol=1e-3)
+
+
+def test_evaluation_leaves_training_as_it_was(tmp_path, text):
+    plain, watched = trainer_of(tmp_path, text), trainer_of(tmp_path, text)
+    tokens = torch.arange(100) % 90
+    for _ in range(3):
+        plain.take_step()
+        watched.take_step()
+        watched.validation_nats(tokens)
+    assert torch.equal(weights(plain), weights(watched))
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_many_stop_the_run(tmp_path, text):
+    trainer = trainer_of(tmp_path, text)
+    trainer.take_step()
+    before, loss = weights(trainer), trainer.loss
+    trainer.loss = lambda ids, targets, state: (loss(ids, targets, state)[0] * float("nan"), state)
+    trainer.take_step()
+    assert torch.equal(weights(trainer), before)
+    assert trainer.skipped == 1
+    with pytest.raises(InputError, match="token_embedding.weight"):
+        for _ in range(train_module.PATIENCE):
+            trainer.take_step()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_carried_state_enters_the_next_window_and_is_cut_from_the_gradient(tmp_path, text):
+    trainer = trainer_of(tmp_path, text, decompose_bypass_cross_window=True, **NO_DROPOUT)
+    assert trainer.micro_batch(0)[2].nbytes == trainer.model.start(4, stream=True).nbytes
+    trainer.take_step()
+    state = trainer.micro_batch(0)[2]
+    assert all(not tensor.requires_grad for block in state.blocks for tensor in block.values())
+    assert state.blocks[0]["count"].tolist() == [16] * 4
+    ids, targets, _ = trainer.micro_batch(0)
+    assert trainer.model.loss(ids, targets, state)[0] != trainer.model.loss(ids, targets)[0]
+
+
+def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
+    config = Config(lr=0.01, min_lr=0.0002, warmup_fraction=0.3)
+    rates = [learning_rate(step, 10, config) for step in range(10)]
+    assert rates[:5] == pytest.approx([0.0, 0.01 / 3, 0.02 / 3, 0.01, 0.009514747452721854])
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+    assert learning_rate(10, 10, config) == pytest.approx(0.0002)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "AdamW"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(tmp_path, text, name):
+    model = trainer_of(tmp_path, text, optimizer=name, weight_decay=0.1).model
+    optimizer = make_optimizer(model, Config(optimizer=name, weight_decay=0.1))
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    for part, decays in {"ln1.weight": 0, "history_gains": 0, "scale_routing": 0, "alpha_mlp": 0, "mixer.weight": 1}.items():
+        matching = [(n, p) for n, p in model.named_parameters() if n.endswith(part)]
+        assert matching
+        assert all((id(p) in decayed) == bool(decays) == is_decayed(n, p) for n, p in matching), part
+
+
+def test_a_changed_config_on_resume_is_an_error_that_names_the_keys(settings, tmp_path, monkeypatch):
+    run(monkeypatch, "--config", settings(max_steps=2))
+    with pytest.raises(InputError, match="lr"):
+        run(monkeypatch, "--resume", only_run(tmp_path), "--lr", "0.5")
+
+
+def test_a_finished_run_resumes_to_the_same_figures(settings, tmp_path, monkeypatch):
+    run(monkeypatch, "--config", settings(max_steps=4))
+    before = untimed(only_run(tmp_path))
+    run(monkeypatch, "--resume", only_run(tmp_path))
+    assert untimed(only_run(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"dataset": "nowhere/tale.txt"}, "nowhere/tale.txt"),
+        ({"block_size": 60000}, "block_size"),
+        ({"levels": 9}, "levels"),
+        ({"C": 0}, "C"),
+        ({"wavelett": 1}, "wavelett"),
+        ({"out_dir": "/proc/nowhere"}, "out_dir"),
+    ],
+)
+def test_bad_settings_are_one_line_that_names_the_key(settings, monkeypatch, overrides, named):
+    with pytest.raises(InputError) as caught:
+        run(monkeypatch, "--config", settings(**overrides))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_commands_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    cases = [["--config", tmp_path / "none.json"]] + [["--dataset", tmp_path / name] for name in ("empty.txt", "latin.txt")]
+    processes = [start(*case, "--out_dir", tmp_path / "logs", "--cache_dir", tmp_path / "cache") for case in cases]
+    for process, case in zip(processes, cases, strict=True):
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert len(error.splitlines()) == 1, error
+        assert Path(case[-1]).name in error
