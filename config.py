@@ -53,7 +53,7 @@ SECTIONS = {  # the first key of each section of `Config`, for --help and the RE
     "C": "Network: size",
     "wavelet_mode": "Network: lifting wavelet",
     "decompose_bypass": "Network: bypass and embedding",
-    "use_mixer_gate": "Network: mixers",
+    "mixer_transform": "Network: mixers",
     "pkm_enabled": "Network: memories",
     "learned_residual": "Network: residual stream",
     "dropout_embedding": "Network: regularisation and initial scales",
@@ -101,6 +101,7 @@ class Config(BaseModel):
     lifting_dropout: float = option(0.0, "dropout inside Predict and Update", ge=0, lt=1)
     wavelet_crawl: bool = option(True, "learn each level's lag as a mixture of wavelet_crawl_k neighbours", "off: +0.018")
     wavelet_crawl_k: int = option(3, "lags in the mixture, odd", "3→33: −0.013", ge=1)
+    scale_norm: bool = option(False, "RMSNorm of each scale's coefficients, before the mixers and after them", "on: −0.003")
     multi_basis_lifting: bool = option(False, "several liftings, blended per scale")
     multi_basis_inits: Bases = option(("haar", "random"), "initial lifting of each basis", min_length=1)
 
@@ -113,6 +114,9 @@ class Config(BaseModel):
     per_layer_embedding: bool = option(True, "each block adds the token's embedding again, gated per channel")
 
     # Network: mixers
+    mixer_transform: Literal["hadamard", "dct", "identity"] = option(
+        "hadamard", "orthonormal transform of the channels around the mixers", "identity: −0.0024"
+    )
     use_mixer_gate: bool = option(True, "SwiGLU-like gate in the mixers", "off: +0.026")
     mixer_gate_activation: Literal["silu", "sigmoid", "gelu", "relu"] = option("silu", "activation of the gate")
     cross_scale_gating: bool = option(True, "each scale's gate reads a learned blend of all scales")
@@ -137,6 +141,9 @@ class Config(BaseModel):
     fwpkm_inference_updates: bool = option(False, "at inference each sequence writes into its fast weights")
     fwpkm_update_lr: float = option(0.01, "step of a fast-weight update", gt=0)
     fwpkm_chunk_size: int = option(64, "tokens between two fast-weight updates", ge=2)
+
+    recall_heads: int = option(0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0)
+    recall_dim: int = option(32, "width of its keys and values", ge=1)
 
     # Network: residual stream
     learned_residual: bool = option(True, "learned scalars on the residual stream")

@@ -4,10 +4,10 @@
 
     block:  running mean of x ──────────────┐ (bypass)
             x → LayerNorm → lifting wavelet → + → Hadamard → gated mixers → Hadamard → inverse lifting → + x
-            x → LayerNorm → MLP + product-key memories → + x
+            x → LayerNorm → MLP + memories (memory.py) → + x
 
 Nothing here attends and nothing has a position. Only three things look back: the lags of the lifting wavelet, the running
-mean, and (if asked) the fast weights of a memory. What they need of the past is a `State` of fixed size, so one code path
+mean, and (if asked) the memories that a text writes. What they need of the past is a `State` of fixed size, so one code path
 serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
 
 Letters: B batch, T positions, C channels, P the next power of two ≥ C, J levels, S = J + 1 scales (index 0 the coarsest),
@@ -27,8 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from loss import linear_cross_entropy
-
-BlockState = dict[str, Tensor]
+from memory import AssociativeMemory, BlockState, FastWeightMemory, ProductKeyMemory, remember
 
 
 class State:
@@ -63,12 +62,6 @@ class State:
         return sum(tensor.nbytes for block in self.blocks for tensor in block.values())
 
 
-def remember(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts the remembered inputs `past` (B, n, ·) before `x` (B, T, ·): returns both joined, and the last n of them."""
-    joined = torch.cat([past, x], dim=1)
-    return joined, joined[:, x.size(1) :].clone()  # a copy: a view would keep the whole chunk in memory
-
-
 # ===== Walsh–Hadamard transform
 
 
@@ -96,6 +89,29 @@ class WalshHadamard(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., P)
         grid = x.reshape(-1, self.right.size(0)) @ self.right  # (N·a, b)
         return (self.left @ grid.view(-1, self.left.size(0), self.right.size(0))).view_as(x)
+
+
+class CosineTransform(nn.Module):
+    """The orthonormal discrete cosine transform (DCT-II) of the last dimension, or its inverse, as one matrix product."""
+
+    def __init__(self, width: int, inverse: bool):
+        super().__init__()
+        n = torch.arange(width, device="cpu", dtype=torch.float64)
+        matrix = torch.cos(math.pi / width * (n[:, None] + 0.5) * n) * math.sqrt(2 / width)  # (position, frequency)
+        matrix[:, 0] /= math.sqrt(2)
+        self.register_buffer("matrix", (matrix.T if inverse else matrix).float().contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.to(x.dtype)
+
+
+def build_transforms(config: Config) -> tuple[nn.Module, nn.Module]:
+    """The channels' transform before the mixers and its inverse behind them."""
+    width = config.padded_width
+    if config.mixer_transform == "dct":
+        return CosineTransform(width, inverse=False), CosineTransform(width, inverse=True)
+    transform = WalshHadamard(width) if config.mixer_transform == "hadamard" else nn.Identity()
+    return transform, transform
 
 
 # ===== Lifting wavelet
@@ -423,7 +439,7 @@ class Mixers(nn.Module):
         return self.banks[-1](z, self.routed(z))
 
 
-# ===== Position-wise memory: MLP, product-key memory, product-key memory with fast weights
+# ===== The wide MLP
 
 
 def build_mlp(config: Config) -> nn.Sequential:
@@ -439,93 +455,18 @@ def build_mlp(config: Config) -> nn.Sequential:
     return nn.Sequential(*layers, nn.GELU(), last, nn.Dropout(config.dropout_mlp))
 
 
-class ProductKeyMemory(nn.Module):
-    """K = k² values per head, found by two codebooks of k keys each (Lample et al., "Large memory layers with product
-    keys", 2019): a query's halves are scored against them, the score of a slot is the sum of its two keys' scores."""
-
-    def __init__(self, config: Config, keys: int, top_k: int, heads: int):
-        super().__init__()
-        self.heads, self.slots = heads, keys
-        side, half = math.isqrt(keys), config.C // heads // 2
-        self.best_per_half = min(top_k, side)
-        self.top_k = min(top_k, self.best_per_half**2)
-        self.query_proj = nn.Linear(config.C, config.C, bias=False)
-        self.keys_a = nn.Parameter(0.02 * torch.randn(heads, side, half))
-        self.keys_b = nn.Parameter(0.02 * torch.randn(heads, side, half))
-        self.values = nn.EmbeddingBag(heads * keys, config.C, mode="sum")
-        nn.init.normal_(self.values.weight, std=0.02)
-        # Of the pairs of the i-th and j-th best halves, (i+1)(j+1) score at least as high: only pairs with
-        # (i+1)(j+1) ≤ top_k can be among the best top_k. For top_k = 32 that leaves 119 sums of 1,024.
-        best = range(self.best_per_half)
-        pairs = [(i, j) for i in best for j in best if (i + 1) * (j + 1) <= self.top_k]
-        self.register_buffer("pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False)  # (2, pairs)
-
-    def lookup(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h (N, C) → the rows of `values` that it reads and their softmax weights, both (N, heads·top_k)."""
-        query_a, query_b = self.query_proj(h).view(h.size(0), self.heads, 2, -1).unbind(2)  # (N, heads, d/2)
-        score_a, index_a = torch.einsum("nhd,hkd->nhk", query_a, self.keys_a).topk(self.best_per_half)
-        score_b, index_b = torch.einsum("nhd,hkd->nhk", query_b, self.keys_b).topk(self.best_per_half)
-        i, j = self.pairs
-        score, best = (score_a[..., i] + score_b[..., j]).topk(self.top_k)
-        slot = (index_a[..., i] * self.keys_b.size(1) + index_b[..., j]).gather(-1, best)
-        slot = slot + self.slots * torch.arange(self.heads, device=h.device)[:, None]
-        return slot.flatten(1), score.float().softmax(-1).flatten(1)
-
-    def forward(self, h: Tensor) -> Tensor:  # (B, T, C)
-        slot, weight = self.lookup(h.flatten(0, 1))
-        read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight.to(self.values.weight.dtype))
-        return read.view_as(h)
+# ===== Block
 
 
-class FastWeightMemory(ProductKeyMemory):
-    """A product-key memory whose values v_i + Δ_i each sequence rewrites at inference, if fwpkm_inference_updates asks:
-    after each chunk of n tokens one gradient step on Δ towards predicting the next hidden state,
-    Δ ← Δ − lr·∇_Δ MSE(lookup(h[:-1]), h[1:])."""
+class ScaleNorm(nn.Module):
+    """RMSNorm of coefficients (S, B, T, P) over channels, with gains of its own at each scale."""
 
     def __init__(self, config: Config):
-        super().__init__(config, config.fwpkm_num_keys, config.fwpkm_top_k, config.fwpkm_heads)
-        self.writes, self.lr, self.chunk = config.fwpkm_inference_updates, config.fwpkm_update_lr, config.fwpkm_chunk_size
+        super().__init__()
+        self.gains = nn.Parameter(torch.ones(config.scales, config.padded_width))
 
-    def start(self, rows: int, like: Tensor) -> BlockState:
-        if not self.writes:
-            return {}
-        slots, width = self.values.weight.shape
-        buffer = {"unwritten": like.new_zeros(rows, self.chunk, width), "held": like.new_zeros(rows, dtype=torch.int64)}
-        return {"delta": like.new_zeros(rows, slots, width)} | buffer
-
-    def read(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h (B, t, C) → what it reads of each row's own v + Δ, the rows of the flattened Δ that it reads, their weights."""
-        slot, weight = self.lookup(h.flatten(0, 1))
-        row = torch.arange(h.size(0), device=h.device).repeat_interleave(h.size(1))
-        own = slot + delta.size(1) * row[:, None]
-        weight = weight.to(delta.dtype)
-        read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight)
-        read = read + F.embedding_bag(own, delta.flatten(0, 1), mode="sum", per_sample_weights=weight)
-        return read.view_as(h), own, weight
-
-    def write(self, h: Tensor, delta: Tensor) -> Tensor:
-        read, own, weight = self.read(h[:, :-1], delta)
-        gradient = 2 * (read - h[:, 1:]) / h[:, 1:][0].numel()  # of each row's mean squared error by `read`
-        change = -self.lr * weight[..., None] * gradient.flatten(0, 1)[:, None]  # (B·t, reads, C)
-        return delta.flatten(0, 1).index_add(0, own.flatten(), change.flatten(0, 1)).view_as(delta)
-
-    def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        if self.training or not self.writes:
-            return super().forward(h), {name: state[name] for name in ("delta", "unwritten", "held") if name in state}
-        delta, unwritten, held, reads = state["delta"], state["unwritten"], state["held"], []
-        while h.size(1):  # up to the place where the first row's chunk is full; rows may have begun at different times
-            piece, h = h.tensor_split([min(self.chunk - int(held.max()), h.size(1))], dim=1)
-            reads.append(self.read(piece, delta)[0])
-            place = held[:, None] + torch.arange(piece.size(1), device=h.device)
-            unwritten = unwritten.scatter(1, place[..., None].expand_as(piece), piece)
-            full = held + piece.size(1) == self.chunk
-            if full.any():
-                delta = torch.where(full[:, None, None], self.write(unwritten, delta), delta)
-            held = (held + piece.size(1)).masked_fill(full, 0)
-        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten, "held": held}
-
-
-# ===== Block
+    def forward(self, c: Tensor) -> Tensor:
+        return F.rms_norm(c, c.shape[-1:], eps=1e-5) * self.gains[:, None, None]
 
 
 class Block(nn.Module):
@@ -538,7 +479,10 @@ class Block(nn.Module):
         self.bypass = Bypass(config) if config.decompose_bypass else None
         self.embedding_residual_gamma = nn.Parameter(torch.zeros(width)) if config.per_layer_embedding else None
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.hadamard = WalshHadamard(padded)
+        self.transform, self.inverse_transform = build_transforms(config)
+        self.scale_norm_in = self.scale_norm_out = nn.Identity()
+        if config.scale_norm:
+            self.scale_norm_in, self.scale_norm_out = ScaleNorm(config), ScaleNorm(config)
         self.mixers = Mixers(config)
         self.dropout_mixer = nn.Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.scales))
@@ -559,12 +503,14 @@ class Block(nn.Module):
             self.residual_alpha_spectral = nn.Parameter(torch.tensor(1.0))
             self.residual_alpha_mlp = nn.Parameter(torch.tensor(1.0))
         self.ffwd = build_mlp(config) if config.mlp_expansion else None
-        self.pkm = self.fwpkm = None
+        self.pkm = self.fwpkm = self.recall = None
         if config.pkm_enabled:
             self.pkm = ProductKeyMemory(config, config.pkm_num_keys, config.pkm_top_k, config.pkm_heads)
         if config.fwpkm_enabled:
             self.fwpkm = FastWeightMemory(config)
-        for name, branch in (("mlp", self.ffwd), ("pkm", self.pkm), ("fwpkm", self.fwpkm)):
+        if config.recall_heads:
+            self.recall = AssociativeMemory(config)
+        for name, branch in (("mlp", self.ffwd), ("pkm", self.pkm), ("fwpkm", self.fwpkm), ("recall", self.recall)):
             self.register_parameter(f"alpha_{name}", nn.Parameter(torch.tensor(1.0)) if branch is not None else None)
 
     def start(self, wavelet: nn.Module, rows: int, like: Tensor, stream: bool) -> BlockState:
@@ -573,25 +519,31 @@ class Block(nn.Module):
             state |= self.bypass.average.start(rows, like, stream)
         if self.fwpkm is not None:
             state |= self.fwpkm.start(rows, like)
+        if self.recall is not None:
+            state |= self.recall.start(rows, like)
         return state
 
     def mix(self, c: Tensor) -> Tensor:
         """The coefficients (S, B, T, P) mixed over channels, in the Hadamard domain."""
-        z = self.hadamard(c).flatten(1, 2)
-        y = self.dropout_mixer(self.hadamard(self.mixers(z)))
-        return (y * self.scale_weights[:, None, None]).view_as(c)
+        z = self.transform(self.scale_norm_in(c)).flatten(1, 2)
+        y = self.dropout_mixer(self.inverse_transform(self.mixers(z)))
+        return self.scale_norm_out((y * self.scale_weights[:, None, None]).view_as(c))
 
     def remember_and_think(self, h: Tensor, state: BlockState) -> tuple[Tensor | float, BlockState]:
         """The sum of the memory branches of the normed stream h (B, T, C)."""
         total: Tensor | float = 0.0
+        written: BlockState = {}
         if self.ffwd is not None:
             total = total + self.alpha_mlp * self.ffwd(h)
         if self.pkm is not None:
             total = total + self.alpha_pkm * self.pkm(h)
         if self.fwpkm is not None:
-            read, state = self.fwpkm(h, state)
-            return total + self.alpha_fwpkm * read, state
-        return total, {}
+            read, new = self.fwpkm(h, state)
+            total, written = total + self.alpha_fwpkm * read, written | new
+        if self.recall is not None:
+            read, new = self.recall(h, state)
+            total, written = total + self.alpha_recall * read, written | new
+        return total, written
 
     def forward(self, x: Tensor, e: Tensor, below: Tensor | None, wavelet: nn.Module, state: BlockState):
         """x, the token embedding e, the mean of the block below (all (B, T, C)) → new x, this block's mean, new state."""
@@ -603,8 +555,8 @@ class Block(nn.Module):
             c = c + F.pad(bias, (0, self.pad))
         mixed = self.proj_out(wavelet.reconstruct(self.mix(c), self.inverse_update_nets))
         x = self.residual_alpha_spectral * x + self.dropout_projection(mixed)
-        thought, fast_weights = self.remember_and_think(self.ln2(x), state)
-        return self.residual_alpha_mlp * x + thought, mean, lags | averages | fast_weights
+        thought, written = self.remember_and_think(self.ln2(x), state)
+        return self.residual_alpha_mlp * x + thought, mean, lags | averages | written
 
 
 # ===== The network

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from conftest import VOCAB, random_ids, random_model, randomised, run_in_chunks, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.fft import dct
 from scipy.linalg import hadamard as scipy_hadamard
 
 from checkpoint import load_state, save_model, save_state
 from config import Config, InputError, load_config
 from loss import LinearCrossEntropy
+from memory import AssociativeMemory
 from model import (
+    CosineTransform,
     FastWeightMemory,
     Lifting,
     MovingAverage,
@@ -38,6 +41,7 @@ KINDS = {  # the ways of looking back
     "fast weights": UPDATES,
     "cells": {"multinodal_enabled": True, "multinodal_cross_cell_gating": True},
     "padded width": {"C": 12},
+    "associative memory": {"recall_heads": 2, "recall_dim": 8},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -641,3 +645,46 @@ def test_training_weighs_the_loss_of_n_cells_by_one_over_the_root_of_n(cells):
     config = tiny(multinodal_enabled=True, multinodal_num_cells=cells, multinodal_seeds=(1, 2, 3))
     assert build_model(config, VOCAB).loss_weight == pytest.approx(cells**-0.5)
     assert build_model(tiny(), VOCAB).loss_weight == 1
+
+
+# ===== Associative memory
+
+
+def test_associative_memory_equals_the_recurrence(monkeypatch):
+    monkeypatch.setattr(AssociativeMemory, "CHUNK", 8)
+    memory = AssociativeMemory(tiny(recall_heads=2, recall_dim=4))
+    q, k, v = F.normalize(torch.randn(3, 2, 2, 21, 4), dim=-1)
+    log_alpha, beta, pairs = -torch.rand(2, 2, 21), torch.rand(2, 2, 21), torch.randn(2, 2, 4, 4)
+    reads, last = memory.scan(q, k, v, log_alpha, beta, pairs)
+    for t in range(21):
+        pairs = log_alpha[..., t, None, None].exp() * pairs
+        u = beta[..., t, None] * (v[:, :, t] - (pairs @ k[:, :, t, :, None]).squeeze(-1))
+        pairs = pairs + u[..., :, None] * k[:, :, t, None, :]
+        torch.testing.assert_close(reads[:, :, t], (pairs @ q[:, :, t, :, None]).squeeze(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last, pairs, atol=1e-5, rtol=1e-5)
+
+
+def test_associative_memory_finds_what_followed_a_token():
+    """Untrained, with keys and queries of one projection: where a token comes again, the value after it is read."""
+    torch.manual_seed(1)
+    memory = AssociativeMemory(tiny(recall_heads=1, recall_dim=16)).eval()
+    half = memory.query_key.weight.size(0) // 2
+    memory.query_key.weight.data = torch.eye(16).repeat(2, 1)
+    assert half == 16
+    tokens = torch.randn(12, 16)
+    h = torch.cat([tokens, tokens[4:5]])[None]
+    q, k = (F.normalize(x, dim=-1) for x in (h, F.pad(h, (0, 0, 1, 0))[:, :-1]))
+    reads, _ = memory.scan(q[None], k[None], h[None], torch.zeros(1, 1, 13), torch.ones(1, 1, 13), torch.zeros(1, 1, 16, 16))
+    similarity = torch.cosine_similarity(reads[0, 0, -1], tokens, dim=-1)
+    assert similarity.argmax() == 5 and similarity[5] > 0.8
+
+
+# ===== Transforms of the channels
+
+
+@pytest.mark.parametrize("width", [1, 8, 64])
+def test_cosine_transform_equals_scipy_and_its_inverse_undoes_it(width):
+    x = torch.randn(3, width)
+    transformed = CosineTransform(width, inverse=False)(x)
+    torch.testing.assert_close(transformed, torch.from_numpy(dct(x.numpy(), norm="ortho")), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(CosineTransform(width, inverse=True)(transformed), x, atol=1e-5, rtol=1e-5)

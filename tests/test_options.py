@@ -61,6 +61,9 @@ OPTIONS: dict[str, list[dict]] = {
         {}, {"fwpkm_inference_updates": True, "fwpkm_chunk_size": 5, "fwpkm_update_lr": 0.5, "fwpkm_num_keys": 25},
         {"fwpkm_enabled": False}, {"fwpkm_heads": 2, "fwpkm_top_k": 1}, {"fwpkm_inference_updates": True},
     ],
+    "recall": [{}, {"recall_heads": 2, "recall_dim": 4}, {"recall_heads": 1, "recall_dim": 8}],
+    "scale_norm": [{}, {"scale_norm": True}],
+    "mixer_transform": [{}, {"mixer_transform": "dct"}, {"mixer_transform": "identity"}],
     "stochastic_depth_rate": [{}, {"stochastic_depth_rate": 0.4}],
     **{f"stab_{name}": [{}, {f"stab_{name}": True}] for name in (
         "ff_scaling", "embed_scaling", "proj_out_scaling", "mixer_eps_scaling", "lifting_level_scaling",
@@ -158,7 +161,8 @@ def test_chunks_equal_whole(case):
         for stream in (False, True):
             whole, _ = model(ids, model.start(1, stream=stream))
             parts, _ = run_in_chunks(model, ids, [1, 16, 20], model.start(1, stream=stream))
-            torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+            rounding = 1e-4 if case.startswith("pairs") else 1e-5  # dozens of options at once amplify it
+            torch.testing.assert_close(parts, whole, atol=rounding, rtol=rounding)
 
 
 @every_case
@@ -202,7 +206,7 @@ def unused(config: Config, name: str) -> str | None:
     for memory in ("pkm", "fwpkm"):
         if getattr(config, f"{memory}_top_k") == 1 and f".{memory}." in name and not name.endswith("values.weight"):
             return "the softmax of a single slot is 1, and which slot it is has no gradient"
-    branches = (config.mlp_expansion, config.pkm_enabled, config.fwpkm_enabled)
+    branches = (config.mlp_expansion, config.pkm_enabled, config.fwpkm_enabled, config.recall_heads)
     if not any(branches) and ".ln2." in name:
         return "there is no branch that reads the second norm"
     first = name.endswith("layers.0.bypass.cross_layer_mix.weight") and config.loop_iterations == 1
@@ -310,6 +314,9 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     **{key: ({"fwpkm_inference_updates": True}, {"fwpkm_inference_updates": True, key: value}) for key, value in (
         ("fwpkm_update_lr", 5.0), ("fwpkm_chunk_size", 5),
     )},
+    "mixer_transform": ({}, {"mixer_transform": "dct"}),
+    "recall_heads": ({}, {"recall_heads": 2}),
+    "recall_dim": ({"recall_heads": 2}, {"recall_heads": 2, "recall_dim": 8}),
     "stab_spectral_norm": ({}, {"stab_spectral_norm": True}),
     "multinodal_enabled": ({}, CELLS),
     "multinodal_num_cells": (CELLS, {**CELLS, "multinodal_num_cells": 1}),

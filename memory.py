@@ -1,0 +1,184 @@
+"""What the network can look things up in: learned tables of values, and what it has read.
+
+ProductKeyMemory: a huge table of values, of which each position reads a few. FastWeightMemory: such a table that each
+sequence rewrites at inference. AssociativeMemory: a matrix per head that each sequence fills with pairs of keys and values.
+All are branches beside the MLP, (B, T, C) → (B, T, C). The last two carry state; its size is that of their tables.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import Config
+
+BlockState = dict[str, Tensor]
+
+
+def remember(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the remembered inputs `past` (B, n, ·) before `x` (B, T, ·): returns both joined, and the last n of them."""
+    joined = torch.cat([past, x], dim=1)
+    return joined, joined[:, x.size(1) :].clone()  # a copy: a view would keep the whole chunk in memory
+
+
+class ProductKeyMemory(nn.Module):
+    """K = k² values per head, found by two codebooks of k keys each (Lample et al., "Large memory layers with product
+    keys", 2019): a query's halves are scored against them, the score of a slot is the sum of its two keys' scores."""
+
+    def __init__(self, config: Config, keys: int, top_k: int, heads: int):
+        super().__init__()
+        self.heads, self.slots = heads, keys
+        side, half = math.isqrt(keys), config.C // heads // 2
+        self.best_per_half = min(top_k, side)
+        self.top_k = min(top_k, self.best_per_half**2)
+        self.query_proj = nn.Linear(config.C, config.C, bias=False)
+        self.keys_a = nn.Parameter(0.02 * torch.randn(heads, side, half))
+        self.keys_b = nn.Parameter(0.02 * torch.randn(heads, side, half))
+        self.values = nn.EmbeddingBag(heads * keys, config.C, mode="sum")
+        nn.init.normal_(self.values.weight, std=0.02)
+        # Of the pairs of the i-th and j-th best halves, (i+1)(j+1) score at least as high: only pairs with
+        # (i+1)(j+1) ≤ top_k can be among the best top_k. For top_k = 32 that leaves 119 sums of 1,024.
+        best = range(self.best_per_half)
+        pairs = [(i, j) for i in best for j in best if (i + 1) * (j + 1) <= self.top_k]
+        self.register_buffer("pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False)  # (2, pairs)
+
+    def lookup(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h (N, C) → the rows of `values` that it reads and their softmax weights, both (N, heads·top_k)."""
+        query_a, query_b = self.query_proj(h).view(h.size(0), self.heads, 2, -1).unbind(2)  # (N, heads, d/2)
+        score_a, index_a = torch.einsum("nhd,hkd->nhk", query_a, self.keys_a).topk(self.best_per_half)
+        score_b, index_b = torch.einsum("nhd,hkd->nhk", query_b, self.keys_b).topk(self.best_per_half)
+        i, j = self.pairs
+        score, best = (score_a[..., i] + score_b[..., j]).topk(self.top_k)
+        slot = (index_a[..., i] * self.keys_b.size(1) + index_b[..., j]).gather(-1, best)
+        slot = slot + self.slots * torch.arange(self.heads, device=h.device)[:, None]
+        return slot.flatten(1), score.float().softmax(-1).flatten(1)
+
+    def forward(self, h: Tensor) -> Tensor:  # (B, T, C)
+        slot, weight = self.lookup(h.flatten(0, 1))
+        read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight.to(self.values.weight.dtype))
+        return read.view_as(h)
+
+
+class FastWeightMemory(ProductKeyMemory):
+    """A product-key memory whose values v_i + Δ_i each sequence rewrites at inference, if fwpkm_inference_updates asks:
+    after each chunk of n tokens one gradient step on Δ towards predicting the next hidden state,
+    Δ ← Δ − lr·∇_Δ MSE(lookup(h[:-1]), h[1:])."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.fwpkm_num_keys, config.fwpkm_top_k, config.fwpkm_heads)
+        self.writes, self.lr, self.chunk = config.fwpkm_inference_updates, config.fwpkm_update_lr, config.fwpkm_chunk_size
+
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        if not self.writes:
+            return {}
+        slots, width = self.values.weight.shape
+        buffer = {"unwritten": like.new_zeros(rows, self.chunk, width), "held": like.new_zeros(rows, dtype=torch.int64)}
+        return {"delta": like.new_zeros(rows, slots, width)} | buffer
+
+    def read(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, t, C) → what it reads of each row's own v + Δ, the rows of the flattened Δ that it reads, their weights."""
+        slot, weight = self.lookup(h.flatten(0, 1))
+        row = torch.arange(h.size(0), device=h.device).repeat_interleave(h.size(1))
+        own = slot + delta.size(1) * row[:, None]
+        weight = weight.to(delta.dtype)
+        read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight)
+        read = read + F.embedding_bag(own, delta.flatten(0, 1), mode="sum", per_sample_weights=weight)
+        return read.view_as(h), own, weight
+
+    def write(self, h: Tensor, delta: Tensor) -> Tensor:
+        read, own, weight = self.read(h[:, :-1], delta)
+        gradient = 2 * (read - h[:, 1:]) / h[:, 1:][0].numel()  # of each row's mean squared error by `read`
+        change = -self.lr * weight[..., None] * gradient.flatten(0, 1)[:, None]  # (B·t, reads, C)
+        return delta.flatten(0, 1).index_add(0, own.flatten(), change.flatten(0, 1)).view_as(delta)
+
+    def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        if self.training or not self.writes:
+            return super().forward(h), {name: state[name] for name in ("delta", "unwritten", "held") if name in state}
+        delta, unwritten, held, reads = state["delta"], state["unwritten"], state["held"], []
+        while h.size(1):  # up to the place where the first row's chunk is full; rows may have begun at different times
+            piece, h = h.tensor_split([min(self.chunk - int(held.max()), h.size(1))], dim=1)
+            reads.append(self.read(piece, delta)[0])
+            place = held[:, None] + torch.arange(piece.size(1), device=h.device)
+            unwritten = unwritten.scatter(1, place[..., None].expand_as(piece), piece)
+            full = held + piece.size(1) == self.chunk
+            if full.any():
+                delta = torch.where(full[:, None, None], self.write(unwritten, delta), delta)
+            held = (held + piece.size(1)).masked_fill(full, 0)
+        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten, "held": held}
+
+
+class AssociativeMemory(nn.Module):
+    """Pairs of keys and values that the text itself brings, read by later queries: the gated delta rule (Yang et al.,
+    "Gated delta networks", 2024), per head, in fp32,
+
+        S_t = α_t S_{t−1} + u_t k_tᵀ,  u_t = β_t (v_t − α_t S_{t−1} k_t),  o_t = S_t q_t
+
+    so a key that comes again replaces its value, and one that does not stays. Keys and queries are of length 1. Both pass a
+    causal filter of 4 taps per channel: at first a query is made of its own position and a key of the one before, so what
+    followed a token is found when the token comes again.
+    """
+
+    TAPS = 4
+    CHUNK = 64  # positions solved at once: the sequential part has T / CHUNK steps
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads, self.width = config.recall_heads, config.recall_dim
+        inner = self.heads * self.width
+        self.query_key = nn.Linear(config.C, 2 * inner, bias=False)
+        self.value_gate = nn.Linear(config.C, 2 * inner, bias=False)
+        self.forget_write = nn.Linear(config.C, 2 * self.heads)
+        self.output = nn.Linear(inner, config.C, bias=False)
+        self.taps = nn.Parameter(torch.zeros(2, self.TAPS, inner))  # of queries and keys, the oldest position first
+        self.taps.data[0, -1] = self.taps.data[1, -2] = 1.0
+        self.output.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
+        nn.init.zeros_(self.forget_write.weight)
+        # α between exp(−1/4) and exp(−1/1024) over the heads at first, β a half: memories of a few to a thousand positions.
+        rates = torch.logspace(math.log10(1 / 4), math.log10(1 / 1024), self.heads)
+        self.forget_write.bias.data = torch.cat([rates.expm1().log(), torch.zeros(self.heads)])
+
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        keys = like.new_zeros(rows, self.TAPS - 1, 2 * self.heads * self.width)
+        pairs = like.new_zeros(rows, self.heads, self.width, self.width, dtype=torch.float32)
+        return {"keys": keys, "pairs": pairs}
+
+    def unit(self, x: Tensor) -> Tensor:
+        """x at length 1. The first key of a text is zero: the constant, small beside |x|², keeps its gradient small too."""
+        return x * (x.square().sum(-1, keepdim=True) + 0.01).rsqrt()
+
+    def split(self, x: Tensor) -> Tensor:  # (B, T, heads·d) → (B, heads, T, d)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        joined, new_keys = remember(state["keys"], self.query_key(h))
+        taps = self.taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
+        filtered = sum(taps[i] * joined[:, i : i + h.size(1)] for i in range(self.TAPS))
+        value, gate = self.value_gate(h).chunk(2, dim=-1)
+        with torch.autocast(h.device.type, enabled=False):
+            q, k = (self.unit(self.split(x).float()) for x in filtered.chunk(2, dim=-1))
+            forget, write = F.linear(h.float(), self.forget_write.weight, self.forget_write.bias).mT.chunk(2, dim=1)
+            read, pairs = self.scan(q, k, self.split(value).float(), -F.softplus(forget), write.sigmoid(), state["pairs"])
+        read = read.transpose(1, 2).flatten(2).to(gate.dtype) * F.silu(gate)
+        return self.output(read), {"keys": new_keys, "pairs": pairs}
+
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """q, k, v (B, heads, T, d), log α and β (B, heads, T), S before them (B, heads, d, d) → o (B, heads, T, d), S after.
+
+        Within a chunk, with γ_t the product of its α up to t, the recurrence unrolls to a triangular system for all u:
+        u_t + β_t Σ_{s<t} γ_t/γ_s (k_t·k_s) u_s = β_t (v_t − γ_t S k_t).
+        """
+        reads = []
+        pieces = zip(*(x.split(self.CHUNK, dim=2) for x in (q, k, v, log_alpha, beta)), strict=True)
+        for q_c, k_c, v_c, log_c, beta_c in pieces:
+            log_gamma = log_c.cumsum(-1)
+            gamma, beta_c = log_gamma.exp()[..., None], beta_c[..., None]
+            future = torch.ones(2 * [q_c.size(2)], dtype=torch.bool, device=q.device).triu(1)
+            decay = (log_gamma[..., :, None] - log_gamma[..., None, :]).masked_fill(future, -math.inf).exp()
+            system = (beta_c * decay * (k_c @ k_c.mT)).tril(-1)
+            wanted = beta_c * (v_c - gamma * (k_c @ pairs.mT))
+            u = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+            reads.append(gamma * (q_c @ pairs.mT) + (decay * (q_c @ k_c.mT)) @ u)
+            pairs = gamma[..., -1:, :] * pairs + (decay[..., -1, :, None] * u).mT @ k_c
+        return torch.cat(reads, dim=2), pairs
