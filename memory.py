@@ -135,8 +135,8 @@ class AssociativeMemory(nn.Module):
         self.taps.data[0, -1] = self.taps.data[1, -2] = 1.0
         self.output.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
         nn.init.zeros_(self.forget_write.weight)
-        # α between exp(−1/4) and exp(−1/1024) over the heads at first, β a half: memories of a few to a thousand positions.
-        rates = torch.logspace(math.log10(1 / 4), math.log10(1 / 1024), self.heads)
+        # α between exp(−1/1024) and exp(−1/4) over the heads at first, β a half: memories of a thousand positions to a few.
+        rates = torch.logspace(math.log10(1 / 1024), math.log10(1 / 4), self.heads)
         self.forget_write.bias.data = torch.cat([rates.expm1().log(), torch.zeros(self.heads)])
 
     def start(self, rows: int, like: Tensor) -> BlockState:
