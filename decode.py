@@ -14,8 +14,8 @@ The same numbers as the model's, from fewer and larger products, read at full ba
   kernel applies them in the pass that it makes anyhow.)
 - What looks back is a `Tape`, so a step writes one position and copies nothing.
 
-What cannot be folded (mixers in a row, several bases, fast weights that are written, the moving average) is the model's own module,
-chosen here when the decoder is built. A step of one token and a chunk of many share all but the wavelet's way through time.
+What cannot be folded (mixers in a row, several bases, written fast weights, the moving average) is the model's own
+module, chosen here when the decoder is built. A step of one token and a chunk of many share all but the way through time.
 Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
@@ -92,7 +92,8 @@ class DecoderState(State):
 
     @staticmethod
     def _shown(block: dict[str, Tensor | Tape], lags: list[int]) -> dict[str, Tensor]:
-        shown = {name: part.window if isinstance(part, Tape) else part for name, part in block.items()}
+        # Copies where a tensor may be shared, as blocks share their count: files hold each tensor once.
+        shown = {name: part.window if isinstance(part, Tape) else part.clone() for name, part in block.items()}
         if "lags" in shown:
             window = shown.pop("lags")  # (B, longest, J, P)
             shown |= {f"lag{level}": window[:, window.size(1) - n :, level] for level, n in enumerate(lags)}
@@ -381,17 +382,20 @@ class MLP:
 
 
 class Memory:
-    """A product-key memory; its queries and keys by the model's own module, its values a table of which few rows are read."""
+    """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
     def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights):
         self.alpha = weights.number(f"{name}.alpha", alpha)
         self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
-        keys = copy.copy(memory)  # without the values, which are in the table
-        keys._modules = {key: module for key, module in memory._modules.items() if key != "values"}
-        self.keys = weights.module(f"{name}.keys", keys)
+        query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
+        keys = copy.copy(memory)  # without what is packed
+        keys._modules = {}
+        keys = weights.module(f"{name}.keys", keys)
+        keys.query_proj = lambda h: query(h).float()
+        self.lookup = keys.lookup
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
-        slot, weight = self.keys.lookup(h)
+        slot, weight = self.lookup(h)
         return self.alpha * self.values.weighted(slot, weight), {}
 
 
@@ -504,22 +508,24 @@ class DecoderCell:
 class Decoder:
     """`model`, ready to read text and write it: `decoder(ids, state)` gives its logits and its next state.
 
-    bits: None for the model's own fp32, 16 for bf16, 8, or 4; or `Widths`, component by component. The model itself is not
-    kept. A state of the model's is taken as well as one of this decoder's; both are left as they are.
+    bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model itself is not kept. A state of the model's is taken as
+    well as one of this decoder's; both are left as they are.
     """
 
     @torch.no_grad()
-    def __init__(self, model: LanguageModel, bits: int | Widths | None = None, tensors: dict[str, Tensor] | None = None):
-        """tensors: prepared weights as `Weights` saved them; then of the model (on the meta device) only shapes are used."""
+    def __init__(self, model: LanguageModel, bits: int | None = None, weights: Weights | None = None):
+        """weights: where prepared weights come from or go to, in place of `bits`. If they come from a file, only the shapes of
+        the model, which may be on the meta device, are used."""
         self.config, self.vocab_size = model.config, model.vocab_size
-        widths = bits if isinstance(bits, Widths) else Widths.of(bits)
-        self.weights = weights = Weights(widths, tensors)
+        weights = Weights(Widths.of(bits)) if weights is None else weights
         self.applications = model.config.applications
         names = [""] if len(model.cells) == 1 else [f"cells.{i}." for i in range(len(model.cells))]
         self.cells = [DecoderCell(cell, name, weights) for cell, name in zip(model.cells, names, strict=True)]
         self.gates = None if model.gates is None else weights.module("gates", model.gates)
         heads = [cell.lm_head.weight for cell in model.cells]
-        self.head = weights.matrix("head", heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share, "head")
+        tied = len(heads) == 1 and model.config.tie_embedding_to_lm_head and model.embed_scale == 1.0
+        joined = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share
+        self.head = weights.matrix("embedding" if tied else "head", joined, "embedding" if tied else "head")
         self.starts = [
             [{k: (t.shape[1:], t.dtype) for k, t in block.items()} for block in self._blocks_of(model, stream)]
             for stream in (False, True)
@@ -582,3 +588,15 @@ class Decoder:
         hs = [F.layer_norm(x, *cell.norm) for x, cell in zip(xs, cells, strict=True)]
         logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
         return logits.float().view(rows, -1, self.vocab_size), DecoderState([b for blocks in after for b in blocks], state.lags)
+
+
+class PackedModel(nn.Module):
+    """A decoder in the place of a model, as a quantised checkpoint gives it: the logits of every position, no gradients."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder, self.config, self.vocab_size = decoder, decoder.config, decoder.vocab_size
+        self.start = decoder.start
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        return self.decoder(ids, state, last_only=False)

@@ -259,6 +259,7 @@ class Widths:
     bypass: int = 32
     mlp: int = 32
     memory: int = 32
+    query: int = 32
     embedding: int = 32
     head: int = 32
 
@@ -269,7 +270,7 @@ class Widths:
             raise InputError(f"bits: {bits} is not a width; take 8 or 4 (or 16, or 32)")
         widths = cls(*[bits or 32] * len(fields(cls)))
         # The coarse scales reach into everything that follows: their error at 4 bits costs more than all else together.
-        return replace(widths, mixer_coarse=8) if bits == 4 else widths
+        return replace(widths, mixer_coarse=8, query=8) if bits == 4 else widths
 
     def __getitem__(self, component: str) -> int:
         return getattr(self, component)
@@ -283,22 +284,32 @@ class Widths:
 class Weights:
     """Gives a decoder its prepared weights by name: made from a model's, or read from a file that holds them as they are.
 
-    Whatever is made is also in `tensors` if `keep_tensors` asks, to be saved.
+    If `saving`, whatever is made is also in `saved`, under "name/kind".
     """
 
-    def __init__(self, widths: Widths, tensors: dict[str, Tensor] | None = None, saving: bool = False):
-        self.widths, self.given, self.used = widths, tensors, set()
+    def __init__(
+        self, widths: Widths, tensors: dict[str, Tensor] | None = None, saving: bool = False, source: str = "checkpoint"
+    ):
+        """tensors: what a file holds, `source` its name in errors; None = made from a model."""
+        self.widths, self.source, self.used = widths, source, set()
+        self.given: dict[str, dict[str, Tensor]] | None = None if tensors is None else {}
+        for key, tensor in (tensors or {}).items():
+            name, _, kind = key.rpartition("/")
+            self.given.setdefault(name, {})[kind] = tensor
         self.saved: dict[str, Tensor] | None = {} if saving else None
 
     def _tensors(self, name: str, make) -> dict[str, Tensor]:
         """The tensors of `name`: from the file, or made, with their own keys."""
+        made = make()
         if self.given is not None:
-            own = {key: t for key, t in self.given.items() if key.rpartition("/")[0] == name}
-            if not own:
-                raise InputError(f"checkpoint: lacks {name}, which its config.json asks for")
-            self.used |= own.keys()
-            return {key.rpartition("/")[2]: t for key, t in own.items()}
-        tensors = {key: t.detach() for key, t in make().items()}
+            own = self.given.get(name)
+            if own is None or own.keys() != made.keys() or any(own[key].shape != made[key].shape for key in made):
+                raise InputError(
+                    f"{self.source}: {name} is absent or not what its config.json makes it; quantise the run again"
+                )
+            self.used.add(name)
+            return {key: own[key] for key in made}
+        tensors = {key: t.detach() for key, t in made.items()}
         if self.saved is not None:
             self.saved |= {f"{name}/{key}": t for key, t in tensors.items()}
         return tensors
@@ -306,7 +317,7 @@ class Weights:
     def check(self) -> None:
         """Raises `InputError` if the file has tensors that nothing asked for."""
         if self.given is not None and (unused := self.given.keys() - self.used):
-            raise InputError(f"checkpoint: has {sorted(unused)[0]}, which the network of its config.json has no use for")
+            raise InputError(f"{self.source}: has {sorted(unused)[0]}, which the network of its config.json has no use for")
         self.given = None
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
