@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from config import Config, InputError, load_config, make_config, read_json
+from decode import Decoder, PackedModel
 from model import MultinodalLM, State, WaveletLM, build_model
+from packed import Weights, Widths
 from tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "best_model.safetensors"
+PACKED_FORMAT = "waveletlm-packed"  # of quantised checkpoints, in the file's metadata
 
 
 @contextlib.contextmanager
@@ -101,7 +104,8 @@ def _some(names: set[str]) -> str:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config, Tokenizer | None]:
-    """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has none)."""
+    """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has none). Of a quantised
+    checkpoint the model is a `PackedModel`, which reads text and has no parameters."""
     path = Path(path)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
@@ -113,6 +117,10 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
         tensors, config, vocab_size = read_original(file)
     elif file.suffix == ".safetensors":
         tensors, config = load_tensors(file), load_config(file.parent / "config.json")
+        with safetensors.safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        if metadata.get("format") == PACKED_FORMAT:
+            return read_packed(tensors, metadata, config, file, device), config, load_tokenizer(file.parent)
         vocab_size = _vocab_size(tensors, file)
     else:
         raise InputError(f"{file}: not a checkpoint; give a run directory, a .safetensors file or an old .pt")
@@ -122,6 +130,18 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
         tensors = from_original(tensors, model, file)
     fill(model, tensors, file)
     return model.eval().to(device), config, load_tokenizer(file.parent)
+
+
+def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Config, path: Path, device: str) -> PackedModel:
+    """The model of a quantised checkpoint: its tensors as quantize.py wrote them, and the bits of each component."""
+    try:
+        widths, vocab_size = Widths(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path}: its metadata does not name the bits of each component; quantise the run again") from None
+    with torch.device("meta"):
+        model = build_model(config, vocab_size)
+    weights = Weights(widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path))
+    return PackedModel(Decoder(model, weights=weights)).eval()
 
 
 def _vocab_size(tensors: dict[str, Tensor], path: Path) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model
 from config import Config, InputError, run_command
+from decode import Decoder, PackedModel
 from model import FastWeightMemory
 from sampling import Settings, generate, measure
 from tokenizer import TextStream, Tokenizer
@@ -203,6 +204,8 @@ def read_settings(args: argparse.Namespace, config: Config) -> Settings:
 
 def allow_writes(model: nn.Module) -> None:
     """Switches fwpkm_inference_updates on."""
+    if isinstance(model, PackedModel):
+        raise InputError("fwpkm_inference_updates: this checkpoint's memory is quantised; give the run that it was made from")
     memories = [module for module in model.modules() if isinstance(module, FastWeightMemory)]
     if not memories:
         raise InputError("fwpkm_inference_updates: this checkpoint has no fast-weight memory (its fwpkm_enabled is false)")
@@ -210,12 +213,12 @@ def allow_writes(model: nn.Module) -> None:
         memory.writes = True
 
 
-def build_decoder(model: nn.Module, bits: int | None):
-    """What reads the text: the network itself, or with quantised weights of `bits` bits."""
-    if bits is None:
-        return model
-    from decode import Decoder
-
+def build_decoder(model: nn.Module, bits: int | None) -> Decoder:
+    """What reads the text: the network prepared for inference, in fp32 or with weights of `bits` bits."""
+    if isinstance(model, PackedModel):
+        if bits is not None:
+            raise InputError(f"ptq{bits}: this checkpoint is quantised already; leave the option out")
+        return model.decoder
     return Decoder(model, bits)
 
 
@@ -338,8 +341,8 @@ def main() -> None:
     if args.fwpkm_inference_updates:
         allow_writes(model)
     bits = 8 if args.ptq8 else 4 if args.ptq4 else None
-    embedding = model.cells[0].token_embedding.weight.detach() if settings.wavelet_coherence else None
     decoder, vocab_size = build_decoder(model, bits), model.vocab_size
+    embedding = decoder.cells[0].embedding(torch.arange(vocab_size, device=device)) if settings.wavelet_coherence else None
     del model  # what the decoder has packed is not needed twice
     clean, metrics = args.clean_spacing, args.metrics
     session = Session(decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics)

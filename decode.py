@@ -1,0 +1,602 @@
+"""Decoding at the speed of memory: the network of model.py with its weights prepared once for inference.
+
+    decoder = Decoder(model, bits=None | 16 | 8 | 4)
+    logits, state = decoder(ids, state)
+
+The same numbers as the model's, from fewer and larger products, read at full bandwidth (packed.py):
+
+- The Walsh–Hadamard matrix H is folded into its neighbours. A mixer reads W H and G H; what follows it is H times the first
+  layer of the reconstruction's networks.
+- Reconstruction, cur ← √2·cur − Update(u), is linear in cur: all Update networks run at once, and their last layers,
+  the powers of √2 and the projection after them are one matrix.
+- U Vᵀ joins W where there is no gate. Where there is, Vᵀ lies above W in one matrix and U goes into what follows.
+- Factors of √2, the scale weights and the alphas are multiplied into matrices. (The affine parts of LayerNorms are not: torch's
+  kernel applies them in the pass that it makes anyhow.)
+- What looks back is a `Tape`, so a step writes one position and copies nothing.
+
+What cannot be folded (mixers in a row, several bases, written fast weights, the moving average) is the model's own
+module, chosen here when the decoder is built. A step of one token and a chunk of many share all but the way through time.
+Nothing here was ever run on a GPU.
+
+Letters as in model.py; N = B·T positions, w a mixer's width.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import (
+    Block,
+    FastWeightMemory,
+    LanguageModel,
+    Lifting,
+    MultiBasis,
+    ProductKeyMemory,
+    RunningMean,
+    State,
+    hadamard,
+)
+from packed import Weights, Widths, round_up
+
+ROOM = 64  # positions that a tape holds beyond its window at the least: it is copied once in so many steps
+
+
+# ===== State
+
+
+class Tape:
+    """The last `length` entries of each row, (B, length, …), as a window on a longer buffer: a step writes one entry.
+
+    A buffer is only ever written past its end, so earlier tapes on it stay what they were, and a tape that is not the
+    newest goes on in a copy of its own. When a buffer is full the window moves to a new one: amortised, a step is O(1).
+    """
+
+    def __init__(self, buffer: Tensor, length: int, end: int | None = None, filled: list[int] | None = None):
+        self.buffer, self.length, self.end = buffer, length, buffer.size(1) if end is None else end
+        self.filled = [self.end] if filled is None else filled  # of the buffer; one list for all tapes on it
+
+    @property
+    def window(self) -> Tensor:
+        return self.buffer[:, self.end - self.length : self.end]
+
+    def next(self) -> tuple["Tape", Tensor]:
+        """The tape one entry on, and where that entry is to be written, (B, …)."""
+        buffer, end, filled = self.buffer, self.end, self.filled
+        if filled[0] != end or end == buffer.size(1):
+            room = self.length + max(ROOM, self.length)
+            buffer = self.buffer.new_empty(self.buffer.size(0), room, *self.buffer.shape[2:])
+            buffer[:, : self.length] = self.window
+            end, filled = self.length, [self.length]
+        filled[0] = end + 1
+        return Tape(buffer, self.length, end + 1, filled), buffer[:, end]
+
+
+class DecoderState(State):
+    """A model's state, kept on tapes: `blocks` shows it as the model lays it out."""
+
+    def __init__(self, parts: list[dict[str, Tensor | Tape]], lags: list[list[int]]):
+        self.parts, self.lags = parts, lags  # lags: of each block application, the longest of each level
+
+    def _map(self, function) -> "DecoderState":
+        def mapped(part: Tensor | Tape) -> Tensor | Tape:
+            return Tape(function(part.window), part.length) if isinstance(part, Tape) else function(part)
+
+        return DecoderState([{name: mapped(part) for name, part in block.items()} for block in self.parts], self.lags)
+
+    @property
+    def blocks(self) -> list[dict[str, Tensor]]:
+        return [self._shown(block, lags) for block, lags in zip(self.parts, self.lags, strict=True)]
+
+    @staticmethod
+    def _shown(block: dict[str, Tensor | Tape], lags: list[int]) -> dict[str, Tensor]:
+        # Copies where a tensor may be shared, as blocks share their count: files hold each tensor once.
+        shown = {name: part.window if isinstance(part, Tape) else part.clone() for name, part in block.items()}
+        if "lags" in shown:
+            window = shown.pop("lags")  # (B, longest, J, P)
+            shown |= {f"lag{level}": window[:, window.size(1) - n :, level] for level, n in enumerate(lags)}
+        return shown
+
+
+# ===== The wavelet, one way
+
+
+class FoldedLifting:
+    """`Lifting.decompose` with trained networks. At one token all lagged inputs are known before the first level: one
+    weighted gather makes them. Written with details and approximations divided by √2 inside the networks' last layers."""
+
+    def __init__(self, wavelet: Lifting, name: str, weights: Weights):
+        self.longest, self.width, self.levels = wavelet.longest_lag, wavelet.width, len(wavelet.longest_lag)
+        crawl = wavelet.dilation_logits
+        shares = torch.ones(self.levels, 1) if crawl is None else crawl.float().softmax(1)
+        self.shares = weights.keep(f"{name}.shares", shares / math.sqrt(2))  # (J, K)
+        count = self.shares.size(1)
+        self.offsets = [[(max(self.longest) - first - k) for k in range(count)] for first in wavelet.first_lag]
+        self.predict = [self._layers(n, f"{name}.predict.{i}", -1, weights) for i, n in enumerate(wavelet.predict_nets)]
+        self.update = [self._layers(n, f"{name}.update.{i}", 1, weights) for i, n in enumerate(wavelet.update_nets)]
+        self.predict_bias = torch.stack([bias for *_, bias in self.predict])  # (J, P)
+        self.gathers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @staticmethod
+    def _layers(net: nn.Module, name: str, sign: int, weights: Weights):
+        """Hidden layer and its bias (None where linear), last layer and its bias, these two times sign/√2."""
+        first, last = linears(net)
+        scale = sign / math.sqrt(2)
+        hidden = None if first is None else weights.matrix(f"{name}.hidden", first.weight, "lifting")
+        hidden_bias = None if first is None else weights.keep(f"{name}.hidden.bias", first.bias)
+        matrix = weights.matrix(f"{name}.last", last.weight * scale, "lifting")
+        return hidden, hidden_bias, matrix, weights.keep(f"{name}.last.bias", last.bias * scale)
+
+    @staticmethod
+    def _inside(net, x: Tensor) -> Tensor:
+        hidden, bias, *_ = net
+        return x if hidden is None else F.gelu(hidden(x, bias))
+
+    def lagged(self, tape: Tape) -> Tensor:
+        """What each level takes as odd at the next token, over √2: (B, J, P)."""
+        rows, size = tape.buffer.shape[:2]
+        if (rows, size) not in self.gathers:
+            entry = torch.tensor(self.offsets)[None] * self.levels + torch.arange(self.levels)[None, :, None]
+            entry = entry + torch.arange(rows)[:, None, None] * size * self.levels  # (B, J, K)
+            starts = torch.arange(0, entry.numel(), entry.size(2))
+            shares = self.shares.repeat(rows, 1).flatten()
+            self.gathers[rows, size] = tuple(t.to(self.shares.device) for t in (entry.flatten(), starts, shares))
+        entry, starts, shares = self.gathers[rows, size]
+        entries = tape.buffer.view(-1, self.width)[(tape.end - tape.length) * self.levels :]
+        odd = torch.embedding_bag(entries, entry, starts, False, 0, False, shares)[0]
+        return odd.view(rows, self.levels, self.width)
+
+    def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
+        """h (N, P) → coefficients (S, N, P), and what to remember."""
+        if length == 1:
+            return self.step(h, part)
+        tape: Tape = part["lags"]
+        cur, details, curs = h, [], []
+        for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
+            joined = torch.cat([tape.window[:, :, level], cur.view(-1, length, self.width)], dim=1)
+            odd = sum(
+                share * joined[:, offset : offset + length]
+                for share, offset in zip(self.shares[level], self.offsets[level], strict=True)
+            )
+            curs.append(joined[:, length:])
+            detail = predict[2](self._inside(predict, cur), odd.flatten(0, 1) + predict[3])
+            cur = update[2](self._inside(update, detail), cur, math.sqrt(0.5)) + update[3]
+            details.append(detail)
+        return torch.stack([cur, *reversed(details)]), {"lags": Tape(torch.stack(curs, dim=2), tape.length)}
+
+    def step(self, cur: Tensor, part: dict) -> tuple[Tensor, dict]:
+        odd = self.lagged(part["lags"]) + self.predict_bias
+        details, curs = [], []
+        for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
+            curs.append(cur)
+            detail = predict[2](self._inside(predict, cur), odd[:, level])
+            cur = update[2](self._inside(update, detail), cur, math.sqrt(0.5)).add_(update[3])
+            details.append(detail)
+        tape, place = part["lags"].next()
+        torch.stack(curs, dim=1, out=place)
+        return torch.stack([cur, *reversed(details)]), {"lags": tape}
+
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        """The lags of a model's state, on a tape."""
+        longest, like = max(self.longest), block["lag0"]
+        buffer = like.new_zeros(like.size(0), longest, self.levels, self.width)
+        for level, n in enumerate(self.longest):
+            buffer[:, longest - n :, level] = block[f"lag{level}"]
+        return {"lags": Tape(buffer, longest)}
+
+
+class OwnWavelet:
+    """The decomposition by the model's own module: fixed, or of several bases."""
+
+    def __init__(self, wavelet: Lifting | MultiBasis, name: str, weights: Weights):
+        self.wavelet = weights.module(name, wavelet)
+        self.names = list(wavelet.start(0, torch.empty(0)))
+        self.longest: list[int] = []
+
+    def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
+        c, lags = self.wavelet.decompose(h.view(-1, length, h.size(-1)), part)
+        return c.flatten(1, 2), lags
+
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        return {name: block[name] for name in self.names}
+
+
+def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear]:
+    """A Predict or Update network's hidden layer (None where it is linear) and last layer."""
+    return (None, net) if isinstance(net, nn.Linear) else (net[0], net[-1])
+
+
+# ===== Mixers, and the wavelet the other way
+
+
+class FoldedMixers:
+    """One bank of mixers between its two Hadamard transforms: coefficients c (S, N, P) → y (S, N, ·), and in `after` the
+    matrices that make the network's mixed coefficients of it, u_s = after_s · y_s; they are the next layer's to fold."""
+
+    def __init__(self, block: Block, name: str, weights: Weights):
+        mixers, self.activation = list(block.mixers.banks[0]), block.mixers.banks[0].activation
+        scales, device = len(mixers), block.scale_weights.device
+        h = hadamard(block.hadamard.left.size(0) * block.hadamard.right.size(0)).to(device)
+        kinds = [weights.widths.of_scale(s, scales) for s in range(scales)]
+        gated, low_rank = mixers[0].gate is not None, hasattr(mixers[0], "U")
+        rank = mixers[0].U.size(1) if low_rank and gated else 0
+        self.head = round_up(rank, 16 if min(weights.widths[k] for k in kinds) == 32 else 64) if rank else 0
+        first, gates, self.after = [], [], []
+        for s, m in enumerate(mixers):
+            inner = h if m.proj_in is None else m.proj_in.weight.float() @ h  # (w, P)
+            outer = h if m.proj_out is None else h @ m.proj_out.weight.float()  # (P, w)
+            w = m.mixer.weight
+            if low_rank and not gated:
+                w = w + m.U @ m.V.T
+            rows, columns = w @ inner, outer * block.scale_weights[s]
+            if rank:
+                filler = self.head - rank
+                rows = torch.cat([F.pad(m.V.T @ inner, (0, 0, 0, filler)), rows])
+                columns = torch.cat([F.pad(columns @ m.U, (0, filler)), columns], dim=1)
+            first.append(rows)
+            self.after.append(columns)
+            if gated:
+                gates.append(m.gate.weight @ inner)
+        self.first = weights.stack(f"{name}.first", first, kinds)
+        self.gate = weights.stack(f"{name}.gate", gates, kinds) if gated else None
+        routing = block.mixers.scale_routing
+        self.routing = None if routing is None or not gated else weights.keep(f"{name}.routing", routing)
+
+    def __call__(self, c: Tensor) -> Tensor:
+        y = self.first(c)
+        if self.gate is not None:
+            r = c if self.routing is None else (self.routing @ c.flatten(1)).view_as(c)
+            y[..., self.head :].mul_(self.activation(self.gate(r)))
+        return y
+
+
+class OwnMixers:
+    """Several banks in a row, by the model's own modules."""
+
+    def __init__(self, block: Block, name: str, weights: Weights):
+        self.hadamard, self.mixers = block.hadamard, weights.module(f"{name}.own", block.mixers)
+        identity = torch.eye(block.hadamard.left.size(0) * block.hadamard.right.size(0), device=block.scale_weights.device)
+        self.after = [weight * identity for weight in block.scale_weights]
+
+    def __call__(self, c: Tensor) -> Tensor:
+        return self.hadamard(self.mixers(self.hadamard(c)))
+
+
+def projection(block: Block) -> tuple[Tensor, Tensor]:
+    """Weight (C, P) and bias (C,) of what follows the reconstruction, also where that is nothing."""
+    width = block.ln1.weight.size(0)
+    if isinstance(block.proj_out, nn.Linear):
+        return block.proj_out.weight, block.proj_out.bias
+    device = block.scale_weights.device
+    return torch.eye(width, device=device), torch.zeros(width, device=device)
+
+
+class FoldedReconstruction:
+    """From the mixers' y (S, N, ·) through the inverse wavelet and the projection to what the stream gains, (N, C)."""
+
+    def __init__(self, block: Block, wavelet: Lifting, after: list[Tensor], name: str, weights: Weights):
+        matrix, bias = projection(block)
+        details = len(after) - 1
+        kinds = [weights.widths.of_scale(s, details + 1) for s in range(1, details + 1)]
+        share = 0.5 if wavelet.fixed else 2.0  # of the approximation that each step keeps, squared
+        self.width, self.hidden = after[0].size(1), None
+        parts = [math.sqrt(share) ** details * (matrix @ after[0])]
+        if wavelet.fixed:
+            parts += [math.sqrt(share) ** (details - s + 1) * (matrix @ after[s]) for s in range(1, details + 1)]
+        else:
+            nets = [linears(net) for net in reversed(block.inverse_update_nets or wavelet.update_nets)]
+            gains = [-(math.sqrt(share) ** (details - s)) for s in range(1, details + 1)]
+            for (hidden, last), gain, below in zip(nets, gains, after[1:], strict=True):
+                parts.append(gain * (matrix @ last.weight if hidden is not None else matrix @ last.weight @ below))
+                bias = bias + gain * (matrix @ last.bias)
+            if nets[0][0] is not None:
+                firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
+                self.hidden = weights.stack(f"{name}.hidden", firsts, ["lifting"] * len(kinds))
+                self.hidden_bias = weights.keep(f"{name}.hidden.bias", torch.stack([hidden.bias for hidden, _ in nets]))
+        self.widths = [part.size(1) for part in parts]
+        self.last = weights.matrix(f"{name}.last", torch.cat(parts, dim=1), "lifting")
+        self.bias = weights.keep(f"{name}.last.bias", bias)
+
+    def __call__(self, y: Tensor, x: Tensor, alpha: float, length: int) -> Tensor:
+        """alpha·x + what it gains."""
+        scales = y.unbind(0) if self.hidden is None else [y[0], *F.gelu(self.hidden(y[1:], self.hidden_bias)).unbind(0)]
+        joined = torch.cat([part[:, :n] for part, n in zip(scales, self.widths, strict=True)], dim=1)
+        return self.last(joined, torch.add(self.bias, x, alpha=alpha))
+
+
+class OwnReconstruction:
+    """The reconstruction by the model's own module: of several bases."""
+
+    def __init__(self, block: Block, wavelet: OwnWavelet, after: list[Tensor], name: str, weights: Weights):
+        matrix, bias = projection(block)
+        kinds = [weights.widths.of_scale(s, len(after)) for s in range(len(after))]
+        self.wavelet, self.after = wavelet.wavelet, weights.stack(f"{name}.after", after, kinds)
+        self.last = weights.matrix(f"{name}.last", matrix, "lifting")
+        self.bias = weights.keep(f"{name}.last.bias", bias)
+
+    def __call__(self, y: Tensor, x: Tensor, alpha: float, length: int) -> Tensor:
+        u = self.after(y).float()
+        cur = self.wavelet.reconstruct(u.view(u.size(0), -1, length, u.size(2))).flatten(0, 1)
+        return self.last(cur, torch.add(self.bias, x, alpha=alpha))
+
+
+# ===== Bypass and memories
+
+
+class Mean:
+    """The running mean. `counts` is shared by all blocks: (new count (B,), positions averaged over (B, 1))."""
+
+    def __init__(self, average: RunningMean):
+        self.average = average
+
+    def __call__(self, x: Tensor, length: int, part: dict, counts: tuple[Tensor, Tensor]) -> tuple[Tensor, dict]:
+        if length > 1:
+            before = {k: part[k].window if k == "ring" else part[k] for k in ("count", "sum", "ring") if k in part}
+            mean, after = self.average(x.view(-1, length, x.size(1)), before)
+            return mean.flatten(0, 1), self.adopt(after)
+        count, n = counts
+        total, new = part["sum"] + x, {"count": count}
+        if "ring" in part:
+            total -= part["ring"].window[:, 0]
+            new["ring"], place = part["ring"].next()
+            place.copy_(x)
+        new["sum"] = total
+        return (total / n).float(), new
+
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        part = {name: block[name] for name in ("count", "sum")}
+        return part | {"ring": Tape(block["ring"], block["ring"].size(1))} if "ring" in block else part
+
+
+class OwnAverage:
+    """The moving average, by the model's own module."""
+
+    def __init__(self, average: nn.Module, name: str, weights: Weights):
+        self.average = weights.module(name, average)
+
+    def __call__(self, x: Tensor, length: int, part: dict, counts) -> tuple[Tensor, dict]:
+        mean, new = self.average(x.view(-1, length, x.size(1)), part)
+        return mean.flatten(0, 1), new
+
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        return {"mean": block["mean"]}
+
+
+class MLP:
+    def __init__(self, block: Block, name: str, weights: Weights):
+        layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
+        self.inner = [
+            (weights.matrix(f"{name}.{i}", layer.weight, "mlp"), weights.keep(f"{name}.{i}.bias", layer.bias))
+            for i, layer in enumerate(layers[:-1])
+        ]
+        self.last = weights.matrix(f"{name}.last", layers[-1].weight * block.alpha_mlp, "mlp")
+        self.bias = weights.keep(f"{name}.last.bias", layers[-1].bias * block.alpha_mlp)
+
+    def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
+        """alpha·x + MLP(h)."""
+        for matrix, bias in self.inner:
+            h = F.gelu(matrix(h, bias))
+        return self.last(h, torch.add(self.bias, x, alpha=alpha))
+
+
+class Memory:
+    """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
+
+    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights):
+        self.alpha = weights.number(f"{name}.alpha", alpha)
+        self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
+        query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
+        keys = copy.copy(memory)  # without what is packed
+        keys._modules = {}
+        keys = weights.module(f"{name}.keys", keys)
+        keys.query_proj = lambda h: query(h).float()
+        self.lookup = keys.lookup
+
+    def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
+        slot, weight = self.lookup(h)
+        return self.alpha * self.values.weighted(slot, weight), {}
+
+
+class WrittenMemory:
+    """A fast-weight memory that is written, by the model's own module."""
+
+    def __init__(self, memory: FastWeightMemory, alpha: Tensor, name: str, weights: Weights):
+        self.alpha, self.memory = weights.number(f"{name}.alpha", alpha), weights.module(name, memory)
+
+    def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
+        read, new = self.memory(h.view(-1, length, h.size(1)), part)
+        return self.alpha * read.flatten(0, 1), new
+
+    @staticmethod
+    def adopt(block: dict[str, Tensor]) -> dict:
+        return {name: block[name] for name in ("delta", "unwritten", "held")}
+
+
+# ===== Block
+
+
+class DecoderBlock:
+    def __init__(self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights):
+        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share."""
+        self.pad, self.wavelet = block.pad, wavelet
+        self.gamma = self.average = self.below = self.mlp = None
+        if block.embedding_residual_gamma is not None:
+            self.gamma = weights.keep(f"{name}.gamma", block.embedding_residual_gamma)
+        if block.bypass is not None:
+            average = block.bypass.average
+            own = not isinstance(average, RunningMean)
+            self.average = OwnAverage(average, f"{name}.average", weights) if own else Mean(average)
+            self.below = weights.matrix(f"{name}.below", block.bypass.cross_layer_mix.weight, "bypass")
+            self.gains = weights.keep(f"{name}.gains", F.pad(block.bypass.history_gains, (0, self.pad)))[:, None]  # (S, 1, P)
+        self.norms = [weights.norm(f"{name}.{n}", norm) for n, norm in (("ln1", block.ln1), ("ln2", block.ln2))]
+        self.mixers = (FoldedMixers if len(block.mixers.banks) == 1 else OwnMixers)(block, f"{name}.mixers", weights)
+        folds = isinstance(source, Lifting)
+        self.reconstruction = (
+            FoldedReconstruction(block, source, self.mixers.after, f"{name}.reconstruction", weights)
+            if folds
+            else OwnReconstruction(block, wavelet, self.mixers.after, f"{name}.reconstruction", weights)
+        )
+        del self.mixers.after  # folded into the reconstruction
+        self.alphas = [
+            weights.number(f"{name}.alpha_{kind}", getattr(block, f"residual_alpha_{kind}")) for kind in ("spectral", "mlp")
+        ]
+        if block.ffwd is not None:
+            self.mlp = MLP(block, f"{name}.mlp", weights)
+        self.memories: list[Memory | WrittenMemory] = []
+        self.written = None
+        if block.pkm is not None:
+            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
+        if block.fwpkm is not None:
+            writes = block.fwpkm.writes
+            self.memories.append(
+                (WrittenMemory if writes else Memory)(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights)
+            )
+            self.written = self.memories[-1] if writes else None
+
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        """A model's state of this block as this decoder keeps it."""
+        part = self.wavelet.adopt(block)
+        for keeper in (self.average, self.written):
+            if keeper is not None:
+                part |= keeper.adopt(block)
+        return part
+
+    def __call__(self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts):
+        """x, the token embedding e, the mean of the block below (all (N, C)) → new x, this block's mean, new state."""
+        mean, new = None, {}
+        if self.average is not None:
+            mean, new = self.average(x, length, part, counts)
+            context = mean if below is None else self.below(below, mean)
+        if self.gamma is not None:
+            x = torch.addcmul(x, e, self.gamma)
+        h = F.layer_norm(x, *self.norms[0])
+        c, lags = self.wavelet.decompose(F.pad(h, (0, self.pad)) if self.pad else h, length, part)
+        new |= lags
+        if self.average is not None:
+            c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
+        x = self.reconstruction(self.mixers(c), x, self.alphas[0], length)
+        h = F.layer_norm(x, *self.norms[1])
+        x = self.alphas[1] * x if self.mlp is None else self.mlp(h, x, self.alphas[1])
+        for memory in self.memories:
+            read, written = memory(h, length, part)
+            x, new = x + read, new | written
+        return x, mean, new
+
+
+# ===== The network
+
+
+class DecoderCell:
+    """One network of the model, prepared: the embedding, the blocks in the order in which they are applied, the last norm."""
+
+    def __init__(self, cell, name: str, weights: Weights):
+        self.embedding = weights.table(f"{name}embedding", cell.token_embedding.weight * cell.embed_scale, "embedding")
+        prepared = [
+            (FoldedLifting if isinstance(w, Lifting) and not w.fixed else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
+            for i, w in enumerate(cell.wavelets)
+        ]
+        blocks = [
+            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights)
+            for i, b in enumerate(cell.layers)
+        ]
+        self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]
+        self.norm = weights.norm(f"{name}final_ln", cell.final_ln)
+
+
+class Decoder:
+    """`model`, ready to read text and write it: `decoder(ids, state)` gives its logits and its next state.
+
+    bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model itself is not kept. A state of the model's is taken as
+    well as one of this decoder's; both are left as they are.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: LanguageModel, bits: int | None = None, weights: Weights | None = None):
+        """weights: where prepared weights come from or go to, in place of `bits`. If they come from a file, only the shapes of
+        the model, which may be on the meta device, are used."""
+        self.config, self.vocab_size = model.config, model.vocab_size
+        weights = Weights(Widths.of(bits)) if weights is None else weights
+        self.applications = model.config.applications
+        names = [""] if len(model.cells) == 1 else [f"cells.{i}." for i in range(len(model.cells))]
+        self.cells = [DecoderCell(cell, name, weights) for cell, name in zip(model.cells, names, strict=True)]
+        self.gates = None if model.gates is None else weights.module("gates", model.gates)
+        heads = [cell.lm_head.weight for cell in model.cells]
+        tied = len(heads) == 1 and model.config.tie_embedding_to_lm_head and model.embed_scale == 1.0
+        joined = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share
+        self.head = weights.matrix("embedding" if tied else "head", joined, "embedding" if tied else "head")
+        self.starts = [
+            [{k: (t.shape[1:], t.dtype) for k, t in block.items()} for block in self._blocks_of(model, stream)]
+            for stream in (False, True)
+        ]
+        self.device = self.cells[0].norm[1].device
+        weights.check()
+
+    @staticmethod
+    def _blocks_of(model: LanguageModel, stream: bool) -> list[dict[str, Tensor]]:
+        return model.start(1, stream).blocks
+
+    def start(self, rows: int, stream: bool = False) -> State:
+        """The state at the start of `rows` texts; stream as in `LanguageModel.start`."""
+        blocks = self.starts[stream]
+        return self.adopt(
+            State(
+                [
+                    {name: torch.zeros(rows, *shape, dtype=dtype, device=self.device) for name, (shape, dtype) in block.items()}
+                    for block in blocks
+                ]
+            )
+        )
+
+    def adopt(self, state: State) -> DecoderState:
+        """A state of the model's as this decoder keeps it."""
+        blocks = [b for cell in self.cells for _ in range(self.config.loop_iterations) for b in cell.blocks]
+        parts = [block.adopt(shown) for block, shown in zip(blocks, state.blocks, strict=True)]
+        return DecoderState(parts, [block.wavelet.longest for block in blocks])
+
+    @staticmethod
+    def counts(parts: list[dict], length: int, window: int) -> tuple[Tensor, Tensor] | None:
+        """After `length` more tokens: the count of tokens (B,), and over how many the running mean goes (B, 1)."""
+        first = parts[0]
+        if "count" not in first or length > 1:
+            return None
+        count = first["count"] + length
+        return count, (count.clamp(max=window) if "ring" in first else count)[:, None]
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, state: State | None = None, last_only: bool = True) -> tuple[Tensor, DecoderState]:
+        """ids (B, T) int64 → fp32 logits after the last token, (B, 1, V), or with last_only False after each, (B, T, V)."""
+        rows, length = ids.shape
+        state = self.start(rows) if state is None else state
+        state = state if isinstance(state, DecoderState) else self.adopt(state)
+        cells, each = self.cells, self.applications * self.config.loop_iterations
+        before = [iter(state.parts[c * each : (c + 1) * each]) for c in range(len(cells))]
+        after: list[list[dict]] = [[] for _ in cells]
+        counts = self.counts(state.parts, length, self.config.block_size)
+        es = [cell.embedding(ids.flatten()) for cell in cells]
+        xs, means = list(es), [None] * len(cells)
+        for _ in range(self.config.loop_iterations):
+            for i in range(self.applications):
+                for c, cell in enumerate(cells):
+                    xs[c], means[c], new = cell.blocks[i](xs[c], es[c], means[c], length, next(before[c]), counts)
+                    after[c].append(new)
+                if self.gates is not None and i % self.config.multinodal_cross_cell_gate_interval == 0:
+                    xs = self.gates[i // self.config.multinodal_cross_cell_gate_interval](xs)
+        if last_only and length > 1:
+            xs = [x.view(rows, length, -1)[:, -1] for x in xs]
+        hs = [F.layer_norm(x, *cell.norm) for x, cell in zip(xs, cells, strict=True)]
+        logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
+        return logits.float().view(rows, -1, self.vocab_size), DecoderState([b for blocks in after for b in blocks], state.lags)
+
+
+class PackedModel(nn.Module):
+    """A decoder in the place of a model, as a quantised checkpoint gives it: the logits of every position, no gradients."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder, self.config, self.vocab_size = decoder, decoder.config, decoder.vocab_size
+        self.start = decoder.start
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        return self.decoder(ids, state, last_only=False)

@@ -1,0 +1,357 @@
+"""Weight matrices prepared for inference at 32, 16, 8 or 4 bits, each with the product that is fastest for its type.
+
+At batch 1 a product reads each weight once and does little else, so its time is the bytes it reads over the bandwidth; from
+some tens of rows on it is arithmetic. Every class here therefore has two routes, by the number of rows N, and one interface:
+`matrix(x, add, beta)` is x Wᵀ + beta·add, x (N, in) in any float type, the result (N, out). Quantised weights are
+never unpacked for few rows. For many, where unpacking is small beside the product, they are unpacked to bf16 as they are used.
+
+The routes were chosen by `benchmarks/decode.py --kernels` on two CPU cores; no one has run the CUDA ones.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import InputError
+
+FEW_FLOAT, FEW_INT8, FEW_INT4 = 4, 16, 32  # rows up to which the route for few rows is the faster one
+GROUP = 64  # input channels that share a scale and an offset at 4 bits
+BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ===== Quantising
+
+
+def to_int8(weight: Tensor) -> dict[str, Tensor]:
+    """Rows (out, in) as int8 with one bf16 scale each: w ≈ q·scale. Inputs are filled up with zeros to whole groups, since
+    torch's kernel reads them in such steps."""
+    weight = F.pad(weight.float(), (0, -weight.size(1) % GROUP))
+    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
+    q = (weight / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
+    return {"int8": q, "scale": scale[:, 0].contiguous()}
+
+
+def to_int4(weight: Tensor, group: int = GROUP) -> dict[str, Tensor]:
+    """Rows (out, in) in groups of `group` inputs, two 4-bit numbers a byte: w ≈ (q − 8)·scale + offset.
+
+    Of several ranges, each a share of the group's own, the one with the least squared error is kept: a range that leaves out
+    the largest weights gives all others finer steps. Inputs are filled up with zeros to whole groups.
+    """
+    rows = []
+    for part in F.pad(weight.float(), (0, -weight.size(1) % group)).split(max(1, 2**22 // max(1, weight.size(1)))):
+        w = part.unflatten(1, (-1, group))
+        low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
+        best, least = None, None
+        for share in (1.0, 0.94, 0.88, 0.82):
+            scale = ((high - low) * share / 15).clamp_min(1e-30).bfloat16().float()
+            offset = ((high + low) / 2 + scale / 2).bfloat16().float()
+            q = ((w - offset) / scale).round_().clamp_(-8, 7)
+            error = (q * scale + offset - w).square_().sum(2, keepdim=True)
+            if best is None:
+                best, least = [q, scale, offset], error
+            else:
+                better = error < least
+                best = [torch.where(better, new, old) for new, old in zip((q, scale, offset), best, strict=True)]
+                least = torch.minimum(error, least)
+        q = (best[0] + 8).to(torch.uint8).flatten(1)
+        rows.append((q[:, ::2] | q[:, 1::2] << 4, torch.cat(best[1:], dim=2).bfloat16()))
+    packed, steps = zip(*rows, strict=True)
+    return {"int4": torch.cat(packed), "steps": torch.cat(steps)}  # (out, in/2), (out, in/group, 2): scale, offset
+
+
+def from_int4(packed: Tensor) -> Tensor:
+    """(…, n) bytes → (…, 2n) numbers from 0 to 15."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+
+
+def quantised(weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """The tensors that hold `weight` (out, in) at this width, as they lie in a file."""
+    if bits == 8:
+        return to_int8(weight)
+    if bits == 4:
+        return to_int4(weight)
+    return {f"float{bits}": weight.to(torch.float32 if bits == 32 else torch.bfloat16)}
+
+
+# ===== Products
+
+
+def filled(x: Tensor, width: int) -> Tensor:
+    """x (N, in) with zeros after it up to `width`."""
+    return F.pad(x, (0, width - x.size(1))) if x.size(1) < width else x.contiguous()
+
+
+class FloatMatrix:
+    """fp32. For few rows W is cut into row blocks and multiplied as a batch: torch's batched product reads memory at its full
+    bandwidth where its plain one, MKL's on AMD and oneDNN's too, reaches a quarter of it."""
+
+    def __init__(self, tensors: dict[str, Tensor], outputs: int):
+        self.weight = tensors["float32"].contiguous()
+        self.outputs, self.blocks = outputs, next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if outputs % n == 0)
+        self.cut = self.weight.view(self.blocks, -1, self.weight.size(1))
+        self.few = FEW_FLOAT if self.weight.device.type == "cpu" else 0
+
+    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        rows = x.size(0)
+        if rows > self.few:
+            return F.linear(x, self.weight) if add is None else torch.addmm(add, x, self.weight.T, beta=beta)
+        turned = x.T.expand(self.blocks, -1, -1)
+        if add is None:
+            return torch.bmm(self.cut, turned).view(self.outputs, rows).T
+        add = add.expand(rows, self.outputs).T.reshape(self.blocks, -1, rows)
+        return torch.baddbmm(add, self.cut, turned, beta=beta).view(self.outputs, rows).T
+
+
+class HalfMatrix:
+    """bf16, in oneDNN's own layout on a CPU."""
+
+    def __init__(self, tensors: dict[str, Tensor], outputs: int):
+        weight = tensors["float16"]
+        self.packed = weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
+
+    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        x = x.to(torch.bfloat16)
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        else:
+            y = F.linear(x, self.weight)
+        return y if add is None else torch.add(y, add, alpha=beta)
+
+
+class Int8Matrix:
+    """int8 rows with a scale each."""
+
+    def __init__(self, tensors: dict[str, Tensor], outputs: int):
+        self.weight, self.scale, self.outputs = tensors["int8"], tensors["scale"], outputs
+
+    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        x = filled(x.to(torch.bfloat16), self.weight.size(1))
+        if x.size(0) <= FEW_INT8:
+            y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+        else:
+            y = F.linear(x, self.weight.to(torch.bfloat16)) * self.scale
+        return y if add is None else torch.add(y, add, alpha=beta)
+
+
+class Int4Matrix:
+    """4-bit groups in the layout of torch's kernel: outputs in blocks, (blocks, in, block/2) bytes, a byte's low half an
+    output of the block's first half and its high half the one of the second."""
+
+    def __init__(self, tensors: dict[str, Tensor], outputs: int):
+        packed, steps = tensors["int4"], tensors["steps"]
+        extra = -packed.size(0) % BLOCK
+        self.inputs, self.outputs, self.group = packed.size(1) * 2, outputs, packed.size(1) * 2 // steps.size(1)
+        packed, steps = F.pad(packed, (0, 0, 0, extra)), F.pad(steps, (0, 0, 0, 0, 0, extra))
+        self.steps = steps.transpose(0, 1).contiguous()  # (groups, out, 2)
+        if packed.device.type == "cpu":
+            self.block = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(from_int4(packed).int(), 1)
+            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        else:  # the CUDA kernel wants the even input in a byte's high half
+            self.block = 0
+            self.weight = torch.ops.aten._convert_weight_to_int4pack((packed << 4) | (packed >> 4), 8)
+            self.product = torch.ops.aten._weight_int4pack_mm
+
+    def unpacked(self) -> Tensor:
+        """(blocks, in, block) in bf16."""
+        packed = self.weight.view(-1, self.inputs, self.block // 2)
+        q = torch.cat([packed & 15, packed >> 4], dim=2).to(torch.bfloat16).sub_(8)
+        steps = self.steps.view(self.steps.size(0), -1, self.block, 2).transpose(0, 1)[
+            :, :, None
+        ]  # (blocks, groups, 1, block, 2)
+        return torch.addcmul(steps[..., 1], q.view(q.size(0), -1, self.group, self.block), steps[..., 0]).flatten(1, 2)
+
+    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        x = filled(x.to(torch.bfloat16), self.inputs)
+        if x.size(0) <= FEW_INT4 or not self.block:
+            y = self.product(x, self.weight, self.group, self.steps)
+        else:
+            w = self.unpacked()
+            y = torch.bmm(x.expand(w.size(0), -1, -1), w).transpose(0, 1).reshape(x.size(0), -1)
+        y = y[:, : self.outputs]
+        return y if add is None else torch.add(y, add, alpha=beta)
+
+
+MATRICES = {32: FloatMatrix, 16: HalfMatrix, 8: Int8Matrix, 4: Int4Matrix}
+
+
+class FloatStack:
+    """S fp32 matrices, one product: x (S, N, in) → (S, N, out). Smaller ones are filled up with zeros: a few bytes more
+    to read, half the kernels."""
+
+    def __init__(self, weights: list[Tensor]):
+        outputs, inputs = (max(w.size(d) for w in weights) for d in (0, 1))
+        self.weight = torch.stack([F.pad(w, (0, inputs - w.size(1), 0, outputs - w.size(0))) for w in weights])
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        x = x[..., : self.weight.size(2)]
+        if x.size(1) <= FEW_FLOAT and x.device.type == "cpu":
+            if add is None:
+                return torch.bmm(self.weight, x.mT).mT
+            return torch.baddbmm(add[..., None], self.weight, x.mT).mT
+        return torch.bmm(x, self.weight.mT) if add is None else torch.baddbmm(add[:, None], x, self.weight.mT)
+
+
+class PackedStack:
+    """S packed matrices of one shape or several, a product each: x (S, N, in) → (S, N, out), filled up with zeros."""
+
+    def __init__(self, matrices: list, outputs: list[int], inputs: list[int]):
+        self.matrices, self.outputs, self.inputs, self.width = matrices, outputs, inputs, max(outputs)
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        parts = [m(part[:, :n]) for m, part, n in zip(self.matrices, x, self.inputs, strict=True)]
+        parts = [F.pad(y, (0, self.width - n)) if n < self.width else y for y, n in zip(parts, self.outputs, strict=True)]
+        y = torch.stack(parts)
+        return y if add is None else y + add[:, None]
+
+
+class Table:
+    """A table whose rows are looked up, (rows, width): only the rows that are read are unpacked."""
+
+    def __init__(self, tensors: dict[str, Tensor], width: int):
+        self.tensors, self.width = tensors, width
+        self.read = {"float32": self.floats, "float16": self.floats, "int8": self.int8, "int4": self.int4}[next(iter(tensors))]
+        self.floating = next(iter(tensors.values()))
+
+    def floats(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.floating).float()
+
+    def int8(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.tensors["int8"])[..., : self.width] * F.embedding(
+            rows, self.tensors["scale"][:, None].float()
+        )
+
+    def int4(self, rows: Tensor) -> Tensor:
+        q = from_int4(F.embedding(rows, self.tensors["int4"])).float().sub_(8)
+        steps = F.embedding(rows, self.tensors["steps"].flatten(1)).float().unflatten(-1, (-1, 2))
+        q = q.unflatten(-1, (steps.size(-2), -1))
+        return torch.addcmul(steps[..., 1:], q, steps[..., :1]).flatten(-2)[..., : self.width]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows (…) → (…, width) in fp32."""
+        return self.read(rows)
+
+    def weighted(self, rows: Tensor, shares: Tensor) -> Tensor:
+        """Σ_k shares (N, k) · the k rows that each of `rows` (N, k) names: (N, width) in fp32."""
+        if self.floating.dtype == torch.float32:
+            return F.embedding_bag(rows, self.floating, mode="sum", per_sample_weights=shares)
+        return torch.bmm(shares[:, None], self.read(rows)).squeeze(1)
+
+
+# ===== The weights of a decoder
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits of each component's weights. The thirds of the scales are mixer_coarse (with the approximation), mid and fine."""
+
+    mixer_coarse: int = 32
+    mixer_mid: int = 32
+    mixer_fine: int = 32
+    lifting: int = 32
+    bypass: int = 32
+    mlp: int = 32
+    memory: int = 32
+    query: int = 32
+    embedding: int = 32
+    head: int = 32
+
+    @classmethod
+    def of(cls, bits: int | None) -> "Widths":
+        """Raises `InputError` for a width that there is none of."""
+        if bits not in (None, 32, 16, 8, 4):
+            raise InputError(f"bits: {bits} is not a width; take 8 or 4 (or 16, or 32)")
+        widths = cls(*[bits or 32] * len(fields(cls)))
+        # The coarse scales reach into everything that follows: their error at 4 bits costs more than all else together.
+        return replace(widths, mixer_coarse=8, query=8) if bits == 4 else widths
+
+    def __getitem__(self, component: str) -> int:
+        return getattr(self, component)
+
+    @staticmethod
+    def of_scale(scale: int, scales: int) -> str:
+        """The component that a scale's mixer belongs to."""
+        return ("mixer_coarse", "mixer_mid", "mixer_fine")[scale * 3 // scales]
+
+
+class Weights:
+    """Gives a decoder its prepared weights by name: made from a model's, or read from a file that holds them as they are.
+
+    If `saving`, whatever is made is also in `saved`, under "name/kind".
+    """
+
+    def __init__(
+        self, widths: Widths, tensors: dict[str, Tensor] | None = None, saving: bool = False, source: str = "checkpoint"
+    ):
+        """tensors: what a file holds, `source` its name in errors; None = made from a model."""
+        self.widths, self.source, self.used = widths, source, set()
+        self.given: dict[str, dict[str, Tensor]] | None = None if tensors is None else {}
+        for key, tensor in (tensors or {}).items():
+            name, _, kind = key.rpartition("/")
+            self.given.setdefault(name, {})[kind] = tensor
+        self.saved: dict[str, Tensor] | None = {} if saving else None
+
+    def _tensors(self, name: str, make) -> dict[str, Tensor]:
+        """The tensors of `name`: from the file, or made, with their own keys."""
+        made = make()
+        if self.given is not None:
+            own = self.given.get(name)
+            if own is None or own.keys() != made.keys() or any(own[key].shape != made[key].shape for key in made):
+                raise InputError(
+                    f"{self.source}: {name} is absent or not what its config.json makes it; quantise the run again"
+                )
+            self.used.add(name)
+            return {key: own[key] for key in made}
+        tensors = {key: t.detach() for key, t in made.items()}
+        if self.saved is not None:
+            self.saved |= {f"{name}/{key}": t for key, t in tensors.items()}
+        return tensors
+
+    def check(self) -> None:
+        """Raises `InputError` if the file has tensors that nothing asked for."""
+        if self.given is not None and (unused := self.given.keys() - self.used):
+            raise InputError(f"{self.source}: has {sorted(unused)[0]}, which the network of its config.json has no use for")
+        self.given = None
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """A small tensor, in fp32."""
+        return self._tensors(name, lambda: {"float32": tensor.float().contiguous()})["float32"]
+
+    def number(self, name: str, value: Tensor | float) -> float:
+        return float(self.keep(name, torch.as_tensor(value)))
+
+    def norm(self, name: str, norm: nn.LayerNorm) -> tuple:
+        """The arguments of F.layer_norm after its input."""
+        return norm.normalized_shape, self.keep(f"{name}.weight", norm.weight), self.keep(f"{name}.bias", norm.bias), norm.eps
+
+    def matrix(self, name: str, weight: Tensor, component: str):
+        bits = self.widths[component]
+        return MATRICES[bits](self._tensors(name, lambda: quantised(weight.float(), bits)), weight.size(0))
+
+    def stack(self, name: str, matrices: list[Tensor], components: list[str]) -> "FloatStack | PackedStack":
+        """One product of several matrices, each (out, in) of its own size and width."""
+        if all(self.widths[c] == 32 for c in components):
+            each = [self._tensors(f"{name}.{s}", lambda w=w: quantised(w.float(), 32)) for s, w in enumerate(matrices)]
+            return FloatStack([tensors["float32"] for tensors in each])
+        packed = [self.matrix(f"{name}.{s}", w, c) for s, (w, c) in enumerate(zip(matrices, components, strict=True))]
+        return PackedStack(packed, [w.size(0) for w in matrices], [w.size(1) for w in matrices])
+
+    def table(self, name: str, weight: Tensor, component: str) -> Table:
+        return Table(self._tensors(name, lambda: quantised(weight.float(), self.widths[component])), weight.size(1))
+
+    def module(self, name: str, module: nn.Module) -> nn.Module:
+        """A module of the model's own, in fp32."""
+        if self.given is not None:
+            tensors = {key: self.keep(f"{name}.{key}", tensor) for key, tensor in module.state_dict().items()}
+            module.load_state_dict(tensors, assign=True)
+        elif self.saved is not None:
+            for key, tensor in module.state_dict().items():
+                self.keep(f"{name}.{key}", tensor)
+        return module

@@ -1,0 +1,76 @@
+"""Writes a checkpoint with quantised weights, which every command takes in the place of the run's own.
+
+    python quantize.py --checkpoint logs/RUN --bits 8 --out logs/RUN-int8
+
+8 bits: a scale for each output channel. 4 bits: a scale and an offset for each group of 64 inputs. Weights lie on disk at
+their width, folded as the decoder reads them, so that nothing is converted or lost when they are loaded.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
+from config import Config, InputError, run_command, save_config
+from decode import Decoder, PackedModel
+from model import LanguageModel
+from packed import Weights, Widths
+from tokenizer import Tokenizer
+
+COMPONENTS = {
+    "mixer_coarse": "mixers of the coarse third of the scales",
+    "mixer_mid": "mixers of the middle third",
+    "mixer_fine": "mixers of the fine third",
+    "lifting": "the wavelet's networks, both ways, and the projection after them",
+    "bypass": "what the running mean of the block below goes through",
+    "mlp": "the MLP",
+    "memory": "values of the product-key memories",
+    "query": "what makes the memories' queries",
+    "embedding": "the token embedding",
+    "head": "the head",
+}
+
+
+def quantise(model: LanguageModel, config: Config, tokenizer: Tokenizer | None, widths: Widths, folder: Path) -> int:
+    """Writes `model` at `widths` to `folder`, with its config and tokenizer. Returns the size of the weights' file in bytes."""
+    weights = Weights(widths, saving=True)
+    Decoder(model, weights=weights)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.json")
+    except OSError as error:
+        raise InputError(f"out: {folder} cannot be written ({error.strerror}); give another folder") from None
+    metadata = {"format": PACKED_FORMAT, "vocab_size": str(model.vocab_size), "bits": json.dumps(asdict(widths))}
+    save_tensors(weights.saved, folder / MODEL_FILE, metadata)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return (folder / MODEL_FILE).stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run directory, .safetensors file, or an old .pt")
+    parser.add_argument("--bits", type=int, required=True, choices=[8, 4], help="width of all weights but those named below")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
+    group = parser.add_argument_group(
+        "Bits of single components, 4, 8, 16 or 32 (default: as --bits; at 4, mixer_coarse and query are 8)"
+    )
+    for field in fields(Widths):
+        group.add_argument(f"--{field.name}", type=int, choices=[4, 8, 16, 32], help=COMPONENTS[field.name])
+    args = parser.parse_args()
+    out = Path(args.out)
+    if (out / MODEL_FILE).exists():
+        raise InputError(f"out: {out} has a checkpoint already; give another folder")
+    model, config, tokenizer = load_model(args.checkpoint)
+    if isinstance(model, PackedModel):
+        raise InputError(f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made from")
+    own = {field.name: getattr(args, field.name) for field in fields(Widths)}
+    widths = replace(Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = quantise(model, config, tokenizer, widths, out)
+    print(f"checkpoint: {out}\nbytes: {size}\nshare_of_fp32: {size / (4 * parameters):.4f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

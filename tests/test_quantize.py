@@ -1,0 +1,111 @@
+"""Quantised checkpoints: every command takes them, they hold what the decoder reads, and damage is named."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import random_ids, randomised, tiny
+
+import evaluate
+import generate
+import quantize
+from checkpoint import load_model, load_tensors, save_model, save_tensors
+from config import InputError, save_config
+from decode import Decoder
+from model import build_model
+from tokenizer import ByteTokenizer
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny(C=64, per_scale_mixer_widths=None, num_new_tokens=5)
+    torch.manual_seed(0)
+    save_model(randomised(build_model(config, 256)), folder / "best_model.safetensors")
+    save_config(config, folder / "config.json")
+    ByteTokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+@pytest.fixture
+def packed(run_folder, tmp_path, command):
+    def make(bits, *more):
+        command(quantize, "--checkpoint", run_folder, "--bits", bits, "--out", tmp_path / "packed", *more)
+        return tmp_path / "packed"
+
+    return make
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_checkpoint_gives_the_decoders_logits(run_folder, packed, bits):
+    model, config, tokenizer = load_model(packed(bits))
+    original, config_before, _ = load_model(run_folder)
+    ids = random_ids(2, 20)
+    assert torch.equal(model(ids)[0], Decoder(original, bits)(ids, last_only=False)[0])
+    assert config == config_before and tokenizer.name == ByteTokenizer().name
+
+
+def test_files_are_a_checkpoints_own(packed):
+    names = {path.name for path in packed(8).iterdir()}
+    assert names == {"best_model.safetensors", "config.json", "tokenizer.json"}
+
+
+def test_fewer_bits_smaller_files(run_folder, packed, tmp_path):
+    size = (packed(8) / "best_model.safetensors").stat().st_size
+    for path in (tmp_path / "packed").iterdir():
+        path.unlink()
+    assert (packed(4) / "best_model.safetensors").stat().st_size < 0.75 * size
+    assert size < 0.5 * (run_folder / "best_model.safetensors").stat().st_size
+
+
+def test_commands_take_it(packed, command, capsys, tmp_path):
+    folder = packed(4, "--mlp", 8)
+    (tmp_path / "text.txt").write_text("some text to score, and some more of it\n" * 5, encoding="utf-8")
+    command(evaluate, "--checkpoint", folder, "--data", tmp_path / "text.txt", "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bits_per_byte"] > 0
+    command(generate, "--checkpoint", folder, "--prompt", "ab", "--num_tokens", 4, "--wavelet_coherence")
+    assert capsys.readouterr().out.startswith("ab")
+
+
+def test_single_components_have_widths_of_their_own(packed):
+    tensors = load_tensors(packed(8, "--mlp", 4, "--embedding", 16) / "best_model.safetensors")
+    assert "layers.0.mlp.last/int4" in tensors and "embedding/float16" in tensors and "head/int8" in tensors
+
+
+def test_it_is_not_quantised_twice(packed, command, tmp_path):
+    folder = packed(8)
+    with pytest.raises(InputError, match="quantised already"):
+        command(quantize, "--checkpoint", folder, "--bits", 4, "--out", tmp_path / "twice")
+    with pytest.raises(InputError, match="ptq8"):
+        command(generate, "--checkpoint", folder, "--ptq8", "--prompt", "a", "--num_tokens", 1)
+    with pytest.raises(InputError, match="out"):
+        packed(8)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_damage_is_named(packed, change):
+    path = packed(8) / "best_model.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_tensors(path)
+    if change == "missing":
+        del tensors["head/int8"]
+    elif change == "extra":
+        tensors["more/int8"] = torch.zeros(1)
+    else:
+        tensors["head/int8"] = tensors["head/int8"][:-1]
+    save_tensors(tensors, path, metadata)
+    with pytest.raises(InputError, match="more" if change == "extra" else "head"):
+        load_model(path)
