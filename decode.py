@@ -5,8 +5,8 @@
 
 The same numbers as the model's, from fewer and larger products, read at full bandwidth (packed.py):
 
-- The Walsh–Hadamard matrix H is folded into its neighbours. A mixer reads W H and G H; what follows it is H times the first
-  layer of the reconstruction's networks.
+- The channels' transform H (Walsh–Hadamard, say) is folded into its neighbours. A mixer reads W H and G H; what follows it
+  is H⁻¹ times the first layer of the reconstruction's networks.
 - Reconstruction, cur ← √2·cur − Update(u), is linear in cur: all Update networks run at once, and their last layers,
   the powers of √2 and the projection after them are one matrix.
 - U Vᵀ joins W where there is no gate. Where there is, Vᵀ lies above W in one matrix and U goes into what follows.
@@ -14,9 +14,9 @@ The same numbers as the model's, from fewer and larger products, read at full ba
   kernel applies them in the pass that it makes anyhow.)
 - What looks back is a `Tape`, so a step writes one position and copies nothing.
 
-What cannot be folded (mixers in a row, several bases, written fast weights, the moving average) is the model's own
-module, chosen here when the decoder is built. A step of one token and a chunk of many share all but the way through time.
-Nothing here was ever run on a GPU.
+What cannot be folded (mixers in a row, several bases, norms per scale, memories that the text writes, the moving average)
+is the model's own module, chosen here when the decoder is built. A step of one token and a chunk of many share all but the
+way through time. Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
 """
@@ -28,17 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (
-    Block,
-    FastWeightMemory,
-    LanguageModel,
-    Lifting,
-    MultiBasis,
-    ProductKeyMemory,
-    RunningMean,
-    State,
-    hadamard,
-)
+from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
+from model import Block, LanguageModel, Lifting, MultiBasis, RunningMean, ScaleNorm, State
 from packed import Weights, Widths, round_up
 
 ROOM = 64  # positions that a tape holds beyond its window at the least: it is copied once in so many steps
@@ -217,16 +208,16 @@ class FoldedMixers:
 
     def __init__(self, block: Block, name: str, weights: Weights):
         mixers, self.activation = list(block.mixers.banks[0]), block.mixers.banks[0].activation
-        scales, device = len(mixers), block.scale_weights.device
-        h = hadamard(block.hadamard.left.size(0) * block.hadamard.right.size(0)).to(device)
+        scales = len(mixers)
+        before, behind = transforms(block)
         kinds = [weights.widths.of_scale(s, scales) for s in range(scales)]
         gated, low_rank = mixers[0].gate is not None, hasattr(mixers[0], "U")
         rank = mixers[0].U.size(1) if low_rank and gated else 0
         self.head = round_up(rank, 16 if min(weights.widths[k] for k in kinds) == 32 else 64) if rank else 0
         first, gates, self.after = [], [], []
         for s, m in enumerate(mixers):
-            inner = h if m.proj_in is None else m.proj_in.weight.float() @ h  # (w, P)
-            outer = h if m.proj_out is None else h @ m.proj_out.weight.float()  # (P, w)
+            inner = before if m.proj_in is None else m.proj_in.weight.float() @ before  # (w, P)
+            outer = behind if m.proj_out is None else behind @ m.proj_out.weight.float()  # (P, w)
             w = m.mixer.weight
             if low_rank and not gated:
                 w = w + m.U @ m.V.T
@@ -252,16 +243,23 @@ class FoldedMixers:
         return y
 
 
+def transforms(block: Block) -> tuple[Tensor, Tensor]:
+    """The channels' transform before the mixers and its inverse behind them, as matrices (P, P)."""
+    identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
+    return block.transform(identity).T, block.inverse_transform(identity).T
+
+
 class OwnMixers:
     """Several banks in a row, by the model's own modules."""
 
     def __init__(self, block: Block, name: str, weights: Weights):
-        self.hadamard, self.mixers = block.hadamard, weights.module(f"{name}.own", block.mixers)
-        identity = torch.eye(block.hadamard.left.size(0) * block.hadamard.right.size(0), device=block.scale_weights.device)
+        self.transform, self.inverse = block.transform, block.inverse_transform
+        self.mixers = weights.module(f"{name}.own", block.mixers)
+        identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
         self.after = [weight * identity for weight in block.scale_weights]
 
     def __call__(self, c: Tensor) -> Tensor:
-        return self.hadamard(self.mixers(self.hadamard(c)))
+        return self.inverse(self.mixers(self.transform(c)))
 
 
 def projection(block: Block) -> tuple[Tensor, Tensor]:
@@ -307,18 +305,22 @@ class FoldedReconstruction:
 
 
 class OwnReconstruction:
-    """The reconstruction by the model's own module: of several bases."""
+    """The reconstruction by the model's own module: of several bases, or with a norm of each scale before it."""
 
-    def __init__(self, block: Block, wavelet: OwnWavelet, after: list[Tensor], name: str, weights: Weights):
+    def __init__(self, block: Block, wavelet: nn.Module, after: list[Tensor], name: str, weights: Weights):
         matrix, bias = projection(block)
         kinds = [weights.widths.of_scale(s, len(after)) for s in range(len(after))]
-        self.wavelet, self.after = wavelet.wavelet, weights.stack(f"{name}.after", after, kinds)
+        self.wavelet, self.after = wavelet, weights.stack(f"{name}.after", after, kinds)
+        self.norm = weights.module(f"{name}.norm", block.scale_norm_out)
+        nets = block.inverse_update_nets or getattr(wavelet, "update_nets", None)
+        self.updates = None if nets is None else weights.module(f"{name}.updates", nets)
         self.last = weights.matrix(f"{name}.last", matrix, "lifting")
         self.bias = weights.keep(f"{name}.last.bias", bias)
 
     def __call__(self, y: Tensor, x: Tensor, alpha: float, length: int) -> Tensor:
         u = self.after(y).float()
-        cur = self.wavelet.reconstruct(u.view(u.size(0), -1, length, u.size(2))).flatten(0, 1)
+        u = self.norm(u.view(u.size(0), -1, length, u.size(2)))
+        cur = self.wavelet.reconstruct(u, self.updates).flatten(0, 1)
         return self.last(cur, torch.add(self.bias, x, alpha=alpha))
 
 
@@ -398,20 +400,23 @@ class Memory:
         slot, weight = self.lookup(h)
         return self.alpha * self.values.weighted(slot, weight), {}
 
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        return {}
+
 
 class WrittenMemory:
-    """A fast-weight memory that is written, by the model's own module."""
+    """A memory that the text writes, by the model's own module."""
 
-    def __init__(self, memory: FastWeightMemory, alpha: Tensor, name: str, weights: Weights):
+    def __init__(self, memory: FastWeightMemory | AssociativeMemory, alpha: Tensor, name: str, weights: Weights):
         self.alpha, self.memory = weights.number(f"{name}.alpha", alpha), weights.module(name, memory)
+        self.names = list(memory.start(0, alpha.detach()))
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         read, new = self.memory(h.view(-1, length, h.size(1)), part)
         return self.alpha * read.flatten(0, 1), new
 
-    @staticmethod
-    def adopt(block: dict[str, Tensor]) -> dict:
-        return {name: block[name] for name in ("delta", "unwritten", "held")}
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        return {name: block[name] for name in self.names}
 
 
 # ===== Block
@@ -432,11 +437,10 @@ class DecoderBlock:
             self.gains = weights.keep(f"{name}.gains", F.pad(block.bypass.history_gains, (0, self.pad)))[:, None]  # (S, 1, P)
         self.norms = [weights.norm(f"{name}.{n}", norm) for n, norm in (("ln1", block.ln1), ("ln2", block.ln2))]
         self.mixers = (FoldedMixers if len(block.mixers.banks) == 1 else OwnMixers)(block, f"{name}.mixers", weights)
-        folds = isinstance(source, Lifting)
-        self.reconstruction = (
-            FoldedReconstruction(block, source, self.mixers.after, f"{name}.reconstruction", weights)
-            if folds
-            else OwnReconstruction(block, wavelet, self.mixers.after, f"{name}.reconstruction", weights)
+        self.norm_in = weights.module(f"{name}.scale_norm", block.scale_norm_in)
+        folds = isinstance(source, Lifting) and not isinstance(block.scale_norm_out, ScaleNorm)
+        self.reconstruction = (FoldedReconstruction if folds else OwnReconstruction)(
+            block, source, self.mixers.after, f"{name}.reconstruction", weights
         )
         del self.mixers.after  # folded into the reconstruction
         self.alphas = [
@@ -445,7 +449,6 @@ class DecoderBlock:
         if block.ffwd is not None:
             self.mlp = MLP(block, f"{name}.mlp", weights)
         self.memories: list[Memory | WrittenMemory] = []
-        self.written = None
         if block.pkm is not None:
             self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
@@ -453,12 +456,13 @@ class DecoderBlock:
             self.memories.append(
                 (WrittenMemory if writes else Memory)(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights)
             )
-            self.written = self.memories[-1] if writes else None
+        if block.recall is not None:
+            self.memories.append(WrittenMemory(block.recall, block.alpha_recall, f"{name}.recall", weights))
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as this decoder keeps it."""
         part = self.wavelet.adopt(block)
-        for keeper in (self.average, self.written):
+        for keeper in (self.average, *self.memories):
             if keeper is not None:
                 part |= keeper.adopt(block)
         return part
@@ -476,6 +480,7 @@ class DecoderBlock:
         new |= lags
         if self.average is not None:
             c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
+        c = self.norm_in(c[:, None])[:, 0]
         x = self.reconstruction(self.mixers(c), x, self.alphas[0], length)
         h = F.layer_norm(x, *self.norms[1])
         x = self.alphas[1] * x if self.mlp is None else self.mlp(h, x, self.alphas[1])
