@@ -17,7 +17,8 @@ import train as train_module
 from checkpoint import load_tensors
 from config import Config, InputError, make_config
 from data import prepare
-from optimizers import is_decayed, learning_rate, make_optimizer
+from distributed import World
+from optimizers import is_decayed, learning_rate, make_optimizers
 from record import Record
 from train import Trainer
 
@@ -136,7 +137,7 @@ def test_a_stopped_run_resumes_bit_for_bit(settings, tmp_path, carry, signal_num
 def trainer_of(tmp_path, text, **overrides):
     config = make_config(SMALL | {"dataset": str(text), "cache_dir": str(tmp_path / "cache")} | overrides, "test")
     (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(config, Record(tmp_path / "run", quiet=True), prepare(config, lambda line: None))
+    return Trainer(config, Record(tmp_path / "run", quiet=True), prepare(config, lambda line: None), World("cpu"))
 
 
 def weights(trainer):
@@ -149,7 +150,7 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(tmp_path, te
     for _ in range(4):
         (loss, norm), (loss4, norm4) = one.take_step(), four.take_step()
         torch.testing.assert_close(loss, loss4)
-        assert norm == pytest.approx(norm4, rel=1e-4)
+        assert norm.item() == pytest.approx(norm4.item(), rel=1e-4)
     torch.testing.assert_close(weights(one), weights(four), atol=1e-4, rtol=1e-3)
 
 
@@ -199,7 +200,7 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
 @pytest.mark.parametrize("name", ["Adagrad", "AdamW"])
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(tmp_path, text, name):
     model = trainer_of(tmp_path, text, optimizer=name, weight_decay=0.1).model
-    optimizer = make_optimizer(model, Config(optimizer=name, weight_decay=0.1))
+    (optimizer,) = make_optimizers(model, Config(optimizer=name, weight_decay=0.1))
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
