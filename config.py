@@ -291,6 +291,8 @@ def _contradictions(c: Config):
         yield f"split_fractions: {list(c.split_fractions)} must be three positive numbers that add up to 1"
     if c.parallel == "fsdp" and (c.decompose_bypass_cross_window or c.multinodal_enabled or c.stab("spectral_norm")):
         yield "parallel: fsdp has no decompose_bypass_cross_window, multinodal_enabled or spectral norm; take ddp"
+    if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
+        yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
     if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode == "haar"):
         yield "untied_reconstruction: needs wavelet_mode lifting with a single basis (multi_basis_lifting false)"
     if not c.decompose_bypass and c.decompose_bypass_ema:

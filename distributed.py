@@ -84,7 +84,7 @@ class World:
         if self.kind != "ddp":
             return loss  # FSDP's blocks do it by themselves
         # The first block's M (see Bypass) has no gradient, so some parameters are always unused.
-        options = {"find_unused_parameters": True, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
         return DistributedDataParallel(LossModule(model, loss), **options)
 
     def accumulating(self, loss: Callable, last: bool) -> contextlib.AbstractContextManager:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from config import Config
 
@@ -30,6 +31,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     named = dict(model.named_parameters())
     hidden = {name: p for name, p in named.items() if config.optimizer == "Muon" and is_hidden_matrix(name, p)}
     groups = _groups({name: p for name, p in named.items() if name not in hidden}, config)
+    whole = not any(isinstance(p, DTensor) for p in named.values())  # shards have no kernels that look at found_inf
     rest = {"lr": config.lr, "eps": config.optimizer_eps}
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
@@ -37,12 +39,12 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         matrices = [{"params": list(hidden.values()), **decayed}]
         optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, momentum=config.momentum))
     if config.optimizer in ("AdamW", "Muon"):
-        optimizers.append(torch.optim.AdamW(groups, betas=config.adam_betas, fused=True, **rest))
+        optimizers.append(torch.optim.AdamW(groups, betas=config.adam_betas, fused=whole, **rest))
     elif config.optimizer == "SGD":
-        optimizers.append(torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True))
+        optimizers.append(torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=whole))
     else:
         on_cpu = all(p.device.type == "cpu" for p in named.values())  # Adagrad has a fused kernel there only
-        optimizers.append(torch.optim.Adagrad(groups, fused=on_cpu, **rest))
+        optimizers.append(torch.optim.Adagrad(groups, fused=whole and on_cpu, **rest))
     check_groups(named, optimizers)
     return optimizers
 
@@ -68,7 +70,7 @@ def check_groups(named: dict[str, nn.Parameter], optimizers: list[torch.optim.Op
 
 def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Steps where `good`, a bool scalar on the device, is true. Fused kernels look at it themselves, so the host need not
-    wait for the device; the others (Muon, Adagrad on CUDA) cost one wait."""
+    wait for the device; the others (Muon, Adagrad on CUDA, any on shards) cost one wait."""
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, (~good).float()  # the names under which GradScaler hands them over
         optimizer.step()
