@@ -68,7 +68,7 @@ def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -
         sizes = {name: 4 * p.numel() for name, p in named.items()}
         ids = torch.zeros(rows, config.block_size, dtype=torch.int64)
         with SavedTensors([*named.values(), *model.buffers()]) as saved, torch.autocast("cpu", cast, enabled=cast is not None):
-            loss, _ = model.loss(ids, ids)
+            model.loss(ids, ids)
         head = next(name for name in named if name.endswith(("lm_head.weight", "token_embedding.weight")))
         activations = saved.nbytes - sizes[head]  # the loss keeps its head's gradient, counted below
         saved.kept.clear()

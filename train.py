@@ -158,7 +158,9 @@ class Trainer:
             elif self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
                 self.record.say(f"step {step} skipped: fp16 overflow, loss scale lowered to {self.scaler.get_scale():g}")
             else:
-                self.count_bad(step, next((n for n, x in zip(names, norms.tolist(), strict=True) if not math.isfinite(x)), "all"))
+                self.count_bad(
+                    step, next((n for n, x in zip(names, norms.tolist(), strict=True) if not math.isfinite(x)), "all")
+                )
 
     def count_bad(self, step: int, first: str) -> None:
         self.skipped += 1
@@ -227,7 +229,7 @@ class Trainer:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-            raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{path}: cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__})") from None
         own = self.tensors()
         if "shards" in values:
             folder = path.with_name(values["shards"])
@@ -425,8 +427,8 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", default=None, metavar="FILE", help="JSON file of keys and values (default config.json)")
     parser.add_argument("--resume", default=None, metavar="RUN_DIR", help="go on with the run in this folder")
-    parser.add_argument("--plan", type=int, metavar="GPUS", help="print memory and work of this config on so many GPUs, and stop")
-    parser.add_argument("--profile", action="store_true", help="a few steps under torch's profiler, their table and trace, and stop")
+    parser.add_argument("--plan", type=int, metavar="GPUS", help="print what a run on so many GPUs needs, and stop")
+    parser.add_argument("--profile", action="store_true", help="a few steps under the profiler, their table, and stop")
     add_config_options(parser)
     args = parser.parse_args()
     given = given_options(args)

@@ -28,14 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts lie flat beside this folder
 
-from config import Config, make_config
-from model import Block, Lifting, ProductKeyMemory, WaveletLM, linear_cross_entropy
+from config import make_config
+from loss import linear_cross_entropy
+from model import Block, Lifting, ProductKeyMemory, WaveletLM
 from optimizers import make_optimizers
 
 VOCAB = 50257
 BARE = {
     "C": 256, "layers": 2, "levels": 5, "mlp_expansion": 8, "block_size": 256, "micro_batch_size": 8,
-    "wavelet_crawl": False, "cross_scale_gating": False, "per_scale_mixer_widths": None, "pkm_enabled": False, "fwpkm_enabled": False,
+    "wavelet_crawl": False, "cross_scale_gating": False, "per_scale_mixer_widths": None, "pkm_enabled": False,
+    "fwpkm_enabled": False,
 }  # fmt: skip
 RELEASED = {key: BARE[key] for key in ("C", "layers", "levels", "mlp_expansion", "block_size", "micro_batch_size")}
 NAMED = {"bare": BARE, "released": RELEASED}  # released: the lags, routing, widths and memories of config.json too
@@ -212,3 +214,169 @@ def in_own_process(*arguments: str) -> dict:
     """What this script prints as JSON when it is called with these arguments."""
     command = [sys.executable, __file__, *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+# ===== Tables
+
+
+def matmul_rate(kind: torch.dtype) -> Callable[[], object]:
+    """One product of RATE_SIZE³ multiplications and additions."""
+    a, b = torch.randn(2, RATE_SIZE, RATE_SIZE).to(kind)
+    return lambda: a @ b
+
+
+RATE_SIZE = 2048
+VERSIONS = {"plain fp32": (True, False), "ours fp32": (False, False), "plain bf16": (True, True), "ours bf16": (False, True)}
+
+
+def step_flops(values: dict) -> int:
+    """Floating point operations of the matrix products of one step."""
+    with FlopCounterMode(display=False) as counter:
+        Run(values, plain=False, bf16=False).loss().backward()
+    return counter.get_total_flops()
+
+
+def step_table(name: str, rounds: int) -> dict:
+    """Tokens/s, memory above the weights and share of the machine's rate of each version of a named configuration."""
+    values = NAMED[name]
+    check_same(values)
+    runs = {version: Run(values, *how) for version, how in VERSIONS.items()}
+    rates = {"rate fp32": matmul_rate(torch.float32), "rate bf16": matmul_rate(torch.bfloat16)}
+    seconds = interleaved({version: run.step for version, run in runs.items()} | rates, rounds)
+    flops, tokens = step_flops(values), runs["ours fp32"].tokens
+    table = {}
+    for version in VERSIONS:
+        rate = 2 * RATE_SIZE**3 / seconds["rate " + version[-4:]]
+        table[version] = {
+            "tokens_per_second": tokens / seconds[version],
+            "times_plain_fp32": seconds["plain fp32"] / seconds[version],
+            "times_plain_same_type": seconds["plain " + version[-4:]] / seconds[version],
+            "share_of_matmul_rate": flops / seconds[version] / rate,
+            "peak_mib_above_weights": in_own_process("--peak", f"{name}:{version}")["bytes"] / 2**20,
+        }
+    for version, row in table.items():
+        row["memory_of_plain_same_type"] = (
+            row["peak_mib_above_weights"] / table["plain " + version[-4:]]["peak_mib_above_weights"]
+        )
+    return table
+
+
+def step_peak(name: str, version: str) -> dict:
+    """The memory of two steps above that of the weights; the second has the optimizer's state too."""
+    run = Run(NAMED[name], *VERSIONS[version])
+    return {"bytes": peak_above(lambda: (run.step(), run.step()))}
+
+
+def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    h = torch.randn(8, 256, 256, requires_grad=True)
+    weight = (torch.randn(VOCAB, 256) / 16).requires_grad_()
+    return h, weight, torch.randint(VOCAB, (8, 256))
+
+
+LOSSES: dict[str, Callable] = {
+    "plain": lambda h, weight, targets: F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten()),
+    "ours": linear_cross_entropy,
+}
+
+
+def loss_pass(which: str) -> Callable[[], object]:
+    inputs = loss_inputs()
+
+    def action() -> None:
+        inputs[0].grad = inputs[1].grad = None
+        LOSSES[which](*inputs).backward()
+
+    return action
+
+
+def loss_table(rounds: int) -> dict:
+    """Time and memory of the head and the loss alone, forward and backward, C 256, V 50257, 2,048 tokens."""
+    seconds = interleaved({which: loss_pass(which) for which in LOSSES}, rounds)
+    table = {
+        which: {
+            "seconds": seconds[which],
+            "times_plain": seconds[which] / seconds["plain"],
+            "peak_mib": in_own_process("--peak", f"loss:{which}")["bytes"] / 2**20,
+        }
+        for which in LOSSES
+    }
+    for row in table.values():
+        row["memory_of_plain"] = row["peak_mib"] / table["plain"]["peak_mib"]
+    return table
+
+
+LENGTHS = (256, 1024, 4096, 16384)
+
+
+def length_values(length: int) -> dict:
+    """A smaller network of the released features: 16,384 tokens a step at every length."""
+    return RELEASED | {"C": 128, "mlp_expansion": 4, "block_size": length, "micro_batch_size": max(LENGTHS) // length}
+
+
+def length_table(rounds: int) -> dict:
+    """Seconds and bytes per token for windows of each length."""
+    runs = {length: Run(length_values(length), plain=False, bf16=False) for length in LENGTHS}
+    seconds = interleaved({str(length): run.step for length, run in runs.items()}, rounds)
+    table = {}
+    for length, run in runs.items():
+        microseconds = 1e6 * seconds[str(length)] / run.tokens
+        peak = in_own_process("--peak", f"length:{length}")["bytes"]
+        table[str(length)] = {
+            "microseconds_per_token": microseconds,
+            "times_1024": seconds[str(length)] / seconds["1024"],
+            "kib_per_token": peak / 1024 / run.tokens,
+        }
+    return table
+
+
+def peak_of(what: str) -> dict:
+    kind, _, which = what.partition(":")
+    if kind == "loss":
+        return {"bytes": peak_above(loss_pass(which))}
+    if kind == "length":
+        run = Run(length_values(int(which)), plain=False, bf16=False)
+        return {"bytes": peak_above(run.step)}
+    return step_peak(kind, which)
+
+
+def show(title: str, table: dict[str, dict[str, float]]) -> None:
+    """Prints a table in Markdown."""
+    columns = list(next(iter(table.values())))
+    print(f"\n**{title}**\n\n| | {' | '.join(column.replace('_', ' ') for column in columns)} |\n|---|{'---|' * len(columns)}")
+    for name, row in table.items():
+        print(
+            f"| {name} | " + " | ".join(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()) + " |"
+        )
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", default="step,loss,length", help="tables to make, of step, loss, length (default all)")
+    parser.add_argument("--configs", default="bare,released", help="configurations of table step (default bare,released)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (default 5)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--peak", metavar="WHAT", help="print the peak memory of one thing (the script calls itself so)")
+    args = parser.parse_args()
+    if args.peak:
+        print(json.dumps(peak_of(args.peak)))
+        return
+    tables = {}
+    if "step" in args.only:
+        for name in args.configs.split(","):
+            tables[f"step, {name}"] = step_table(name, args.rounds)
+            show(f"step, {name}", tables[f"step, {name}"])
+    if "loss" in args.only:
+        tables["loss"] = loss_table(args.rounds)
+        show("loss", tables["loss"])
+    if "length" in args.only:
+        tables["length"] = length_table(args.rounds)
+        show("length", tables["length"])
+    if args.json:
+        figures = {"torch": torch.__version__, "threads": torch.get_num_threads(), "tables": tables}
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

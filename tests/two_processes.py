@@ -1,6 +1,6 @@
 """What each of two processes does in test_distributed.py: trains from the start, and on from a save of one process.
 
-    two_processes.py CONFIG FOLDER    with torchrun's variables in the environment
+two_processes.py CONFIG FOLDER    with torchrun's variables in the environment
 """
 
 import sys
