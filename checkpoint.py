@@ -69,9 +69,12 @@ def save_plain(values: dict[str, Any], path: Path) -> None:
             raise OSError(str(error).splitlines()[0]) from None
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """Writes the model's own tensors; config.json and the tokenizer beside it are the run's."""
-    save_tensors(own_tensors(model), path, {"format": "waveletlm", "vocab_size": str(model.vocab_size)})
+def save_model(model: nn.Module, path: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Writes the model's own tensors; config.json and the tokenizer beside it are the run's. `tensors` are the whole ones
+    of a model that is sharded."""
+    save_tensors(
+        own_tensors(model) if tensors is None else tensors, path, {"format": "waveletlm", "vocab_size": str(model.vocab_size)}
+    )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -187,8 +187,11 @@ class Config(BaseModel):
     allow_tf32: bool = option(True, "TF32 matrix products on CUDA")
     epochs: float = option(5.0, "passes over the training split", gt=0)
     max_steps: int | None = option(None, "optimizer steps at the most; null = as epochs say", ge=1)
-    micro_batch_size: int = option(8, "windows in a forward pass", ge=1)
+    micro_batch_size: int = option(8, "windows in a forward pass, of all processes together", ge=1)
     grad_accum: int = option(1, "forward passes in an optimizer step", ge=1)
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = option(
+        "auto", "under torchrun: ddp (so auto), or fsdp, which shards weights, gradients and optimizer among the processes"
+    )
     log_interval: int = option(10, "steps from one log line to the next", ge=1)
     eval_interval: int = option(250, "steps between evaluations on the fixed validation tokens", ge=1)
     eval_tokens: int = option(65536, "validation tokens of such an evaluation, the same every time", ge=2)
@@ -198,13 +201,23 @@ class Config(BaseModel):
     sample_tokens: int = option(64, "tokens of the sample written at each evaluation; 0 = none", ge=0)
 
     # Optimisation
-    optimizer: Literal["Adagrad", "AdamW"] = option("Adagrad", "optimizer")
-    optimizer_eps: float = option(2e-13, "the optimizer's epsilon", gt=0)
+    optimizer: Literal["Adagrad", "AdamW", "Muon", "SGD"] = option(
+        "Adagrad", "optimizer; Muon takes the hidden matrices and AdamW the rest"
+    )
+    optimizer_eps: float = option(2e-13, "epsilon of Adagrad and AdamW", gt=0)
     adam_betas: Floats = option((0.9, 0.95), "AdamW's betas", min_length=2, max_length=2)
+    momentum: float = option(0.95, "momentum of Muon and SGD", ge=0, lt=1)
     lr: float = option(0.01, "highest learning rate", gt=0)
-    min_lr: float = option(2e-4, "last learning rate", ge=0)
+    muon_lr: float = option(0.02, "highest learning rate of Muon's matrices; it follows the same schedule", gt=0)
+    min_lr: float = option(2e-4, "last learning rate of schedule cosine", ge=0)
+    schedule: Literal["cosine", "trapezoid"] = option(
+        "cosine", "after the warm-up: half a cosine to min_lr, or lr until a linear cool-down to 0"
+    )
+    cooldown_fraction: float = option(0.2, "share of the steps that are the cool-down of schedule trapezoid", gt=0, le=1)
     warmup_fraction: float = option(0.3, "share of the steps that raise the learning rate linearly from 0", ge=0, lt=1)
     weight_decay: float = option(1e-6, "weight decay on matrices: none on norms, biases, scalars, gains and logits", ge=0)
+    decay_all: bool = option(False, "weight decay on norms, biases, scalars, gains and logits too")
+    ema_decay: float = option(0.0, "a moving average of the weights, evaluated and saved beside them; 0 = none", ge=0, lt=1)
     grad_clip: float = option(1.0, "highest gradient norm; 0 = no clipping", ge=0)
 
     # Generation
@@ -279,8 +292,14 @@ def _contradictions(c: Config):
         yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
     if c.min_lr > c.lr:
         yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
+    if c.schedule == "trapezoid" and c.warmup_fraction + c.cooldown_fraction > 1:
+        yield f"cooldown_fraction: {c.cooldown_fraction} and warmup_fraction {c.warmup_fraction} add up to more than 1"
     if len(c.split_fractions) != 3 or min(c.split_fractions) <= 0 or abs(sum(c.split_fractions) - 1) > 1e-6:
         yield f"split_fractions: {list(c.split_fractions)} must be three positive numbers that add up to 1"
+    if c.parallel == "fsdp" and (c.decompose_bypass_cross_window or c.multinodal_enabled or c.stab("spectral_norm")):
+        yield "parallel: fsdp has no decompose_bypass_cross_window, multinodal_enabled or spectral norm; take ddp"
+    if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
+        yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
     if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode == "haar"):
         yield "untied_reconstruction: needs wavelet_mode lifting with a single basis (multi_basis_lifting false)"
     if not c.decompose_bypass and c.decompose_bypass_ema:

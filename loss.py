@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+LOGITS_AT_A_TIME = 2**23  # numbers: 32 MB in fp32
+
 
 def autocast_type(like: Tensor) -> torch.dtype:
     """The type of a matrix product of `like` under the autocast in force, if any."""
@@ -46,5 +48,5 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of logits h Wᵀ: h (B, T, C), weight (V, C), targets (B, T) int64."""
-    rows = max(1, 2**23 // weight.size(0))  # 32 MB of fp32 logits at a time
+    rows = max(1, LOGITS_AT_A_TIME // weight.size(0))
     return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), rows, torch.is_grad_enabled())

@@ -58,6 +58,10 @@ class State:
         return self._map(lambda tensor: tensor.to(device))
 
     @property
+    def rows(self) -> int:
+        return next(iter(self.blocks[0].values())).size(0)
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for block in self.blocks for tensor in block.values())
 

@@ -49,8 +49,11 @@ class Record:
 
     def _append(self, name: str, text: str) -> None:
         if not self.quiet:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(text)
+            try:
+                with open(self.folder / name, "a", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError as error:
+                raise InputError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
 
     def say(self, line: str) -> None:
         """A line for the terminal (above a progress bar, if there is one) and log.txt."""
@@ -71,7 +74,12 @@ class Record:
         return {name: (self.folder / name).stat().st_size for name in self.APPENDED if (self.folder / name).exists()}
 
     def cut_back(self, lengths: dict[str, int]) -> None:
-        """Takes off what was appended after `lengths` were noted: steps that a resumed run does again."""
+        """Takes off what was appended after `lengths` were noted, steps that a resumed run does again, and what a killed
+        save left half written."""
+        if self.quiet:
+            return
+        for half in self.folder.glob(".*.tmp"):
+            half.unlink()
         for name in self.APPENDED:
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, lengths.get(name, 0))

@@ -152,6 +152,13 @@ def tokenizer_choice(config: Config) -> str:
     raise InputError(f"tokenizer: unknown tokenizer {choice}; {hint}")
 
 
+def planned_vocab_size(config: Config) -> int:
+    """The vocabulary that the tokenizer of `config` will have, worked out without making it where that takes data."""
+    choice = tokenizer_choice(config)
+    known = {"bytes": ByteTokenizer.vocab_size, "gpt2": 50257, "sentencepiece": config.vocab_size}
+    return known[choice] if choice in known else SentencePieceTokenizer(Path(choice).read_bytes(), choice).vocab_size
+
+
 def make_tokenizer(config: Config, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     """The tokenizer that `config` asks for; `texts()` streams the training split, read only to train SentencePiece."""
     choice = tokenizer_choice(config)

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import torch
 import train as train_module
 from checkpoint import load_tensors
 from config import Config, InputError, make_config
-from data import prepare
-from optimizers import is_decayed, learning_rate, make_optimizer
+from data import FORMAT, HEADER_BYTES, TokenFile, Windows, prepare
+from distributed import World
+from model import build_model
+from optimizers import check_groups, is_decayed, learning_rate, make_optimizers
 from record import Record
 from train import Trainer
 
@@ -136,7 +140,7 @@ def test_a_stopped_run_resumes_bit_for_bit(settings, tmp_path, carry, signal_num
 def trainer_of(tmp_path, text, **overrides):
     config = make_config(SMALL | {"dataset": str(text), "cache_dir": str(tmp_path / "cache")} | overrides, "test")
     (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(config, Record(tmp_path / "run", quiet=True), prepare(config, lambda line: None))
+    return Trainer(config, Record(tmp_path / "run", quiet=True), prepare(config, lambda line: None), World("cpu"))
 
 
 def weights(trainer):
@@ -149,7 +153,7 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(tmp_path, te
     for _ in range(4):
         (loss, norm), (loss4, norm4) = one.take_step(), four.take_step()
         torch.testing.assert_close(loss, loss4)
-        assert norm == pytest.approx(norm4, rel=1e-4)
+        assert norm.item() == pytest.approx(norm4.item(), rel=1e-4)
     torch.testing.assert_close(weights(one), weights(four), atol=1e-4, rtol=1e-3)
 
 
@@ -177,6 +181,21 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_many_stop_the_run(
     assert torch.equal(weights(trainer), before)
 
 
+def test_an_fp16_overflow_lowers_the_scale_and_is_no_bad_step(tmp_path, text):
+    trainer = trainer_of(tmp_path, text)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    loss, before = trainer.loss, weights(trainer).clone()
+    trainer.loss = lambda ids, targets, state: (256 * loss(ids, targets, state)[0], state)
+    trainer.step = 1  # step 0 has a learning rate of 0
+    trainer.take_step()
+    assert torch.equal(weights(trainer), before)
+    assert trainer.scaler.get_scale() == 2.0**126
+    for _ in range(12):
+        trainer.take_step()
+    assert not torch.equal(weights(trainer), before)
+    assert (trainer.skipped, trainer.bad_in_a_row) == (0, 0)
+
+
 def test_carried_state_enters_the_next_window_and_is_cut_from_the_gradient(tmp_path, text):
     trainer = trainer_of(tmp_path, text, decompose_bypass_cross_window=True, **NO_DROPOUT)
     assert trainer.micro_batch(0)[2].nbytes == trainer.model.start(4, stream=True).nbytes
@@ -196,17 +215,92 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
     assert learning_rate(10, 10, config) == pytest.approx(0.0002)
 
 
-@pytest.mark.parametrize("name", ["Adagrad", "AdamW"])
-def test_every_parameter_is_in_one_group_and_only_matrices_decay(tmp_path, text, name):
-    model = trainer_of(tmp_path, text, optimizer=name, weight_decay=0.1).model
-    optimizer = make_optimizer(model, Config(optimizer=name, weight_decay=0.1))
-    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+def test_the_trapezoid_holds_the_highest_rate_and_falls_linearly_to_zero():
+    config = Config(lr=0.01, schedule="trapezoid", warmup_fraction=0.2, cooldown_fraction=0.4)
+    rates = [learning_rate(step, 10, config) for step in range(11)]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025, 0])
+
+
+OPTIMIZERS = ["Adagrad", "AdamW", "Muon", "SGD"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_parameter_is_in_one_group_and_only_matrices_decay_unless_asked(name):
+    config = make_config(SMALL | {"optimizer": name, "weight_decay": 0.1}, "test")
+    model = build_model(config, 50)
+    optimizers = make_optimizers(model, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for part, decays in {"ln1.weight": 0, "history_gains": 0, "scale_routing": 0, "alpha_mlp": 0, "mixer.weight": 1}.items():
         matching = [(n, p) for n, p in model.named_parameters() if n.endswith(part)]
         assert matching
         assert all((id(p) in decayed) == bool(decays) == is_decayed(n, p) for n, p in matching), part
+    optimizers = make_optimizers(model, config.model_copy(update={"decay_all": True}))
+    assert all(group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
+    model = build_model(make_config(SMALL, "test"), 50)
+    named = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="lm_head.weight is in 0"):
+        check_groups(named, [torch.optim.SGD([p for name, p in named.items() if name != "lm_head.weight"])])
+    with pytest.raises(ValueError, match="token_embedding.weight is in 2"):
+        check_groups(named, [torch.optim.SGD(named.values()), torch.optim.SGD([named["token_embedding.weight"]])])
+
+
+def test_muon_takes_hidden_matrices_only_and_both_rates_follow_the_schedule(tmp_path, text):
+    trainer = trainer_of(tmp_path, text, optimizer="Muon", lr=0.01, muon_lr=0.03, momentum=0.9)
+    muon, adam = trainer.optimizers
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert {"layers.0.mixers.banks.0.0.mixer.weight", "layers.0.ffwd.0.weight"} <= taken
+    tables = ("embedding", "lm_head", "values", "keys_a", "ln1", "alpha", "history_gains", "scale_routing", "bias")
+    assert not [name for name in taken if any(part in name for part in tables)]
+    for _ in range(3):
+        trainer.take_step()
+    assert muon.param_groups[0]["lr"] == pytest.approx(3 * adam.param_groups[0]["lr"])
+    assert muon.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, text, name):
+    options = {"optimizer": name, "lr": 0.01, "ema_decay": 0.9, "max_steps": 60, **NO_DROPOUT}
+    whole = trainer_of(tmp_path, text, **options)
+    losses = [whole.take_step()[0].item() for _ in range(8)]
+    whole.save()
+    losses += [whole.take_step()[0].item() for _ in range(22)]
+    resumed = trainer_of(tmp_path, text, **options)
+    resumed.restore()
+    assert [resumed.take_step()[0].item() for _ in range(22)] == losses[8:]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    for group, tensors in whole.tensors().items():
+        assert all(torch.equal(tensor, resumed.tensors()[group][key]) for key, tensor in tensors.items()), group
+
+
+def test_the_average_of_the_weights_is_their_moving_average_and_leaves_them_alone(tmp_path, text):
+    averaged, plain = trainer_of(tmp_path, text, ema_decay=0.3), trainer_of(tmp_path, text)
+    expected = weights(plain)
+    for step in range(4):
+        averaged.take_step()
+        plain.take_step()
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weights(plain)
+    raw = weights(averaged).clone()
+    assert torch.equal(raw, weights(plain))
+    with averaged.average.in_place():
+        torch.testing.assert_close(weights(averaged), expected)
+    assert torch.equal(weights(averaged), raw)
+
+
+def test_the_average_is_evaluated_and_saved_beside_the_weights(settings, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--config", settings(ema_decay=0.9, max_steps=6, eval_interval=3))
+    folder = only_run(tmp_path)
+    assert [m["step"] for m in untimed(folder) if m["kind"] == "average"] == [3, 6]
+    one, other = load_tensors(folder / "best_model.safetensors"), load_tensors(folder / "average_model.safetensors")
+    assert one.keys() == other.keys() and not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    assert "average_val_bits_per_byte: " in capsys.readouterr().out
 
 
 def test_a_changed_config_on_resume_is_an_error_that_names_the_keys(settings, tmp_path, monkeypatch):
@@ -250,3 +344,157 @@ def test_commands_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
         assert process.returncode == 2, error
         assert len(error.splitlines()) == 1, error
         assert Path(case[-1]).name in error
+
+
+# ===== Nothing is lost
+
+
+def endured(options, kills, generator):
+    """Runs train.py, kills it at `kills` random moments, and goes on each time. Returns the run's folder."""
+    process = start(*options)
+    folder = Path(process.stdout.readline().removeprefix("run: ").strip())
+    for _ in range(kills):
+        had = len(steps_logged(folder))
+        while len(steps_logged(folder)) < had + 1 and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.2)
+        process.kill()
+        process.communicate()
+        process = start("--resume", folder)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return folder
+
+
+def steps_logged(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().split('"kind": "train"')[1:] if path.exists() else []
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_like_one_that_was_not(settings, tmp_path):
+    options = ["--config", settings(max_steps=300, save_interval=3, eval_interval=50, ema_decay=0.9)]
+    whole = start(*options, "--out_dir", tmp_path / "whole")
+    folder = endured([*options, "--out_dir", tmp_path / "broken"], 10, random.Random(0))
+    whole.communicate(timeout=300)
+    assert_same_run(next((tmp_path / "whole").iterdir()), folder)
+
+
+KILLED_IN_SAVE = """
+import os, signal, sys
+import torch
+import train
+
+save, saves = torch.save, []
+
+def half(values, file):
+    saves.append(None)
+    if len(saves) == 2:
+        file.write(b"half a file")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(values, file)
+
+torch.save = half
+train.main()
+"""
+
+
+def test_a_kill_during_a_save_leaves_the_last_whole_one(settings, tmp_path):
+    options = list(map(str, ["--config", settings(), "--out_dir", tmp_path / "broken"]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    broken = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_SAVE, *options], cwd=REPO, capture_output=True, text=True, env=environment, check=False
+    )
+    assert broken.returncode == -signal.SIGKILL, broken.stderr
+    (folder,) = (tmp_path / "broken").iterdir()
+    assert torch.load(folder / "latest.pt", weights_only=True)["step"] == 4
+    assert list(folder.glob(".latest*"))
+    whole, again = start(*options[:2], "--out_dir", tmp_path / "whole"), start("--resume", folder)
+    for process in (whole, again):
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    assert not list(folder.glob(".*"))
+    assert_same_run(next((tmp_path / "whole").iterdir()), folder)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_save(tmp_path, text):
+    trainer = trainer_of(tmp_path, text)
+    trainer.take_step()
+    trainer.save()
+    trainer.take_step()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(InputError, match="latest.pt: cannot be written") as caught:
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["latest.pt"]
+    resumed = trainer_of(tmp_path, text)
+    resumed.restore()
+    assert resumed.step == 1
+
+
+def test_a_log_that_cannot_be_written_is_one_line_that_names_it(tmp_path):
+    with pytest.raises(InputError, match=r"log.txt: cannot be written") as caught:
+        Record(tmp_path / "gone").say("a line")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_corpus_that_is_gone_on_resume_is_one_line_that_names_it(settings, tmp_path, text, monkeypatch):
+    run(monkeypatch, "--config", settings(max_steps=2))
+    text.unlink()
+    with pytest.raises(InputError, match=r"tale\.txt") as caught:
+        run(monkeypatch, "--resume", only_run(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a save", None])
+def test_a_damaged_save_is_one_line_that_names_it(tmp_path, text, damage):
+    trainer = trainer_of(tmp_path, text)
+    trainer.save()
+    path = tmp_path / "run" / "latest.pt"
+    path.write_bytes(path.read_bytes()[:-3000] if damage is None else damage)
+    with pytest.raises(InputError, match=r"latest\.pt: cannot be read") as caught:
+        trainer.restore()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_file_of_two_gigabytes_trains_in_bounded_memory(tmp_path, text):
+    trainer = trainer_of(tmp_path, text)
+    path, tokens = tmp_path / "large.tokens", 2**30
+    with open(path, "wb") as file:  # a sparse file: it takes no space on the disk, and reads as zeros
+        header = {"dtype": "uint16", "tokens": tokens, "bytes": tokens, "words": 1, "documents": 1}
+        file.write((FORMAT + json.dumps(header | {"tokenizer": "bytes", "key": ""}).encode()).ljust(HEADER_BYTES))
+        file.truncate(HEADER_BYTES + 2 * tokens + 8)
+    trainer.batches = Windows(TokenFile(path), 16, 4, seed=1)
+    trainer.take_step()
+    before = private_memory()
+    starts = set()
+    for _ in range(20):
+        starts |= set(trainer.batches.starts(trainer.step))
+        trainer.take_step()
+    assert max(starts) - min(starts) > tokens // 2  # windows from all over the file
+    assert private_memory() - before < 2**26
+
+
+def private_memory():
+    """Bytes of this process that are not pages of a file, which the system takes back when it needs them."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def test_a_profile_says_where_the_step_went(settings, tmp_path, monkeypatch):
+    run(monkeypatch, "--config", settings(), "--profile")
+    folder = only_run(tmp_path)
+    table = (folder / "profile.txt").read_text()
+    assert all(part in table for part in ("data", "forward", "backward", "clipping", "optimizer", "aten::"))
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_plan_needs_no_data_and_writes_nothing(settings, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--config", settings(dataset="nowhere.txt"), "--plan", "2")
+    assert "total_gib: " in capsys.readouterr().out
+    assert not (tmp_path / "logs").exists()

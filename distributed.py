@@ -1,0 +1,224 @@
+"""Training in several processes: who they are, how work and weights are divided among them, and saves of divided weights.
+
+`torchrun --nproc_per_node=N train.py` starts N processes, each of which takes its rows of every batch; the gradients are
+averaged, so that all take the step that one process would take. Under DDP each holds all weights. Under FSDP (FSDP2, ZeRO-3)
+each holds 1/N of every weight, gradient and optimizer state, and a block's weights come together only while it computes.
+Scalars stay whole: `fully_shard` takes none. A process alone does without all of this, by the same calls.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from config import Config, InputError
+
+
+def pick_device(config: Config) -> str:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda, but torch finds no GPU; use cpu or auto")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class LossModule(nn.Module):
+    """A network's loss as the forward pass of a module: what DDP waits for."""
+
+    def __init__(self, model: nn.Module, loss: Callable):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *arguments):
+        return self.loss(*arguments)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them: its `rank` of `size`, its device, and how weights are held."""
+
+    device: str
+    rank: int = 0
+    size: int = 1
+    kind: str = "none"  # none (alone), ddp or fsdp
+
+    def rows(self, micro_batch: int, i: int) -> slice:
+        """This process's rows of part `i` of a batch."""
+        each = micro_batch // self.size
+        start = i * micro_batch + self.rank * each
+        return slice(start, start + each)
+
+    # ----- Weights
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Puts the network where it trains: whole, or each block and then the rest in shards, one per process."""
+        if self.kind != "fsdp":
+            return model.to(self.device)
+        scalars = {p for p in model.parameters() if p.dim() == 0}
+        mesh = init_device_mesh(self.device, (self.size,))
+        for module in (*model.layers, model):  # the whole network is never on one device
+            fully_shard(module, mesh=mesh, ignored_params=scalars)
+        for p in scalars:
+            p.data = p.data.to(self.device)
+        register_fsdp_forward_method(model, "loss")
+        return model
+
+    def parallel_loss(self, model: nn.Module, loss: Callable) -> Callable:
+        """`loss`, whose backward pass averages the gradients over the processes."""
+        if self.kind != "ddp":
+            return loss  # FSDP's blocks do it by themselves
+        # The first block's M (see Bypass) has no gradient, so some parameters are always unused.
+        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(LossModule(model, loss), **options)
+
+    def accumulating(self, loss: Callable, last: bool) -> contextlib.AbstractContextManager:
+        """Within it gradients only add up; after the `last` part of a batch they are averaged over the processes."""
+        return contextlib.nullcontext() if last or self.kind != "ddp" else loss.no_sync()
+
+    def gradient_norms(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of each parameter's whole gradient, fp32 (n,). Averages the gradients of FSDP's whole scalars first."""
+        if self.kind != "fsdp":
+            return torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+        together = torch.stack(whole)
+        dist.all_reduce(together)
+        for gradient, mean in zip(whole, together / self.size, strict=True):
+            gradient.copy_(mean)
+        norms = torch.stack(torch._foreach_norm([local(p.grad) for p in parameters]))
+        share = torch.tensor([1.0 if isinstance(p.grad, DTensor) else 1 / self.size for p in parameters], device=self.device)
+        squares = norms.square() * share
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, on the CPU, in process 0; every process must take part, and gets none of the sharded ones."""
+        gathered = {}
+        for name, tensor in tensors.items():
+            full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            if self.rank == 0:
+                gathered[name] = full.cpu()
+        return gathered
+
+    def forget_gathered(self, model: nn.Module) -> None:
+        """Gives back the weights that FSDP's outermost part keeps together after a forward pass without a backward one."""
+        if self.kind == "fsdp":
+            model.reshard()
+
+    # ----- Agreement
+
+    def mean(self, value: Tensor) -> Tensor:
+        return self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def highest(self, number: int) -> int:
+        """The highest `number` of all processes."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def rows_of_all(self, rows: Tensor) -> Tensor:
+        """`rows` (n, ·) of all processes, one after the other: (n·size, ·)."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """This process's part of what `rows_of_all` gave, in a world of this size or another."""
+        return rows.chunk(self.size)[self.rank]
+
+    def told(self, text: str) -> str:
+        """The text that process 0 has."""
+        box = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Process 0 goes through the block, then all others do: what it leaves in a cache they find there."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.rank == 0:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join(config: Config) -> Iterator[World]:
+    """The world of this process: alone, or, under torchrun, one of several."""
+    device, size = pick_device(config), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World(device)
+        return
+    kind = "ddp" if config.parallel == "auto" else config.parallel
+    if kind == "none":
+        raise InputError(f"parallel: none, but torchrun started {size} processes; use ddp, fsdp or auto")
+    if config.micro_batch_size % size:
+        raise InputError(f"micro_batch_size: {config.micro_batch_size} windows do not divide among {size} processes")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The wait covers what process 0 does alone: making token files before the run, the final figures after it.
+    dist.init_process_group("gloo" if device == "cpu" else None, timeout=timedelta(hours=4))
+    try:
+        yield World(device, dist.get_rank(), size, kind)
+    finally:
+        dist.destroy_process_group()
+
+
+# ===== Saves of sharded tensors: a folder with a file from each process
+
+
+def save_shards(tensors: dict[str, dict[str, Tensor]], folder: Path, world: World) -> None:
+    """Writes tensors, sharded or not, each process its own. Raises `InputError` where they cannot be written."""
+    try:
+        dcp.save(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+    except (OSError, CheckpointException) as error:
+        raise InputError(f"{folder}: cannot be written ({str(error).strip().splitlines()[-1]})") from None
+
+
+def saved_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shape of each tensor in a folder of shards, by its groups' and its own name joined by a dot."""
+    try:
+        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, CheckpointException) as error:
+        raise InputError(f"{folder}: cannot be read ({error})") from None
+    return {name: entry.size for name, entry in entries.items()}
+
+
+def load_shards(tensors: dict[str, dict[str, Tensor]], folder: Path, world: World) -> None:
+    """Reads into `tensors`, whatever the number of processes that wrote the folder."""
+    try:
+        dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise InputError(f"{folder}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
+
+
+def remove_other_shards(keep: Path) -> None:
+    for folder in keep.parent.glob("shards-*"):
+        if folder != keep:
+            shutil.rmtree(folder)

@@ -1,0 +1,107 @@
+"""What a training run would need, worked out without making a weight or touching a device.
+
+    python train.py --plan 8 --config configs/b200.json
+
+The network is built of fake tensors, which have shapes and types but no data, and one forward pass through it notes every
+tensor that the backward pass will read. So weights, gradients and optimizer states are exact, and activations are those that
+autograd keeps, each storage once, plus the loss's chunk of logits. What is left out: the buffers of kernels and of
+communication, and what the allocator loses to fragments; a tenth on top has to do for them.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import Config, InputError
+from loss import LOGITS_AT_A_TIME
+from model import build_model
+from optimizers import is_hidden_matrix
+from tokenizer import planned_vocab_size
+
+GIB = 2**30
+
+
+def optimizer_numbers(name: str, p: nn.Parameter, config: Config) -> int:
+    """How many fp32 numbers the optimizer keeps for each number of a parameter."""
+    if config.optimizer == "SGD":
+        return int(config.momentum > 0)
+    if config.optimizer == "AdamW" or (config.optimizer == "Muon" and not is_hidden_matrix(name, p)):
+        return 2
+    return 1
+
+
+class SavedTensors:
+    """Within it, notes the storages that autograd keeps for the backward pass, but not those of `known` tensors."""
+
+    def __init__(self, known: list[Tensor]):
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.kept: dict[int, Tensor] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.kept[storage._cdata] = tensor  # held, so that no other storage takes its place
+        return tensor
+
+    def __enter__(self) -> "SavedTensors":
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hooks.__exit__(*error)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
+
+
+def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -> dict[str, int]:
+    """Bytes on each of `gpus` GPUs, parameters, tokens and floating point operations of a step."""
+    if gpus < 1 or config.micro_batch_size % gpus:
+        raise InputError(f"micro_batch_size: {config.micro_batch_size} windows do not divide among {gpus} GPUs (--plan)")
+    rows, shards = config.micro_batch_size // gpus, gpus if config.parallel == "fsdp" else 1
+    with FakeTensorMode():
+        model = build_model(config, vocab_size).train()
+        named = dict(model.named_parameters())
+        sizes = {name: 4 * p.numel() for name, p in named.items()}
+        ids = torch.zeros(rows, config.block_size, dtype=torch.int64)
+        with SavedTensors([*named.values(), *model.buffers()]) as saved, torch.autocast("cpu", cast, enabled=cast is not None):
+            model.loss(ids, ids)
+        head = next(name for name in named if name.endswith(("lm_head.weight", "token_embedding.weight")))
+        activations = saved.nbytes - sizes[head]  # the loss keeps its head's gradient, counted below
+        saved.kept.clear()
+        with FlopCounterMode(display=False) as counter, torch.autocast("cpu", cast, enabled=cast is not None):
+            model.loss(ids, ids)[0].backward()
+        blocks = [sum(4 * p.numel() for p in block.parameters()) for block in getattr(model, "layers", [])]
+    weights, largest = sum(sizes.values()), max(blocks, default=0)
+    outside = weights - sum(blocks)
+    states = sum(sizes[name] * optimizer_numbers(name, p, config) for name, p in named.items())
+    figures = {
+        "parameters": weights // 4,
+        "weights": weights // shards,
+        "gradients": weights // shards,
+        "optimizer": states // shards,
+        "average": weights // shards if config.ema_decay else 0,
+        # FSDP: what is outside the blocks stays together, and two blocks at a time are, with one block's gradients
+        "gathered": outside + 3 * largest if shards > 1 else 0,
+        "activations": activations,
+        "logits": 3 * 4 * LOGITS_AT_A_TIME,  # a chunk in fp32, its softmax and the copy in the product's type
+    }
+    figures["total"] = sum(figures.values()) - figures["parameters"]
+    figures["tokens_per_step"] = config.micro_batch_size * config.grad_accum * config.block_size
+    figures["flops_per_token"] = counter.get_total_flops() // ids.numel()
+    return figures
+
+
+def print_plan(config: Config, gpus: int) -> None:
+    """Prints the plan as a block of `key: value` lines."""
+    cast = {"fp16": torch.float16, "bf16": torch.bfloat16}[config.amp_dtype] if config.use_amp else None
+    vocab_size = planned_vocab_size(config)
+    figures = plan(config, gpus, vocab_size, cast)
+    how = "sharded by FSDP" if config.parallel == "fsdp" and gpus > 1 else "whole on each"
+    print(f"plan: {gpus} GPUs, weights {how}, {config.optimizer}, autocast {cast}, vocabulary {vocab_size:,}; GiB on each GPU")
+    for key, value in figures.items():
+        whole = key in ("parameters", "tokens_per_step", "flops_per_token")
+        print(f"{key}: {value:,}" if whole else f"{key}_gib: {value / GIB:.2f}")
