@@ -110,8 +110,8 @@ def seconds_per_step(variant: Variant, train_tokens, vocab_size: int, rounds: in
 def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
     """max_steps by variant. Timings are kept in out/speed.json: a later command must not give other steps."""
     if args.tokens:
-        each = {v: v.config.micro_batch_size * v.config.grad_accum * v.config.block_size for v in variants}
-        return {v.name: max(1, args.tokens // size) for v, size in each.items()}
+        each = {v.name: v.config.micro_batch_size * v.config.grad_accum * v.config.block_size for v in variants}
+        return {name: max(1, args.tokens // size) for name, size in each.items()}
     path = out / "speed.json"
     known = read_json(path) if path.exists() else {}
     missing = [v for v in variants if v.key not in known]

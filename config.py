@@ -74,6 +74,9 @@ class Config(BaseModel):
     dataset_path: str = option("", "hub id or local folder in the hub's layout that overrides the name's own")
     dataset_name: str = option("", "configuration inside the hub data set, such as wikitext-103-raw-v1")
     text_column: str = option("text", "column of the hub data set that holds the text")
+    dataset_mix: dict[str, float] = option(
+        {}, "more data sets to draw training windows from, name -> weight; `dataset`, which alone is evaluated on, weighs 1"
+    )
     split_fractions: Floats = option((0.9, 0.05, 0.05), "train, validation and test shares of a text without splits of its own")
     tokenizer: str = option("auto", "auto, bytes, gpt2, sentencepiece, or a SentencePiece .model file")
     vocab_size: int = option(32000, "tokens of a SentencePiece that is trained on the training split", ge=260, le=1_000_000)
@@ -270,6 +273,10 @@ def _contradictions(c: Config):
     if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):
         other = "exp_parametrization" if c.exp_parametrization else "gradient_checkpointing"
         yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
+    if not all(weight > 0 and math.isfinite(weight) for weight in c.dataset_mix.values()) or c.dataset in c.dataset_mix:
+        yield f"dataset_mix: {json.dumps(c.dataset_mix)} must hold weights above 0 of data sets other than dataset itself"
+    if c.dataset_mix and c.decompose_bypass_cross_window:
+        yield "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order; turn one of them off"
     if c.min_lr > c.lr:
         yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
     if len(c.split_fractions) != 3 or min(c.split_fractions) <= 0 or abs(sum(c.split_fractions) - 1) > 1e-6:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import MODEL_FILE, load_model, own_tensors, save_model, save_plain
 from config import Config, InputError, add_config_options, given_options, load_config, make_config, run_command
-from data import Corpus, Lanes, Windows, evaluation_slice, prepare
+from data import Corpus, evaluation_slice, prepare, training_order
 from evaluate import bigram_nats, figures, score
 from generate import sample_text
 from model import State, build_model
@@ -44,8 +44,7 @@ class Trainer:
         self.model = build_model(config, corpus.vocab_size).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         batch = config.micro_batch_size * config.grad_accum
-        order = Lanes if config.decompose_bypass_cross_window else Windows
-        self.batches = order(corpus.train, config.block_size, batch, config.seed)
+        self.batches = training_order(corpus, config, batch)
         self.total_steps = math.ceil(config.epochs * self.batches.steps_per_epoch)
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
