@@ -63,9 +63,9 @@ def documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
 
 def components(config: Config) -> list[Config]:
     """A config for each data set that training reads: `dataset`, then those of `dataset_mix`."""
-    own = config.model_copy(update={"dataset_mix": {}})
+    own = config.model_copy(update={"dataset_mix": ()})
     elsewhere = {"dataset_path": "", "dataset_name": ""}
-    return [own, *(own.model_copy(update={"dataset": name} | elsewhere) for name in config.dataset_mix)]
+    return [own, *(own.model_copy(update={"dataset": name} | elsewhere) for name, _ in config.dataset_mix)]
 
 
 def source_kind(config: Config) -> str:

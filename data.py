@@ -382,6 +382,6 @@ def training_order(corpus: Corpus, config: Config, batch_size: int) -> Windows |
     if config.decompose_bypass_cross_window:
         return Lanes(corpus.train, config.block_size, batch_size, config.seed)
     if config.dataset_mix:
-        weights = [1.0, *config.dataset_mix.values()]
+        weights = [1.0, *(weight for _, weight in config.dataset_mix)]
         return Blend(corpus.train, weights, config.block_size, batch_size, config.seed)
     return Windows(corpus.train, config.block_size, batch_size, config.seed)

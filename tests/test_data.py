@@ -204,7 +204,7 @@ def test_a_mix_adds_its_train_splits_and_leaves_the_others(hub, folder, tmp_path
     path = hub(train=["hub text\n"], validation=["v\n"], test=["t\n"])
     config = Config(dataset=str(folder), dataset_mix={path: 0.5}, tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
     corpus = prepare(config, lambda line: None)
-    alone = prepare(config.model_copy(update={"dataset_mix": {}}), lambda line: None)
+    alone = prepare(config.model_copy(update={"dataset_mix": ()}), lambda line: None)
     assert bytes(corpus.train.tokens.tolist()) == bytes(alone.train.tokens.tolist()) + b"hub text\n"
     assert corpus.train.parts == [len(alone.train), 9]
     assert np.array_equal(corpus.test.tokens, alone.test.tokens)
