@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 
 class InputError(ValueError):
@@ -43,8 +43,13 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # JSON has lists only
 
 
+def _as_pairs(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, dict) else value  # a dict would leave the config without a hash
+
+
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
 Basis = Literal["haar", "zero", "random"]
 Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
 
@@ -74,6 +79,9 @@ class Config(BaseModel):
     dataset_path: str = option("", "hub id or local folder in the hub's layout that overrides the name's own")
     dataset_name: str = option("", "configuration inside the hub data set, such as wikitext-103-raw-v1")
     text_column: str = option("text", "column of the hub data set that holds the text")
+    dataset_mix: Weights = option(
+        (), "more data sets to draw training windows from, name -> weight; `dataset`, which alone is evaluated on, weighs 1"
+    )
     split_fractions: Floats = option((0.9, 0.05, 0.05), "train, validation and test shares of a text without splits of its own")
     tokenizer: str = option("auto", "auto, bytes, gpt2, sentencepiece, or a SentencePiece .model file")
     vocab_size: int = option(32000, "tokens of a SentencePiece that is trained on the training split", ge=260, le=1_000_000)
@@ -290,6 +298,10 @@ def _contradictions(c: Config):
     if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):
         other = "exp_parametrization" if c.exp_parametrization else "gradient_checkpointing"
         yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
+    if not all(weight > 0 and name != c.dataset for name, weight in c.dataset_mix):
+        yield f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of other data sets than dataset"
+    if c.dataset_mix and c.decompose_bypass_cross_window:
+        yield "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order; turn one of them off"
     if c.min_lr > c.lr:
         yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
     if c.schedule == "trapezoid" and c.warmup_fraction + c.cooldown_fraction > 1:

@@ -5,9 +5,12 @@
 - `pydoc`: reference topics and docstrings of the running Python's standard library. Works offline, split by file.
 - a name in `HUB`, or any hub id `owner/name`, by parquet. `config.dataset_path` overrides the id: another one,
   `owner/name@revision`, or a local folder in the hub's layout. (Write ./pg19 for a local folder called pg19.)
+- a local folder with parquet files: the hub's layout too.
 - a folder with train, validation (or valid) and test, each a folder of .txt files or one .txt file: these splits.
 - a .txt file, or a folder of them: the files in sorted order are one long text, cut by `config.split_fractions` at the
   line ends that follow. So a split has whole files, but for the two where the cuts fall.
+
+`config.dataset_mix` names more data sets, from whose train splits too windows are drawn; `components` lists them all.
 """
 
 import ast
@@ -58,6 +61,13 @@ def documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
         raise InputError(f"dataset: the {split} split of {config.dataset} is empty; it needs text with line ends")
 
 
+def components(config: Config) -> list[Config]:
+    """A config for each data set that training reads: `dataset`, then those of `dataset_mix`."""
+    own = config.model_copy(update={"dataset_mix": ()})
+    elsewhere = {"dataset_path": "", "dataset_name": ""}
+    return [own, *(own.model_copy(update={"dataset": name} | elsewhere) for name, _ in config.dataset_mix)]
+
+
 def source_kind(config: Config) -> str:
     """What `config.dataset` is: "pydoc", "hub" or "files". Raises `InputError` for none of these."""
     name = config.dataset
@@ -66,7 +76,7 @@ def source_kind(config: Config) -> str:
     if name == "pydoc":
         return "pydoc"
     if Path(name).exists():
-        return "files"
+        return "hub" if Path(name).is_dir() and next(Path(name).rglob("*.parquet"), None) else "files"
     if name.endswith(".txt") or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"dataset: there is nothing at {name}; give a .txt file or a folder of .txt files")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -80,6 +90,9 @@ def source_kind(config: Config) -> str:
 def source_fingerprint(config: Config) -> str:
     """A short hash that changes when the source does: of names, sizes and times for files, of the Python version and
     file names for pydoc, of id, revision, configuration and column for the hub (needs no network)."""
+    if config.dataset_mix:
+        parts = [source_fingerprint(component) for component in components(config)]
+        return hashlib.sha256("\0".join([RULES, "mix", *parts]).encode()).hexdigest()[:16]
     kind = source_kind(config)
     if kind == "pydoc":
         parts = [platform.python_version(), *(path.as_posix() for path in _library_files())]
@@ -171,7 +184,7 @@ def _split_files(root: Path, split: str) -> list[Path] | None:
 def _text_files(root: Path) -> list[Path]:
     files = sorted(root.rglob("*.txt"), key=lambda path: path.as_posix()) if root.is_dir() else [root]
     if not files:
-        raise InputError(f"{root}: has no .txt files; for parquet files give the folder as dataset_path")
+        raise InputError(f"{root}: has no .txt files; a folder in the hub's layout has .parquet files")
     return files
 
 

@@ -1,17 +1,18 @@
 """Token files and the order in which training reads them.
 
 `prepare(config)` turns a corpus into one token file per split, in `config.cache_dir`, and finds them there next time.
-`Windows` and `Lanes` say which tokens a training step sees: a pure function of (seed, step), so a resumed run goes on
-with the very batches that it would have seen.
+`Windows`, `Blend` and `Lanes` say which tokens a training step sees: a pure function of (seed, step), so a resumed run goes
+on with the very batches that it would have seen.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 from config import Config, InputError
-from corpus import SPLITS, documents, source_fingerprint
+from corpus import SPLITS, components, documents, source_fingerprint
 from tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_choice
 
-FORMAT = b"WLMTOK01"  # another layout gets another number, so that old files are rebuilt
+FORMAT = b"WLMTOK02"  # another layout gets another number, so that old files are rebuilt
 HEADER_BYTES = 4096  # FORMAT, then JSON, padded by spaces
 ENCODE_CHARACTERS = 1 << 20  # text is encoded in pieces of at most this size
 CUT = re.compile(r"\S(?=[ \n])")  # no token of ours crosses it: GPT-2's and SentencePiece's words start with the space
@@ -34,7 +35,8 @@ class TokenFile:
     offsets of the documents' first tokens (int64).
 
     Attributes: `tokens` (n_tokens,); `document_starts` (documents,); `n_tokens`; `n_bytes`, of UTF-8; `n_words`,
-    WikiText's count, which has line ends as words: len(text.split()) + text.count("\\n"); `tokenizer`, its name.
+    WikiText's count, which has line ends as words: len(text.split()) + text.count("\\n"); `tokenizer`, its name; `parts`,
+    the number of tokens of each data set in it.
     """
 
     def __init__(self, path: Path, key: str | None = None):
@@ -51,7 +53,7 @@ class TokenFile:
                 raise ValueError
             header = json.loads(raw[len(FORMAT) :])
             self.n_tokens, self.n_bytes, self.n_words = header["tokens"], header["bytes"], header["words"]
-            self.tokenizer, self.key = header["tokenizer"], header["key"]
+            self.tokenizer, self.key, self.parts = header["tokenizer"], header["key"], header["parts"]
             dtype, n_documents = np.dtype(header["dtype"]), header["documents"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}: is no token file of this version; prepare the data again") from None
@@ -98,11 +100,12 @@ def encode_documents(pieces: Iterator[tuple[bool, str]], tokenizer: Tokenizer) -
         yield first, rest, tokenizer.encode(rest)
 
 
-def write_token_file(path: Path, pieces: Iterator[tuple[bool, str]], tokenizer: Tokenizer, key: str) -> None:
-    """Encodes `pieces` (see `corpus.documents`) into the token file `path`, which appears only when it is whole."""
+def write_token_file(path: Path, parts: Sequence[Iterator[tuple[bool, str]]], tokenizer: Tokenizer, key: str) -> None:
+    """Encodes `parts`, one after the other, each what `corpus.documents` yields, into the token file `path`, which appears
+    only when it is whole."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     n_tokens = n_bytes = n_words = 0
-    starts = array("q")
+    starts, ends = array("q"), []  # of documents, of parts
     word_open = False  # the text so far ends inside a word, which a hard cut may have split
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -111,20 +114,22 @@ def write_token_file(path: Path, pieces: Iterator[tuple[bool, str]], tokenizer: 
             tqdm(desc=path.stem, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as progress,
         ):
             file.seek(HEADER_BYTES)
-            for first, text, ids in encode_documents(pieces, tokenizer):
-                if first:
-                    starts.append(n_tokens)
-                n_words += len(text.split()) + text.count("\n") - (not first and word_open and not text[0].isspace())
-                word_open = not text[-1].isspace()
-                n_tokens += len(ids)
-                size = len(text.encode("utf-8"))
-                n_bytes += size
-                np.asarray(ids, dtype).tofile(file)
-                progress.update(size)
+            for pieces in parts:
+                for first, text, ids in encode_documents(pieces, tokenizer):
+                    if first:
+                        starts.append(n_tokens)
+                    n_words += len(text.split()) + text.count("\n") - (not first and word_open and not text[0].isspace())
+                    word_open = not text[-1].isspace()
+                    n_tokens += len(ids)
+                    size = len(text.encode("utf-8"))
+                    n_bytes += size
+                    np.asarray(ids, dtype).tofile(file)
+                    progress.update(size)
+                ends.append(n_tokens)
             file.write(bytes(_aligned(file.tell()) - file.tell()))
             starts.tofile(file)
             header = {"dtype": dtype.name, "tokens": n_tokens, "bytes": n_bytes, "words": n_words}
-            header |= {"documents": len(starts), "tokenizer": tokenizer.name, "key": key}
+            header |= {"documents": len(starts), "tokenizer": tokenizer.name, "key": key, "parts": np.diff([0, *ends]).tolist()}
             file.seek(0)
             file.write((FORMAT + json.dumps(header).encode()).ljust(HEADER_BYTES))
             file.flush()
@@ -173,7 +178,8 @@ def prepare(config: Config, say: Callable[[str], None] = print) -> Corpus:
                 continue
             except InputError as error:
                 say(f"rebuilding: {error}")
-        write_token_file(path, documents(config, split), tokenizer, key)
+        sources = components(config) if split == "train" else [config]
+        write_token_file(path, [documents(source, split) for source in sources], tokenizer, key)
         files[split] = TokenFile(path, key)
         say(f"{split}: {files[split].n_tokens:,} {tokenizer.name} tokens, {files[split].n_bytes:,} bytes -> {path}")
     return Corpus(config.dataset, tokenizer, **files)
@@ -189,7 +195,7 @@ def _prepared_tokenizer(config: Config, choice: str, folder: Path, say: Callable
         except InputError as error:
             say(f"training again: {error}")
         say(f"training a SentencePiece of {config.vocab_size:,} tokens")
-    tokenizer = make_tokenizer(config, lambda: (text for _, text in documents(config, "train")))
+    tokenizer = make_tokenizer(config, lambda: (text for c in components(config) for _, text in documents(c, "train")))
     tokenizer.save(folder)
     return tokenizer
 
@@ -242,15 +248,18 @@ class Windows:
 
     Windows follow each other at a stride of `block_size`. From the second epoch on they start at a random offset below
     `block_size`, so that the same token is not always first; the last window then moves back to end with the text.
-    A batch that an epoch does not fill takes its other rows from the next epoch.
+    A batch that an epoch does not fill takes its other rows from the next epoch. With `part` (first token, end) all this is
+    of that part of the file.
     """
 
-    def __init__(self, tokens: TokenFile, block_size: int, batch_size: int, seed: int):
+    def __init__(self, tokens: TokenFile, block_size: int, batch_size: int, seed: int, part: tuple[int, int] | None = None):
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        self.n_windows = (len(tokens) - 1) // block_size
+        self.first, self.end = part or (0, len(tokens))
+        length = self.end - self.first
+        self.n_windows = (length - 1) // block_size
         if self.n_windows < 1:
             raise InputError(
-                f"block_size: a window needs {block_size + 1} tokens, but the training text has {len(tokens)}; "
+                f"block_size: a window needs {block_size + 1} tokens, but the training text has {length}; "
                 "lower block_size or give more text"
             )
 
@@ -260,18 +269,62 @@ class Windows:
 
     def starts(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """The first token of each window of a batch, int64 (rows,)."""
-        position = step * self.batch_size + np.arange(self.batch_size)[rows]
+        return self.starts_of(step * self.batch_size + np.arange(self.batch_size)[rows])
+
+    def starts_of(self, position: np.ndarray) -> np.ndarray:
+        """The first token of the windows that are drawn as number `position`, int64 of any shape."""
         epochs = position // self.n_windows
         starts = np.empty_like(position)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             index = permuted(position[here] % self.n_windows, self.n_windows, self.seed, int(epoch))
             starts[here] = self._offset(int(epoch)) + index * self.block_size
-        return np.minimum(starts, len(self.tokens) - 1 - self.block_size)
+        return np.minimum(self.first + starts, self.end - 1 - self.block_size)
 
     def _offset(self, epoch: int) -> int:
         digest = hashlib.sha256(f"offset {self.seed} {epoch}".encode()).digest()
         return 0 if epoch == 0 else int.from_bytes(digest[:8], "big") % self.block_size
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, targets) of step `step`, int64 (batch_size, block_size); with `rows` only these rows of the batch."""
+        return _window_tensors(self.tokens, self.starts(step, rows), self.block_size)
+
+
+class Blend:
+    """Training windows from the parts of a token file in fixed shares, each part in its own order without replacement.
+
+    Of every `CYCLE` windows in a row each part has its share, to the nearest window, in an order that (seed, cycle) gives.
+    So how often a part was drawn before any step is known without counting from the first one. An epoch is as many windows
+    as all parts have together: a part whose weight is above its size is then read more than once, another less.
+    """
+
+    CYCLE = 1000
+
+    def __init__(self, tokens: TokenFile, weights: Sequence[float], block_size: int, batch_size: int, seed: int):
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        ends = np.cumsum([0, *tokens.parts]).tolist()
+        self.parts = [Windows(tokens, block_size, batch_size, seed, part) for part in itertools.pairwise(ends)]
+        self.n_windows = sum(part.n_windows for part in self.parts)
+        edges = np.rint(np.cumsum([0, *weights]) / sum(weights) * self.CYCLE).astype(int)
+        self.shares = np.diff(edges)  # windows of each part in a cycle
+        self._slots = np.repeat(np.arange(len(weights)), self.shares)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.n_windows / self.batch_size
+
+    def starts(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """The first token of each window of a batch, int64 (rows,)."""
+        position = step * self.batch_size + np.arange(self.batch_size)[rows]
+        starts = np.empty_like(position)
+        for cycle in np.unique(position // self.CYCLE):
+            drawn = self._slots[permuted(np.arange(self.CYCLE), self.CYCLE, self.seed, int(cycle))]  # (CYCLE,) parts
+            here = position // self.CYCLE == cycle
+            for index, part in enumerate(self.parts):
+                before = cycle * self.shares[index] + np.cumsum(drawn == index) - 1  # (CYCLE,) draws of this part
+                mine = here & (drawn[position % self.CYCLE] == index)
+                starts[mine] = part.starts_of(before[position[mine] % self.CYCLE])
+        return starts
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, targets) of step `step`, int64 (batch_size, block_size); with `rows` only these rows of the batch."""
@@ -322,3 +375,13 @@ class Lanes:
         where the state must be reset before this window. With `rows` only these rows of the batch."""
         starts, fresh = self.starts(step, rows)
         return *_window_tensors(self.tokens, starts, self.block_size), torch.from_numpy(fresh)
+
+
+def training_order(corpus: Corpus, config: Config, batch_size: int) -> Windows | Blend | Lanes:
+    """The order in which `config` reads the training split."""
+    if config.decompose_bypass_cross_window:
+        return Lanes(corpus.train, config.block_size, batch_size, config.seed)
+    if config.dataset_mix:
+        weights = [1.0, *(weight for _, weight in config.dataset_mix)]
+        return Blend(corpus.train, weights, config.block_size, batch_size, config.seed)
+    return Windows(corpus.train, config.block_size, batch_size, config.seed)

@@ -5,6 +5,10 @@
 From the nats come bits per byte (comparable across tokenizers), word perplexity and token perplexity. Two contexts:
 "stream" reads the text once and carries the state on, its running mean over the last block_size positions; "window" reads
 windows of W tokens that start anew every R tokens, and scores of each the tokens that no window before it scored.
+
+--protocol original is how the first implementation measured WikiText, so that its figures can be compared: window 256, stride
+128, on a text with an extra blank line after every row (WikiText-103 test: 1,296,370 bytes, 287,644 GPT-2 tokens). Its figures
+belong to that text and are reported under that name; they are not comparable with any others.
 """
 
 import argparse
@@ -21,10 +25,11 @@ from torch import nn
 
 from checkpoint import load_model
 from config import Config, InputError, run_command
-from corpus import SPLITS, read_text
+from corpus import SPLITS, documents, read_text
 from data import encode_documents, prepare
 from tokenizer import Tokenizer
 
+ORIGINAL = (256, 128, "window")  # window, stride and context of the first implementation
 LOGITS_AT_A_TIME = 2**24  # 64 MB of fp32: bounds memory, and has no bearing on the figures
 
 
@@ -94,17 +99,34 @@ def bigram_nats(train: np.ndarray, tokens: np.ndarray, vocab_size: int) -> float
     return min(-np.log((pair_count + k * p_single) / (single[tokens[:-1]] + k)).mean() for k in priors)
 
 
-def read_tokens(data: str, config: Config, tokenizer: Tokenizer, say: Callable) -> tuple[np.ndarray, int, int]:
-    """Tokens, bytes and words of a split of the run's own data set, or of a text file."""
-    if data in SPLITS:
+def original_text(text: str) -> str:
+    """`text` as the first implementation read it: rows with their line ends, blank ones (" \\n") empty, joined by "\\n\\n"."""
+    rows = text.split("\n")
+    rows = [row + "\n" for row in rows[:-1]] + rows[-1:] * bool(rows[-1])
+    return "\n\n".join("" if row == " \n" else row for row in rows)
+
+
+def encoded(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]:
+    """Tokens, bytes and words of a text."""
+    ids = [i for _, _, piece in encode_documents(iter([(True, text)]), tokenizer) for i in piece]
+    return np.array(ids, np.int64), len(text.encode()), len(text.split()) + text.count("\n")
+
+
+def read_tokens(
+    data: str, config: Config, tokenizer: Tokenizer, say: Callable, original: bool = False
+) -> tuple[np.ndarray, int, int]:
+    """Tokens, bytes and words of a split of the run's own data set, or of a text file; with `original` of its
+    `original_text`."""
+    if data in SPLITS and not original:
         file = getattr(prepare(config, say), data)
         return file.tokens, file.n_bytes, file.n_words
+    if data in SPLITS:
+        return encoded(original_text("".join(text for _, text in documents(config, data))), tokenizer)
     path = Path(data)
     if not path.is_file():
         raise InputError(f"data: {data} is neither one of {', '.join(SPLITS)} nor a file")
     text = "".join(read_text(path))
-    ids = [i for _, _, piece in encode_documents(iter([(True, text)]), tokenizer) for i in piece]
-    return np.array(ids, np.int64), len(text.encode()), len(text.split()) + text.count("\n")
+    return encoded(original_text(text) if original else text, tokenizer)
 
 
 def main() -> None:
@@ -114,24 +136,40 @@ def main() -> None:
     parser.add_argument("--window", type=int, help="tokens in a window (default: the run's block_size)")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: half a window)")
     parser.add_argument("--context", choices=["stream", "window"], help="default: the run's eval_context")
+    parser.add_argument(
+        "--protocol",
+        choices=["verbatim", "original"],
+        default="verbatim",
+        help="original: the first implementation's text, window and stride (default verbatim)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
     args = parser.parse_args()
     model, config, tokenizer = load_model(args.checkpoint, args.device)
     if tokenizer is None:
         raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text can be read")
-    window = args.window if args.window is not None else config.block_size
-    stride = args.stride if args.stride is not None else max(1, window // 2)
+    original = args.protocol == "original"
+    if original and (args.window or args.stride or args.context):
+        raise InputError("protocol: original has window 256, stride 128 and context window; leave those options out")
+    window, stride, context = ORIGINAL if original else (args.window, args.stride, args.context or config.eval_context)
+    window = config.block_size if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
     if window < 1:
         raise InputError(f"window: {window} must be at least 1")
     if not 1 <= stride <= window:
         raise InputError(f"stride: {stride} must be from 1 to the window, {window}, or tokens would be left out")
-    tokens, size, words = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr))
-    context = args.context or config.eval_context
+    tokens, size, words = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), original)
     nats = score(model, tokens, window, stride, context, args.device)
     result = {"nats": nats, "tokens": len(tokens) - 1, "bytes": size, "words": words}
     result |= figures(nats, len(tokens), size, words)
-    result |= {"context": context, "window": window, "stride": stride, "tokenizer": tokenizer.name, "data": args.data}
+    result |= {
+        "protocol": args.protocol,
+        "context": context,
+        "window": window,
+        "stride": stride,
+        "tokenizer": tokenizer.name,
+        "data": args.data,
+    }
     print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from config import Config
 
 # Two-dimensional, but gains and logits rather than matrices: decay would pull them towards a mixture nobody asked for.
-NOT_MATRICES = ("history_gains", "scale_routing", "dilation_logits", "basis_weights", "original")
+NOT_MATRICES = ("history_gains", "scale_routing", "dilation_logits", "basis_weights", "original", "taps", "gains")
 TABLES = ("token_embedding.weight", "lm_head.weight", "values.weight")  # rows to look up, not maps between channels
 
 
@@ -77,6 +77,16 @@ def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
         del optimizer.grad_scale, optimizer.found_inf
     elif good:
         optimizer.step()
+
+
+def clipped_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, grad_clip: float) -> None:
+    """A step of all optimizers at learning rate `rate`, gradients clipped to a norm of `grad_clip` (0 = not), then cleared."""
+    nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import MODEL_FILE, load_model, own_tensors, save_model, save_plain
 from config import Config, InputError, add_config_options, given_options, load_config, make_config, run_command
-from data import Corpus, Lanes, Windows, evaluation_slice, prepare
+from data import Corpus, evaluation_slice, prepare, training_order
 from distributed import World, join, load_shards, local, remove_other_shards, save_shards, saved_shapes
 from evaluate import bigram_nats, figures, score
 from generate import sample_text
@@ -64,8 +64,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         batch = config.micro_batch_size * config.grad_accum
-        order = Lanes if config.decompose_bypass_cross_window else Windows
-        self.batches = order(corpus.train, config.block_size, batch, config.seed)
+        self.batches = training_order(corpus, config, batch)
         self.total_steps = math.ceil(config.epochs * self.batches.steps_per_epoch)
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)

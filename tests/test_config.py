@@ -59,7 +59,7 @@ def test_an_unknown_key_unlike_any_other_is_an_error_that_names_it():
 def test_a_value_of_the_wrong_type_is_an_error_that_names_the_key_and_the_value():
     for key in KEYS:
         kind = str(Config.model_fields[key].annotation)
-        wrong = [{"a": 1}]
+        wrong = [["a"] if key == "dataset_mix" else {"a": 1}]
         if "str" not in kind and "Literal" not in kind:
             wrong.append("many")
         if "float" not in kind:
@@ -107,6 +107,7 @@ def test_a_value_past_its_range_is_an_error_that_names_the_key():
         ("lr", float("nan")), ("lr", float("inf")), ("epochs", float("inf")), ("temperature", float("inf")),
         ("grad_clip", float("nan")), ("multinodal_bagged_eps", float("nan")),
         ("split_fractions", (float("nan"), 0.5, 0.5)), ("per_scale_mixer_widths", (float("inf"),) * 6),
+        ("dataset_mix", {"books": 0.0}), ("dataset_mix", {"books": float("nan")}), ("dataset_mix", {"wikitext-103": 1.0}),
     ],
 )  # fmt: skip
 def test_senseless_values_are_errors_that_name_the_key(key, value):
@@ -115,6 +116,7 @@ def test_senseless_values_are_errors_that_name_the_key(key, value):
 
 SINGLE = {"per_scale_mixer_widths": None}
 CONTRADICTIONS = [
+    ("dataset_mix", {"dataset_mix": {"books": 1.0}, "decompose_bypass_cross_window": True}),
     ("levels", {"levels": 9, **SINGLE}),
     ("levels", {"levels": 2, "block_size": 2, **SINGLE}),
     ("wavelet_crawl_k", {"wavelet_crawl_k": 4}),

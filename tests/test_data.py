@@ -17,7 +17,7 @@ import corpus
 import data
 from config import Config, InputError
 from corpus import SPLITS, documents, source_fingerprint
-from data import Lanes, TokenFile, Windows, encode_documents, evaluation_slice, prepare, write_token_file
+from data import Blend, Lanes, TokenFile, Windows, encode_documents, evaluation_slice, prepare, write_token_file
 from tokenizer import ByteTokenizer, GPT2Tokenizer, SentencePieceTokenizer, train_sentencepiece
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -55,7 +55,7 @@ def token_file(path, lengths, tokenizer=None):
     for length in lengths:
         pieces.append((True, total[start : start + length]))
         start += length
-    write_token_file(path, iter(pieces), tokenizer or ByteTokenizer(), "key")
+    write_token_file(path, [iter(pieces)], tokenizer or ByteTokenizer(), "key")
     return TokenFile(path, "key")
 
 
@@ -195,6 +195,21 @@ def test_wikitext_from_a_local_copy_has_its_blank_lines(hub):
     assert [text for starts, text in pieces if starts] == [" \n", " = Two = \n"]
 
 
+def test_a_folder_of_parquet_files_is_a_data_set(hub):
+    path = hub(train=["a\n"], validation=["v\n"], test=["t\n"])
+    assert text_of(Config(dataset=path), "test") == "t\n"
+
+
+def test_a_mix_adds_its_train_splits_and_leaves_the_others(hub, folder, tmp_path):
+    path = hub(train=["hub text\n"], validation=["v\n"], test=["t\n"])
+    config = Config(dataset=str(folder), dataset_mix={path: 0.5}, tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
+    corpus = prepare(config, lambda line: None)
+    alone = prepare(config.model_copy(update={"dataset_mix": ()}), lambda line: None)
+    assert bytes(corpus.train.tokens.tolist()) == bytes(alone.train.tokens.tolist()) + b"hub text\n"
+    assert corpus.train.parts == [len(alone.train), 9]
+    assert np.array_equal(corpus.test.tokens, alone.test.tokens)
+
+
 def test_missing_hub_splits_are_cut_from_train_by_row(hub):
     rows = [f"row {number}\n" for number in range(400)]
     config = Config(dataset="openwebtext", dataset_path=hub(train=rows), split_fractions=(0.8, 0.1, 0.1))
@@ -243,7 +258,7 @@ def test_wikitext_test_has_its_published_number_of_words(tmp_path):
     if not path.exists():
         pytest.skip("no WikiText-103 test split beside the repository")
     pieces = ((index == 0, text) for index, text in enumerate(corpus.read_text(path)))
-    write_token_file(tmp_path / "t", pieces, ByteTokenizer(), "key")
+    write_token_file(tmp_path / "t", [pieces], ByteTokenizer(), "key")
     assert TokenFile(tmp_path / "t").n_words == 245_569
     assert TokenFile(tmp_path / "t").n_bytes == path.stat().st_size
 
@@ -265,7 +280,7 @@ def gpt2():
 def test_a_token_file_gives_back_text_counts_and_documents(make, tmp_path):
     tokenizer = make()
     texts = [LINES, "", "one 中 word", LINES * 3]
-    write_token_file(tmp_path / "t", iter([(True, text) for text in texts]), tokenizer, "key")
+    write_token_file(tmp_path / "t", [iter([(True, text) for text in texts])], tokenizer, "key")
     file = TokenFile(tmp_path / "t", "key")
     whole = "".join(texts)
     assert tokenizer.decode_bytes(file.tokens.tolist()) == whole.encode()
@@ -312,7 +327,7 @@ def test_tokens_depend_on_the_text_alone_and_cuts_change_none(make, monkeypatch)
 def test_words_are_counted_once_where_a_long_one_is_cut(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "ENCODE_CHARACTERS", 10)
     text = "a" * 35 + " " + "b" * 25 + "\n" + "中" * 40
-    write_token_file(tmp_path / "t", iter([(True, text), (True, "c")]), ByteTokenizer(), "key")
+    write_token_file(tmp_path / "t", [iter([(True, text), (True, "c")])], ByteTokenizer(), "key")
     assert TokenFile(tmp_path / "t").n_words == 5
 
 
@@ -503,6 +518,37 @@ def test_targets_are_the_next_tokens_and_rows_are_parts_of_the_batch(order, tmp_
         for rows in (slice(0, 2), slice(2, 6), slice(1, None, 2)):
             for whole, part in zip(batch, windows.batch(step, rows=rows), strict=True):
                 assert torch.equal(whole[rows], part)
+
+
+def blend(tmp_path, weights=(1.0, 0.5), sizes=(16_000, 4_000), batch=16):
+    """Windows of 15 tokens from parts whose bytes are 0, 1, …."""
+    parts = [iter([(True, chr(index) * size)]) for index, size in enumerate(sizes)]
+    write_token_file(tmp_path / "t", parts, ByteTokenizer(), "key")
+    return Blend(TokenFile(tmp_path / "t", "key"), weights, 15, batch, seed=5)
+
+
+def test_a_blend_draws_its_parts_in_their_shares(tmp_path):
+    order = blend(tmp_path, weights=(1.0, 0.5, 0.5), sizes=(900, 400, 2_000))
+    drawn = np.concatenate([order.batch(step)[0].numpy() for step in range(125)])  # two cycles
+    assert (drawn == drawn[:, :1]).all(), "a window crosses two parts"
+    assert np.bincount(drawn[:, 0]).tolist() == [1000, 500, 500]
+    assert np.bincount(drawn[:200, 0], minlength=3).min() > 30, "a part comes late"
+
+
+def test_a_blend_reads_each_part_without_replacement(tmp_path):
+    order = blend(tmp_path)
+    starts = np.concatenate([order.starts(step) for step in range(round(order.steps_per_epoch))])
+    large, small = starts[starts < 16_000], starts[starts >= 16_000]
+    assert len(np.unique(large)) == len(large)
+    first_epoch = small[: order.parts[1].n_windows]
+    assert np.array_equal(np.sort(first_epoch), 16_000 + 15 * np.arange(order.parts[1].n_windows))
+
+
+def test_a_blend_is_a_function_of_seed_and_step_alone(tmp_path):
+    order, again = blend(tmp_path), blend(tmp_path)
+    for step in (200, 3, 61, 62):
+        assert np.array_equal(order.starts(step), again.starts(step))
+        assert np.array_equal(order.starts(step)[4:9], again.starts(step, slice(4, 9)))
 
 
 def test_lanes_go_on_where_they_ended_unless_fresh_and_never_cross_a_document(tmp_path):

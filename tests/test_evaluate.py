@@ -12,7 +12,7 @@ from conftest import random_model, tiny
 import evaluate
 from checkpoint import save_model
 from config import InputError, save_config
-from evaluate import bigram_nats, figures, read_tokens, score
+from evaluate import bigram_nats, figures, original_text, read_tokens, score
 from model import State
 from tokenizer import ByteTokenizer
 
@@ -98,6 +98,35 @@ def test_wikitext_test_has_its_published_number_of_words(shared):
     _, size, words = read_tokens(str(shared / "data/wikitext/test.txt"), tiny(), ByteTokenizer(), print)
     assert words == 245_569
     assert size == (shared / "data/wikitext/test.txt").stat().st_size
+
+
+def test_the_original_text_is_its_rows_joined_by_blank_lines(shared):
+    rows = ["", " = One = \n", "", " a .\n", " b .\n"]  # as the hub stores them
+    verbatim = "".join(row or " \n" for row in rows)
+    assert original_text(verbatim) == "\n\n".join(rows)
+    text = (shared / "data/wikitext/test.txt").read_text(encoding="utf-8")
+    # The raw split's 1,290,590 bytes become 1,296,370; this file has the same rows, with rare words as <unk>.
+    assert len(original_text(text).encode()) - len(text.encode()) == 1_296_370 - 1_290_590
+
+
+def test_the_original_protocol_has_its_own_name_and_settings(tmp_path, monkeypatch, capsys):
+    model = random_model_of_bytes()
+    save_model(model, tmp_path / "best_model.safetensors")
+    save_config(model.config, tmp_path / "config.json")
+    ByteTokenizer().save(tmp_path)
+    text = " \n = Title = \n \n Some words .\n" * 20
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    command = ["evaluate.py", "--checkpoint", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--json"]
+    monkeypatch.setattr(sys, "argv", [*command, "--protocol", "original"])
+    evaluate.main()
+    result = json.loads(capsys.readouterr().out)
+    expected = np.array(list(original_text(text).encode()))
+    assert (result["protocol"], result["window"], result["stride"]) == ("original", 256, 128)
+    assert result["tokens"] == len(expected) - 1
+    assert result["nats"] == pytest.approx(score(model, expected, 256, 128, "window"), rel=1e-6)
+    monkeypatch.setattr(sys, "argv", [*command, "--protocol", "original", "--stride", "64"])
+    with pytest.raises(InputError, match="protocol"):
+        evaluate.main()
 
 
 def test_figures_are_in_their_units():

@@ -466,7 +466,7 @@ def test_a_token_file_of_two_gigabytes_trains_in_bounded_memory(tmp_path, text):
     trainer = trainer_of(tmp_path, text)
     path, tokens = tmp_path / "large.tokens", 2**30
     with open(path, "wb") as file:  # a sparse file: it takes no space on the disk, and reads as zeros
-        header = {"dtype": "uint16", "tokens": tokens, "bytes": tokens, "words": 1, "documents": 1}
+        header = {"dtype": "uint16", "tokens": tokens, "bytes": tokens, "words": 1, "documents": 1, "parts": [tokens]}
         file.write((FORMAT + json.dumps(header | {"tokenizer": "bytes", "key": ""}).encode()).ljust(HEADER_BYTES))
         file.truncate(HEADER_BYTES + 2 * tokens + 8)
     trainer.batches = Windows(TokenFile(path), 16, 4, seed=1)

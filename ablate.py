@@ -1,0 +1,287 @@
+"""Trains variants of a config with several seeds each and says which differences exceed the noise.
+
+    python ablate.py --config configs/quickstart.json --tokens 500000 --try "use_mixer_gate=false" "levels=4"
+    python ablate.py --config configs/quickstart.json --minutes 1 --file variants.json --out logs/ablation --jobs 2
+
+A variant is the config with some keys changed; the first, `baseline`, has none changed. Each run is one of train.py, in a
+folder of its own, so the same command again takes up what was stopped and makes what is missing. With --minutes each
+variant gets as many steps as it can make in that CPU time on one thread, timed once, in turn with the other variants.
+
+The rule: Dunnett's test of all variants against the baseline (two-sided, one variance for all), on bits per byte of the whole
+validation split. With probability 95% none of the differences called better or worse is by chance of the seed alone.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import written_whole
+from config import Config, InputError, load_config, make_config, read_json, run_command, save_config
+from data import Windows, prepare
+from model import build_model
+from optimizers import clipped_step, make_optimizers
+from tables import markdown_table, mean_deviation, put_first
+
+TRAIN = Path(__file__).resolve().parent / "train.py"
+BASELINE = "baseline"
+SIGNIFICANCE = 0.05
+NOT_OF_A_VARIANT = {"seed", "out_dir", "cache_dir", "max_steps"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A config and what it is called: the keys that it changes."""
+
+    name: str
+    config: Config
+
+    @property
+    def key(self) -> str:
+        """The name of its folder: some words, and a digest of every setting."""
+        settings = self.config.model_dump(mode="json", exclude_defaults=True, exclude=NOT_OF_A_VARIANT)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return re.sub(r"[^\w.]+", "-", self.name).strip("-")[:60] + "-" + digest
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """The keys and values of "key=value key=value"; a value is read as JSON, or is text where it is none."""
+    values = {}
+    for part in text.split():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"try: {part} must be KEY=VALUE; several are separated by spaces, and lists have none inside")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return values
+
+
+def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[Variant]:
+    """The baseline and the variants of --try and of the JSON file: {name: {key: value, …}, …}."""
+    changes = {text: parse_overrides(text) for text in tries}
+    for name, values in (read_json(Path(file)) if file else {}).items():
+        if not isinstance(values, dict):
+            raise InputError(f"{file}: {name} must be an object of keys and values")
+        changes[name] = values
+    if not changes:
+        raise InputError("try: no variants; give --try KEY=VALUE or --file FILE")
+    settings = base.model_dump()
+    return [
+        Variant(BASELINE, base),
+        *(Variant(name, make_config(settings | values, name)) for name, values in changes.items() if name != BASELINE),
+    ]
+
+
+# How many steps a variant gets
+
+
+def seconds_per_step(variant: Variant, train_tokens, vocab_size: int, rounds: int = 3) -> float:
+    """CPU time of a training step: the least of a few, in fp32 on this thread. (Autocast scales all variants alike.)"""
+    config = variant.config
+    torch.manual_seed(0)
+    model = build_model(config, vocab_size)
+    optimizers = make_optimizers(model, config)
+    windows = Windows(train_tokens, config.block_size, config.micro_batch_size * config.grad_accum, 0)
+    times = []
+    for step in range(rounds + 1):  # the first warms up
+        began = time.process_time()
+        loss, _ = model.loss(*windows.batch(step))
+        loss.backward()
+        clipped_step(model, optimizers, config.lr, config.grad_clip)
+        times.append(time.process_time() - began)
+    return min(times[1:])
+
+
+def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
+    """max_steps by variant. Timings are kept in out/speed.json: a later command must not give other steps."""
+    if args.tokens:
+        each = {v.name: v.config.micro_batch_size * v.config.grad_accum * v.config.block_size for v in variants}
+        return {name: max(1, args.tokens // size) for name, size in each.items()}
+    path = out / "speed.json"
+    known = read_json(path) if path.exists() else {}
+    missing = [v for v in variants if v.key not in known]
+    if missing:
+        torch.set_num_threads(1)
+        corpus = prepare(missing[0].config)
+        turns = [[seconds_per_step(v, corpus.train, corpus.vocab_size) for v in missing] for _ in range(3)]
+        known |= {v.key: statistics.median(times) for v, times in zip(missing, zip(*turns, strict=True), strict=True)}
+        with written_whole(path) as beside:
+            beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return {v.name: max(1, round(60 * args.minutes / known[v.key])) for v in variants}
+
+
+# Runs
+
+
+def run_folder(parent: Path) -> Path | None:
+    """The run in `parent`, finished or not; None where there is none."""
+    found = sorted(path.parent for path in parent.glob("*/config.json"))
+    return found[-1] if found else None
+
+
+def result_of(folder: Path | None) -> dict[str, Any] | None:
+    """The figures at the end of a run; None for one that has not ended."""
+    path = folder / "metrics.jsonl" if folder else None
+    if path is None or not path.exists():
+        return None
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return next((line for line in lines if line["kind"] == "result"), None)
+
+
+def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, Any]:
+    """The figures of one run: made now, gone on with, or read where it has ended."""
+    parent = out / variant.key / f"seed{seed}_steps{steps}"
+    folder = run_folder(parent)
+    if (result := result_of(folder)) is not None:
+        return result
+    parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        command = ["--resume", str(folder)]
+    else:
+        config = variant.config.model_copy(update={"seed": seed, "max_steps": steps, "out_dir": str(parent)})
+        save_config(config, parent / "asked.json")
+        command = ["--config", str(parent / "asked.json")]
+    with open(parent / "output.txt", "a", encoding="utf-8") as output:
+        done = subprocess.run(
+            [sys.executable, str(TRAIN), *command],
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+    result = result_of(run_folder(parent))
+    if done.returncode or result is None:
+        raise InputError(f"{variant.name}: train.py ended with exit code {done.returncode}; see {parent / 'output.txt'}")
+    print(f"{variant.name}, seed {seed}: {result['val_bits_per_byte']:.4f}", flush=True)
+    return result
+
+
+# Verdicts
+
+
+def chances(results: dict[str, list[float]]) -> dict[str, float]:
+    """By variant: the probability, under Dunnett's test, of so large a difference from the baseline by chance alone. Empty
+    where a variant has a single run or there is nothing to compare."""
+    try:
+        from scipy.stats import dunnett
+    except ImportError:
+        raise InputError("ablate: the verdicts need the package scipy; pip install '.[research]'") from None
+    names = [name for name in results if name != BASELINE and len(results[name]) > 1]
+    if not names or len(results.get(BASELINE, [])) < 2:
+        return {}
+    test = dunnett(*(results[name] for name in names), control=results[BASELINE], rng=0)
+    return dict(zip(names, test.pvalue.tolist(), strict=True))
+
+
+def verdict(difference: float, chance: float | None) -> str:
+    if chance is None:
+        return "too few runs"
+    if chance >= SIGNIFICANCE:
+        return f"within the noise (p {chance:.2f})"
+    return f"{'better' if difference < 0 else 'worse'} (p {chance:.3f})"
+
+
+def describe(runs: dict[str, list[dict[str, Any]]], variants: Sequence[Variant], budget: str) -> str:
+    """The section for runs.md, the best variant first."""
+    bits = {name: [r["val_bits_per_byte"] for r in group] for name, group in runs.items()}
+    chance, base = chances(bits), statistics.mean(bits[BASELINE]) if BASELINE in bits else None
+    config = variants[0].config
+    rows = []
+    for name in sorted(bits, key=lambda name: statistics.mean(bits[name])):
+        group = runs[name]
+        environment = read_json(Path(group[0]["run_dir"]) / "env.json")
+        difference = statistics.mean(bits[name]) - base if base is not None else 0.0
+        called = "" if name == BASELINE else f"{difference:+.4f}: {verdict(difference, chance.get(name))}"
+        rows.append([
+            environment["date"][:10], environment["commit"] or "-", name, config.dataset, group[0]["tokenizer"],
+            f"{group[0]['parameters'] / 1e6:.2f}M", f"{group[0]['training_tokens'] / 1e6:.2f}M",
+            f"{statistics.mean(r['seconds'] for r in group):.0f} s", f"{max(r['peak_memory_mib'] for r in group):.0f} MiB",
+            mean_deviation(bits[name]), called, str(Path(group[0]["run_dir"]).parent.parent.name),
+        ])  # fmt: skip
+    header = ["date", "commit", "config difference", "data", "tokenizer", "parameters", "tokens", "time", "memory",
+              "bits/byte ± deviation (runs)", "verdict", "folder"]  # fmt: skip
+    return (
+        f"## Ablation of {Path(config.dataset).name}, {budget}\n\n`python ablate.py {' '.join(sys.argv[1:])}`\n\n"
+        f"Bits per byte of the whole validation split. Verdicts by Dunnett's test against the baseline, two-sided, "
+        f"{SIGNIFICANCE:.0%} for all together; time is of the clock, of runs side by side.\n\n{markdown_table(header, rows)}"
+    )
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Each run's bits per byte, a line for each variant, the best at the top."""
+    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+
+    bits = {name: [r["val_bits_per_byte"] for r in group] for name, group in runs.items()}
+    names = sorted(bits, key=lambda name: statistics.mean(bits[name]), reverse=True)
+    figure = Figure(figsize=(8, 1 + 0.35 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for row, name in enumerate(names):
+        axes.plot(bits[name], [row] * len(bits[name]), "o", color="C1" if name == BASELINE else "C0", alpha=0.6)
+        axes.plot(statistics.mean(bits[name]), row, "|", color="black", markersize=14)
+    if BASELINE in bits:
+        axes.axvline(statistics.mean(bits[BASELINE]), color="C1", linewidth=1, alpha=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="bits per byte (validation): runs, and their mean")
+    axes.grid(alpha=0.3, axis="x")
+    with written_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--config", default="config.json", help="JSON file of the baseline (default config.json)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the baseline put over the file's")
+    parser.add_argument("--try", nargs="+", default=[], dest="tries", metavar="'KEY=VALUE …'", help="variants")
+    parser.add_argument("--file", help="JSON file of more variants: {name: {key: value, …}, …}")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default 3)")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--tokens", type=int, help="training tokens of each run")
+    budget.add_argument("--minutes", type=float, help="training minutes of each run, of CPU time on one thread")
+    parser.add_argument("--out", default="logs/ablation", help="folder of the runs, table.md and ablation.png")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default 1)")
+    parser.add_argument("--runs", metavar="FILE", help="put the table into this Markdown file too, such as runs.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
+    if args.seeds < 1 or args.jobs < 1 or (args.tokens or args.minutes) <= 0:
+        raise InputError("seeds, jobs, tokens and minutes must be above 0")
+    base = load_config(args.config, **parse_overrides(" ".join(args.set)))
+    variants = read_variants(base, args.tries, args.file)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    prepare(base)  # once, before several processes want it
+    steps = steps_of(variants, args, out)
+    budget = f"{args.tokens:,} tokens a run" if args.tokens else f"{args.minutes:g} minutes of CPU time a run"
+    runs: dict[str, list[dict[str, Any]]] = {}
+    section = ""
+    for seed in range(1, args.seeds + 1):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            results = list(pool.map(lambda v: make_run(v, seed, steps[v.name], out), variants))  # noqa: B023
+        for variant, result in zip(variants, results, strict=True):
+            runs.setdefault(variant.name, []).append(result)
+        section = describe(runs, variants, budget)
+        (out / "table.md").write_text(section, encoding="utf-8")
+        draw(runs, out / "ablation.png")
+    print(section)
+    if args.runs:
+        put_first(Path(args.runs), section)
+
+
+if __name__ == "__main__":
+    run_command(main)

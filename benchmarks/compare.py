@@ -1,0 +1,369 @@
+"""WaveletLM beside a Transformer and a state-space model, at equal parameters and equal process CPU time.
+
+    python benchmarks/compare.py --dataset my_books/ --out runs/compare --jobs 2
+    python benchmarks/compare.py --dataset my_books/ --out runs/compare --models released best=configs/best.json llama
+
+Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and evaluation, fp32 and a single
+thread. Its learning rate is the best of as many short runs as every other's, by validation; then come full runs, one per
+seed. Time is the process's own CPU time without evaluation, so that a busy machine is fair to all. A run is a process of its
+own (its peak memory is its own) and is saved when done: the same command again makes only what is missing.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpoint import written_whole  # noqa: E402
+from config import Config, InputError, load_config, run_command  # noqa: E402
+from data import Corpus, Windows, prepare  # noqa: E402
+from evaluate import figures, score  # noqa: E402
+from model import build_model  # noqa: E402
+from optimizers import clipped_step, learning_rate, make_optimizers  # noqa: E402
+from record import environment  # noqa: E402
+from tables import markdown_table, mean_deviation, put_first  # noqa: E402
+
+CURVE_POINTS = 10  # measurements on validation during a run
+CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
+RATES = (0.5, 1.0, 2.0)  # tried learning rates, in units of the contestant's own
+SCHEDULE_STEPS = 100_000  # the schedule is by share of the time: this many parts
+
+
+class Foreign(nn.Module):
+    """A causal language model of `transformers` with the interface of ours: forward → (logits, state), loss → (loss, state)."""
+
+    def __init__(self, network: nn.Module, vocab_size: int):
+        super().__init__()
+        self.network, self.vocab_size = network, vocab_size
+
+    def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return self.network(input_ids=ids, use_cache=False).logits, None
+
+    def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return F.cross_entropy(self(ids)[0].flatten(0, 1), targets.flatten()), None
+
+
+def transformers_library():
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("models: llama and mamba2 need the package transformers; pip install '.[research]'") from None
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
+    return transformers
+
+
+def build_llama(config: Config, vocab_size: int) -> Foreign:
+    """Rotary positions, RMSNorm, SwiGLU: 989,568 parameters besides embedding and head."""
+    library = transformers_library()
+    return Foreign(
+        library.LlamaForCausalLM(
+            library.LlamaConfig(
+                vocab_size=vocab_size, hidden_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
+                intermediate_size=344, max_position_embeddings=config.block_size, tie_word_embeddings=False,
+            )
+        ),
+        vocab_size,
+    )  # fmt: skip
+
+
+def build_mamba2(config: Config, vocab_size: int) -> Foreign:
+    """The chunked state-space form in plain torch; chunks and states are of the size that is fastest on a CPU: 981 thousand
+    parameters besides embedding and head. (Mamba's first form goes step by step here: a hundredth of the speed.)"""
+    library = transformers_library()
+    return Foreign(
+        library.Mamba2ForCausalLM(
+            library.Mamba2Config(
+                vocab_size=vocab_size, hidden_size=128, num_hidden_layers=9, expand=2, head_dim=64, num_heads=4,
+                state_size=32, n_groups=1, chunk_size=32, tie_word_embeddings=False,
+            )
+        ),
+        vocab_size,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name, its optimisation (and for WaveletLM its network) as a config, and what builds the network."""
+
+    name: str
+    config: Config
+    build: Callable[[Config, int], nn.Module]
+
+
+ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
+FOREIGN = {"llama": (build_llama, 3e-3), "mamba2": (build_mamba2, 3e-3)}  # builder, middle learning rate
+
+
+def contestant(model: str, block_size: int) -> Contestant:
+    """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a config file."""
+    name, _, file = model.partition("=")
+    if not file and name in FOREIGN:
+        build, lr = FOREIGN[name]
+        return Contestant(name, Config(block_size=block_size, lr=lr, min_lr=0.02 * lr, **ADAMW), build)
+    if not file and name != "released":
+        raise InputError(f"models: unknown model {model}; known are released, {', '.join(FOREIGN)} and NAME=CONFIG_FILE")
+    path = file or str(ROOT / "configs/released-small.json")
+    return Contestant(name, load_config(path, block_size=block_size), build_model)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: which contestant, learning rate, seed, minutes of CPU time; a final run is measured on whole splits."""
+
+    model: str
+    lr: float
+    seed: int
+    minutes: float
+    final: bool
+
+    def path(self, out: Path, data: str, block_size: int) -> Path:
+        """Where its result lies; the name has a digest of all else that decides it."""
+        entrant = contestant(self.model, block_size)
+        unlike = {"seed", "lr", "min_lr", "out_dir", "cache_dir", "log_interval", "eval_interval"}
+        settings = entrant.config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
+        digest = hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:8]
+        end = "" if self.final else "-choice"
+        return out / f"{entrant.name}-{digest}_lr{self.lr:g}_seed{self.seed}_{self.minutes:g}min{end}.json"
+
+
+def data_digest(corpus: Corpus, batch: int) -> str:
+    """Of text, tokens and batch size."""
+    parts = [corpus.train.n_tokens, corpus.train.n_bytes, corpus.validation.n_bytes, corpus.tokenizer.fingerprint, batch]
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
+
+
+# A run
+
+
+def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | None = None) -> float:
+    """In windows of block_size side by side; of the first `tokens` tokens only, if given."""
+    file, block = getattr(corpus, split), model.block_size
+    ids = file.tokens[:tokens]
+    nats = score(model.eval(), ids, block, block, "window")
+    size = file.n_bytes if tokens is None else len(corpus.tokenizer.decode_bytes(ids.tolist()))
+    return figures(nats, len(ids), size, 1)["bits_per_byte"]
+
+
+def embedding_parameters(model: nn.Module) -> int:
+    """Of the token embedding and the head: every tensor with a row per token of the vocabulary."""
+    return sum(p.numel() for p in model.parameters() if p.dim() == 2 and p.size(0) == model.vocab_size)
+
+
+def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str, Any]:
+    """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of validation]."""
+    torch.set_num_threads(1)
+    torch.manual_seed(spec.seed)
+    rates = {"lr": spec.lr, "min_lr": entrant.config.min_lr * spec.lr / entrant.config.lr}
+    config = entrant.config.model_copy(update=rates)
+    model = entrant.build(config, corpus.vocab_size)
+    model.block_size = config.block_size
+    optimizers = make_optimizers(model, config)
+    windows = Windows(corpus.train, config.block_size, batch, spec.seed)
+    budget, used, step, curve = 60 * spec.minutes, 0.0, 0, []
+    while used < budget:
+        began = time.process_time()
+        model.train()
+        torch.manual_seed(spec.seed * 1_000_003 + step)
+        ids, targets = windows.batch(step)
+        loss, _ = model.loss(ids, targets)
+        loss.backward()
+        rate = learning_rate(int(used / budget * SCHEDULE_STEPS), SCHEDULE_STEPS, config)
+        clipped_step(model, optimizers, rate, config.grad_clip)
+        step += 1
+        used += time.process_time() - began
+        if used >= budget * (len(curve) + 1) / CURVE_POINTS:
+            measured = bits_per_byte(model, corpus, "validation", CURVE_TOKENS)
+            curve.append([used / 60, step * batch * config.block_size, measured])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {
+        "model": entrant.name, "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes, "optimizer": config.optimizer,
+        "parameters": sum(p.numel() for p in model.parameters()), "embedding_parameters": embedding_parameters(model),
+        "tokens": step * batch * config.block_size, "seconds": used, "peak_memory_mib": peak, "curve": curve,
+        "chosen_by": curve[-1][2], "environment": environment(),
+    } | (final_figures(model, corpus) if spec.final else {})  # fmt: skip
+
+
+def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:
+    return {f"{split}_bits_per_byte": bits_per_byte(model, corpus, split) for split in ("validation", "test")}
+
+
+# The table
+
+
+def make_missing(runs: Sequence[Run], paths: dict[Run, Path], jobs: int, arguments: list[str]) -> dict[Run, dict[str, Any]]:
+    """The results of `runs`; those without a file are made now, `jobs` at a time, each in a process of its own."""
+
+    def make(spec: Run) -> None:
+        text = json.dumps(vars(spec))
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments, "--run", text], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        )
+        if done.returncode:
+            raise InputError(f"{paths[spec].stem}: the run ended with exit code {done.returncode}; its message stands above")
+        result = json.loads(paths[spec].read_text(encoding="utf-8"))
+        print(f"{paths[spec].stem}: {result['chosen_by']:.4f} after {result['tokens']:,} tokens", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, [spec for spec in runs if not paths[spec].exists()]))
+    return {spec: json.loads(paths[spec].read_text(encoding="utf-8")) for spec in runs}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """One row for each contestant, the best first."""
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_model.setdefault(result["model"], []).append(result)
+    rows = []
+    for name, group in by_model.items():
+        first = group[0]
+        body = first["parameters"] - first["embedding_parameters"]
+        tokens = sum(r["tokens"] for r in group) / len(group)
+        values = [[r[f"{split}_bits_per_byte"] for r in group] for split in ("validation", "test")]
+        rows.append((
+            sum(values[0]) / len(group),
+            [name, f"{body / 1e6:.2f}M", f"{first['embedding_parameters'] / 1e6:.2f}M", f"{first['optimizer']} {first['lr']:g}",
+             f"{tokens / 1e6:.2f}M", f"{tokens / first['seconds']:,.0f}", f"{max(r['peak_memory_mib'] for r in group):.0f}",
+             *map(mean_deviation, values)],
+        ))  # fmt: skip
+    header = ["model", "parameters", "+ embeddings", "optimizer, lr", "tokens", "tokens/s", "MiB", "validation bits/byte",
+              "test bits/byte (runs)"]  # fmt: skip
+    return markdown_table(header, [row for _, row in sorted(rows)])
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits per byte of validation against minutes of CPU time: each run thin, each contestant a colour."""
+    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours: dict[str, str] = {}
+    for result in results:
+        new = result["model"] not in colours
+        colour = colours.setdefault(result["model"], f"C{len(colours)}")
+        minutes, _, bits = zip(*result["curve"], strict=True)
+        axes.plot(minutes, bits, color=colour, marker="o", markersize=3, alpha=0.7, label=result["model"] if new else None)
+    axes.set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with written_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Holds the folder's lock: two commands on one table would make the same runs."""
+    with open(out / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"out: another process is working in {out}; wait for it, or give another folder") from None
+        yield
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--out", default="logs/compare", help="folder of the runs, table.md and compare.png (default logs/compare)"
+    )
+    parser.add_argument("--models", nargs="+", default=["released", "llama", "mamba2"], metavar="MODEL",
+                        help="released, llama, mamba2, or NAME=FILE, a WaveletLM's config (default: those three)")  # fmt: skip
+    parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="of the SentencePiece tokenizer (default 2048)")
+    parser.add_argument("--cache_dir", default="cache", help="folder of the token files (default cache)")
+    parser.add_argument("--block_size", type=int, default=256, help="tokens in a window (default 256)")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step (default 8)")
+    parser.add_argument("--minutes", type=float, default=5.0, help="CPU time of a final run (default 5)")
+    parser.add_argument("--choice_minutes", type=float, default=1.5, help="CPU time of a run to choose lr by (default 1.5)")
+    parser.add_argument("--seeds", type=int, default=3, help="final runs of each contestant (default 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default 1)")
+    parser.add_argument("--runs", metavar="FILE", help="put the table into this Markdown file too, such as runs.md")
+    parser.add_argument("--run", metavar="JSON", help="make this one run (the command starts itself so for each)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
+    if args.minutes <= 0 or args.choice_minutes <= 0 or args.seeds < 1 or args.jobs < 1 or args.batch < 1:
+        raise InputError("minutes, choice_minutes, seeds, jobs and batch must be above 0")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data = Config(
+        dataset=args.dataset, tokenizer="sentencepiece", vocab_size=args.vocab_size, cache_dir=args.cache_dir,
+        block_size=args.block_size,
+    )  # fmt: skip
+    entrants = {model: contestant(model, args.block_size) for model in args.models}
+    corpus = prepare(data)
+    digest = data_digest(corpus, args.batch)
+    if args.run:
+        spec = Run(**json.loads(args.run))
+        result = run(contestant(spec.model, args.block_size), spec, corpus, args.batch)
+        with written_whole(spec.path(out, digest, args.block_size)) as beside:
+            beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return
+    if set(args.models) & set(FOREIGN):
+        transformers_library()
+    with alone(out):
+        make_table(args, out, entrants, digest)
+
+
+def make_table(args: argparse.Namespace, out: Path, entrants: dict[str, Contestant], digest: str) -> None:
+    def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
+        return make_missing(runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:])
+
+    tried = make([
+        Run(model, entrant.config.lr * rate, 0, args.choice_minutes, False)
+        for rate in RATES for model, entrant in entrants.items()
+    ])  # fmt: skip
+    best = {model: min((r for r in tried if r.model == model), key=lambda r: tried[r]["chosen_by"]).lr for model in entrants}
+    results = []
+    for seed in range(1, args.seeds + 1):
+        results += make([Run(model, best[model], seed, args.minutes, True) for model in entrants]).values()
+        section = describe(args, entrants, tried, best, results)
+        (out / "table.md").write_text(section, encoding="utf-8")
+        draw(results, out / "compare.png")
+    print(section)
+    if args.runs:
+        put_first(Path(args.runs), section)
+
+
+def describe(args, entrants: dict[str, Contestant], tried: dict[Run, dict], best: dict[str, float], results: list[dict]) -> str:
+    """The section for runs.md: how it was measured, the table, the tried learning rates."""
+    machine = results[-1]["environment"]
+    choices = [
+        [entrants[r.model].name, f"{r.lr:g}", f"{tried[r]['chosen_by']:.4f}", "chosen" if best[r.model] == r.lr else ""]
+        for r in sorted(tried, key=lambda r: (args.models.index(r.model), r.lr))
+    ]
+    command = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
+    return (
+        f"## Equal CPU time: {' '.join(entrant.name for entrant in entrants.values())} ({machine['date'][:10]})\n\n"
+        f"`{command}` at commit {machine['commit']}, torch {machine['torch']}, {machine['machine']}.\n"
+        f"{args.minutes:g} minutes of process CPU time each, one thread, fp32; SentencePiece {args.vocab_size}, windows of "
+        f"{args.block_size}, {args.batch} in a step; measured in such windows side by side over whole splits. "
+        f"Mean ± sample standard deviation (runs). A learning rate was chosen for each among {len(RATES)} by runs of "
+        f"{args.choice_minutes:g} minutes on {CURVE_TOKENS:,} tokens of validation.\n\n"
+        f"{table(results)}\n{markdown_table(['model', 'lr tried', 'validation bits/byte', ''], choices)}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

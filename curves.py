@@ -1,0 +1,58 @@
+"""Overlays the curves of several runs in one picture.
+
+python curves.py logs/RUN_A logs/RUN_B --out curves.png --against tokens
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint import written_whole
+from config import InputError, run_command
+from record import Record
+
+
+def points(folder: Path, against: str) -> list[tuple[float, float]]:
+    """(step or tokens, bits per byte of validation) of a run."""
+    if not (folder / "metrics.jsonl").is_file():
+        raise InputError(f"{folder}: is no run directory (it has no metrics.jsonl)")
+    record = Record(folder)
+    tokens = {line["step"]: line["tokens"] for line in record.metrics("train")}
+    found = []
+    for line in record.metrics("validation"):
+        x = line["step"] if against == "step" else tokens.get(line["step"])
+        if x is not None and math.isfinite(line["bits_per_byte"]):
+            found.append((x, line["bits_per_byte"]))
+    return found
+
+
+def draw(folders: Sequence[Path], out: Path, against: str) -> None:
+    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for folder in folders:
+        curve = points(folder, against)
+        if not curve:
+            raise InputError(f"{folder}: has no measurement on validation yet; let it run on")
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=folder.name)
+    axes.set(xlabel=against, ylabel="bits per byte (validation)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with written_whole(out) as beside:
+        figure.savefig(beside, format="png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
+    parser.add_argument("--out", default="curves.png", help="the picture (default curves.png)")
+    parser.add_argument("--against", choices=["step", "tokens"], default="tokens", help="the x axis (default tokens)")
+    args = parser.parse_args()
+    draw([Path(run) for run in args.runs], Path(args.out), args.against)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,175 @@
+"""The comparison and the ablations: equal terms, resumed tables, stated verdicts. Tiny networks, tiny text."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import SMALL
+
+import ablate
+from config import InputError, make_config
+from data import prepare
+from tables import markdown_table, mean_deviation, put_first
+
+REPO = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("compare", REPO / "benchmarks/compare.py")
+compare = importlib.util.module_from_spec(_spec)
+sys.modules["compare"] = compare
+_spec.loader.exec_module(compare)
+
+
+def test_tables_put_the_newest_section_first_and_replace_one_of_the_same_heading(tmp_path):
+    (tmp_path / "runs.md").write_text("# Runs\n\nWhat was measured.\n\n## Old\n\ntext\n")
+    put_first(tmp_path / "runs.md", "## New\n\none\n")
+    put_first(tmp_path / "runs.md", "## New\n\ntwo\n")
+    assert (tmp_path / "runs.md").read_text() == "# Runs\n\nWhat was measured.\n\n## New\n\ntwo\n\n## Old\n\ntext\n"
+    assert mean_deviation([1.0, 2.0, 3.0]) == "2.0000 ± 1.0000 (3)"
+    assert mean_deviation([1.0]) == "1.0000 (1)"
+    assert markdown_table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+# compare.py
+
+
+@pytest.mark.parametrize("model", ["llama", "mamba2", "released"])
+def test_contestants_have_a_million_parameters_beside_embeddings_and_are_causal(model):
+    if model != "released":
+        pytest.importorskip("transformers")
+    entrant = compare.contestant(model, 256)
+    network = entrant.build(entrant.config, 2048).eval()
+    body = sum(p.numel() for p in network.parameters()) - compare.embedding_parameters(network)
+    assert 0.95e6 < body < 1.05e6
+    ids = torch.randint(2048, (1, 40), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[0, 30:] = (ids[0, 30:] + 1) % 2048
+    with torch.no_grad():
+        one, two = network(ids)[0], network(changed)[0]
+        loss, _ = network.loss(ids[:, :-1], ids[:, 1:])
+    assert torch.allclose(one[:, :30], two[:, :30], atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(one[0, :-1], ids[0, 1:])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
+    entrants = {name: compare.contestant(name, 256) for name in ("released",)}
+    made = []
+
+    def finish(command, **_):
+        spec = compare.Run(**json.loads(command[-1]))
+        made.append(spec)
+        bits = 2.0 + abs(spec.lr - 0.02) + 0.01 * spec.seed
+        result = {
+            "model": "released", "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes, "optimizer": "Adagrad",
+            "parameters": 3_000_000, "embedding_parameters": 2_000_000, "tokens": 1000, "seconds": 10.0,
+            "peak_memory_mib": 100.0, "curve": [[0.1, 500, 3.0], [0.2, 1000, bits]], "chosen_by": bits,
+            "validation_bits_per_byte": bits, "test_bits_per_byte": bits,
+            "environment": {"date": "2026-01-01", "commit": "c", "torch": "2", "machine": "m"},
+        }  # fmt: skip
+        spec.path(tmp_path, "data", 256).write_text(json.dumps(result))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(compare.subprocess, "run", finish)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path), "--models", "released"])
+    args = compare.read_arguments()
+    compare.make_table(args, tmp_path, entrants, "data")
+    assert sorted(spec.lr for spec in made if not spec.final) == pytest.approx([0.01, 0.02, 0.04])
+    assert [(spec.lr, spec.seed) for spec in made if spec.final] == [(0.02, 1), (0.02, 2), (0.02, 3)]
+    assert "2.0200 ± 0.0100 (3)" in capsys.readouterr().out
+    next(tmp_path.glob("*seed2_5min.json")).unlink()
+    made.clear()
+    compare.make_table(args, tmp_path, entrants, "data")
+    assert [spec.seed for spec in made] == [2]
+
+
+def test_a_run_keeps_to_its_cpu_time_and_measures_the_splits(tmp_path):
+    (tmp_path / "tale.txt").write_text("".join(f"The {i} bears met {i * i % 13} foxes.\n" for i in range(400)))
+    config = make_config(SMALL | {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}, "test")
+    entrant = compare.Contestant("tiny", config, compare.build_model)
+    corpus = prepare(config, lambda line: None)
+    result = compare.run(entrant, compare.Run("tiny", 0.02, 1, 1 / 60, True), corpus, 4)
+    assert 1 <= result["seconds"] < 2
+    assert result["curve"][-1][1] == result["tokens"]
+    assert result["curve"][-1][2] < result["curve"][0][2]
+    assert 0 < result["test_bits_per_byte"] < 8
+
+
+def test_a_model_nobody_knows_is_a_clear_error():
+    with pytest.raises(InputError, match="unknown model gpt5"):
+        compare.contestant("gpt5", 256)
+
+
+# ablate.py
+
+
+def test_overrides_are_read_with_their_types():
+    assert ablate.parse_overrides("levels=4 per_scale_mixer_widths=[1,0.5] wavelet_mode=haar") == {
+        "levels": 4, "per_scale_mixer_widths": [1, 0.5], "wavelet_mode": "haar",
+    }  # fmt: skip
+    with pytest.raises(InputError, match="KEY=VALUE"):
+        ablate.parse_overrides("levels")
+
+
+def test_a_difference_is_called_only_where_it_exceeds_the_noise():
+    rng = np.random.default_rng(0)
+    centres = {"baseline": 2.0, "much worse": 2.2, "much better": 1.8} | {f"same {i}": 2.0 for i in range(5)}
+    bits = {name: (centre + 0.01 * rng.standard_normal(3)).tolist() for name, centre in centres.items()}
+    chance = ablate.chances(bits)
+    assert ablate.verdict(0.2, chance["much worse"]).startswith("worse")
+    assert ablate.verdict(-0.2, chance["much better"]).startswith("better")
+    assert all(ablate.verdict(0.0, chance[f"same {i}"]).startswith("within the noise") for i in range(5))
+    assert ablate.chances({"baseline": [1.0], "other": [2.0]}) == {}
+
+
+def test_ablations_are_ranked_and_a_second_command_makes_nothing_again(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tale.txt").write_text("".join(f"The {i} bears met {i * i % 13} foxes.\n" for i in range(300)))
+    values = SMALL | {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "base.json").write_text(json.dumps(values))
+    made = []
+
+    def finish(command, **_):  # what train.py leaves behind
+        asked = json.loads(Path(command[-1]).read_text())
+        made.append((asked["use_mixer_gate"], asked["seed"], asked["max_steps"]))
+        folder = Path(asked["out_dir"]) / "tale"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "env.json").write_text('{"date": "2026-01-01", "commit": "c"}')
+        figures = {"val_bits_per_byte": 2.0 + 0.01 * asked["seed"] - asked["use_mixer_gate"], "parameters": 1, "seconds": 1.0}
+        figures |= {"training_tokens": 256, "tokenizer": "bytes", "peak_memory_mib": 1.0, "run_dir": str(folder)}
+        (folder / "metrics.jsonl").write_text(json.dumps({"kind": "result", **figures}) + "\n")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(ablate.subprocess, "run", finish)
+    command = ["ablate.py", "--config", str(tmp_path / "base.json"), "--try", "use_mixer_gate=false", "--tokens", "256"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
+    ablate.main()
+    assert made == [(gate, seed, 4) for seed in (1, 2, 3) for gate in (True, False)]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "1.0200 ± 0.0100 (3)" in table and "+1.0000: worse (p 0.000)" in table
+    assert table.index("| baseline |") < table.index("| use_mixer_gate=false |"), "the best comes first"
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 0
+    made.clear()
+    ablate.main()
+    assert not made
+    assert (tmp_path / "out" / "table.md").read_text() == table
+    assert table in capsys.readouterr().out
+
+
+def test_a_stopped_ablation_run_is_gone_on_with(tmp_path, monkeypatch):
+    variant = ablate.Variant("baseline", make_config(SMALL, "test"))
+    folder = tmp_path / variant.key / "seed1_steps4" / "text_2026"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    commands = []
+
+    def finish(command, **_):
+        commands.append(command[2:])
+        (folder / "metrics.jsonl").write_text('{"kind": "result", "val_bits_per_byte": 2.0}\n')
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(ablate.subprocess, "run", finish)
+    assert ablate.make_run(variant, 1, 4, tmp_path)["val_bits_per_byte"] == 2.0
+    assert commands == [["--resume", str(folder)]]
