@@ -125,7 +125,7 @@ class FoldedLifting:
         first, last = linears(net)
         scale = sign / math.sqrt(2)
         hidden = None if first is None else weights.matrix(f"{name}.hidden", first.weight, "lifting")
-        hidden_bias = None if first is None else weights.keep(f"{name}.hidden.bias", first.bias)
+        hidden_bias = None if first is None else weights.bias(f"{name}.hidden.bias", first.bias, hidden)
         matrix = weights.matrix(f"{name}.last", last.weight * scale, "lifting")
         return hidden, hidden_bias, matrix, weights.keep(f"{name}.last.bias", last.bias * scale)
 
@@ -294,7 +294,9 @@ class FoldedReconstruction:
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
                 self.hidden = weights.stack(f"{name}.hidden", firsts, ["lifting"] * len(kinds))
-                self.hidden_bias = weights.keep(f"{name}.hidden.bias", torch.stack([hidden.bias for hidden, _ in nets]))
+                self.hidden_bias = weights.bias(
+                    f"{name}.hidden.bias", torch.stack([hidden.bias for hidden, _ in nets]), self.hidden
+                )
         self.widths = [part.size(1) for part in parts]
         self.last = weights.matrix(f"{name}.last", torch.cat(parts, dim=1), "lifting")
         self.bias = weights.keep(f"{name}.last.bias", bias)
@@ -367,10 +369,10 @@ class OwnAverage:
 class MLP:
     def __init__(self, block: Block, name: str, weights: Weights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
-        self.inner = [
-            (weights.matrix(f"{name}.{i}", layer.weight, "mlp"), weights.keep(f"{name}.{i}.bias", layer.bias))
-            for i, layer in enumerate(layers[:-1])
-        ]
+        self.inner = []
+        for i, layer in enumerate(layers[:-1]):
+            matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
+            self.inner.append((matrix, weights.bias(f"{name}.{i}.bias", layer.bias, matrix)))
         self.last = weights.matrix(f"{name}.last", layers[-1].weight * block.alpha_mlp, "mlp")
         self.bias = weights.keep(f"{name}.last.bias", layers[-1].bias * block.alpha_mlp)
 
