@@ -434,12 +434,10 @@ class DecoderBlock:
             self.gains = weights.keep(f"{name}.gains", F.pad(block.bypass.history_gains, (0, self.pad)))[:, None]  # (S, 1, P)
         self.norms = [weights.norm(f"{name}.{n}", norm) for n, norm in (("ln1", block.ln1), ("ln2", block.ln2))]
         self.mixers = (FoldedMixers if len(block.mixers.banks) == 1 else OwnMixers)(block, f"{name}.mixers", weights)
-        folds = isinstance(source, Lifting)
-        self.reconstruction = (
-            FoldedReconstruction(block, source, self.mixers.after, f"{name}.reconstruction", weights)
-            if folds
-            else OwnReconstruction(block, wavelet, self.mixers.after, f"{name}.reconstruction", weights)
-        )
+        if isinstance(source, Lifting):
+            self.reconstruction = FoldedReconstruction(block, source, self.mixers.after, f"{name}.reconstruction", weights)
+        else:
+            self.reconstruction = OwnReconstruction(block, wavelet, self.mixers.after, f"{name}.reconstruction", weights)
         del self.mixers.after  # folded into the reconstruction
         self.alphas = [
             weights.number(f"{name}.alpha_{kind}", getattr(block, f"residual_alpha_{kind}")) for kind in ("spectral", "mlp")
@@ -451,11 +449,9 @@ class DecoderBlock:
         if block.pkm is not None:
             self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
-            writes = block.fwpkm.writes
-            self.memories.append(
-                (WrittenMemory if writes else Memory)(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights)
-            )
-            self.written = self.memories[-1] if writes else None
+            kind = WrittenMemory if block.fwpkm.writes else Memory
+            self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
+            self.written = self.memories[-1] if block.fwpkm.writes else None
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as this decoder keeps it."""
@@ -510,8 +506,8 @@ class DecoderCell:
 class Decoder:
     """`model`, ready to read text and write it: `decoder(ids, state)` gives its logits and its next state.
 
-    bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model itself is not kept. A state of the model's is taken as
-    well as one of this decoder's; both are left as they are.
+    bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model is not kept, but weights that nothing is folded into are
+    shared with it, so it must not be trained on. States of the model's are taken too; a state given is left as it is.
     """
 
     @torch.no_grad()
@@ -528,28 +524,16 @@ class Decoder:
         tied = len(heads) == 1 and model.config.tie_embedding_to_lm_head and model.embed_scale == 1.0
         joined = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share
         self.head = weights.matrix("embedding" if tied else "head", joined, "embedding" if tied else "head")
-        self.starts = [
-            [{k: (t.shape[1:], t.dtype) for k, t in block.items()} for block in self._blocks_of(model, stream)]
+        self.device = self.cells[0].norm[1].device
+        self.starts = [  # of one row, with and without stream; all zeros, on this device even if the model is on none
+            model.start(1, stream)._map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device))
             for stream in (False, True)
         ]
-        self.device = self.cells[0].norm[1].device
         weights.check()
 
-    @staticmethod
-    def _blocks_of(model: LanguageModel, stream: bool) -> list[dict[str, Tensor]]:
-        return model.start(1, stream).blocks
-
-    def start(self, rows: int, stream: bool = False) -> State:
+    def start(self, rows: int, stream: bool = False) -> DecoderState:
         """The state at the start of `rows` texts; stream as in `LanguageModel.start`."""
-        blocks = self.starts[stream]
-        return self.adopt(
-            State(
-                [
-                    {name: torch.zeros(rows, *shape, dtype=dtype, device=self.device) for name, (shape, dtype) in block.items()}
-                    for block in blocks
-                ]
-            )
-        )
+        return self.adopt(self.starts[stream].select([0] * rows))
 
     def adopt(self, state: State) -> DecoderState:
         """A state of the model's as this decoder keeps it."""

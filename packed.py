@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from config import InputError
 
-FEW_FLOAT, FEW_INT8, FEW_INT4 = 4, 16, 32  # rows up to which the route for few rows is the faster one
+FEW_FLOAT, FEW_INT8, FEW_INT4 = 4, 8, 16  # rows up to which the route for few rows is the faster one
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
 
