@@ -138,9 +138,10 @@ def decoding(args: argparse.Namespace) -> dict:
     states = states_at(decoders[16], args.contexts, args.vocab_size)
     window = {n: torch.randint(args.vocab_size, (1, n)) for n in (256, 1024)}
     calls: dict = {("recompute", n): lambda ids=ids: recompute(model, ids) for n, ids in window.items()}
-    for bits, decoder in decoders.items():
-        calls |= {(bits, context, 1): stepper(decoder, state, 1) for context, state in states.items()}
-        calls |= {(bits, 256, rows): stepper(decoder, states[256], rows) for rows in args.batches if rows > 1}
+    # The widths take turns at each context, so that every step finds its weights equally far from the caches.
+    places = [(context, 1) for context in states] + [(256, rows) for rows in args.batches if rows > 1]
+    for context, rows in places:
+        calls |= {(bits, context, rows): stepper(d, states[context], rows) for bits, d in decoders.items()}
     bandwidth = read_bandwidth()
     seconds = interleaved(calls, args.rounds, args.seconds, min if args.fastest else statistics.median)
     prompt = torch.randint(args.vocab_size, (1, 4096))
