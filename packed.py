@@ -5,7 +5,7 @@ some tens of rows on it is arithmetic. Every class here therefore has two routes
 `matrix(x, add, beta)` is x Wᵀ + beta·add, x (N, in) in any float type, the result (N, out). Quantised weights are
 never unpacked for few rows. For many, where unpacking is small beside the product, they are unpacked to bf16 as they are used.
 
-The routes were chosen by `benchmarks/decode.py --kernels` on two CPU cores; no one has run the CUDA ones.
+`benchmarks/decode.py --kernels` measures them. The routes were chosen on two CPU cores; no one has run the CUDA ones.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from config import InputError
 
-FEW_FLOAT, FEW_INT8, FEW_INT4 = 4, 8, 16  # rows up to which the route for few rows is the faster one
+FEW_FLOAT, FEW_INT8, FEW_INT4 = 4, 16, 32  # rows up to which the route for few rows is the faster one
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
 
