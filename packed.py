@@ -103,8 +103,9 @@ class FloatMatrix:
         x, rows = x.float(), x.size(0)
         if rows > self.few:
             return F.linear(x, self.weight) if add is None else torch.addmm(add, x, self.weight.T, beta=beta)
-        if rows == 1:  # the same without turning anything
-            column = x.reshape(1, -1, 1).expand(self.blocks, -1, -1)
+        if rows == 1:  # as a column-major matrix, said by its strides: taken for a row-major one it is three times slower
+            inputs = x.size(1)
+            column = x.reshape(inputs).as_strided((self.blocks, inputs, 1), (0, 1, inputs))
             if add is None:
                 return torch.bmm(self.cut, column).view(1, -1)
             return torch.baddbmm(add.reshape(self.blocks, -1, 1), self.cut, column, beta=beta).view(1, -1)
