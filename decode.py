@@ -116,7 +116,7 @@ class FoldedLifting:
         first, last = linears(net)
         scale = sign / math.sqrt(2)
         hidden = None if first is None else weights.matrix(f"{name}.hidden", first.weight, "lifting")
-        hidden_bias = None if first is None else weights.keep(f"{name}.hidden.bias", first.bias)
+        hidden_bias = None if first is None else weights.bias(f"{name}.hidden.bias", first.bias, hidden)
         matrix = weights.matrix(f"{name}.last", last.weight * scale, "lifting")
         return hidden, hidden_bias, matrix, weights.keep(f"{name}.last.bias", last.bias * scale)
 
@@ -292,7 +292,9 @@ class FoldedReconstruction:
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
                 self.hidden = weights.stack(f"{name}.hidden", firsts, ["lifting"] * len(kinds))
-                self.hidden_bias = weights.keep(f"{name}.hidden.bias", torch.stack([hidden.bias for hidden, _ in nets]))
+                self.hidden_bias = weights.bias(
+                    f"{name}.hidden.bias", torch.stack([hidden.bias for hidden, _ in nets]), self.hidden
+                )
         self.widths = [part.size(1) for part in parts]
         self.last = weights.matrix(f"{name}.last", torch.cat(parts, dim=1), "lifting")
         self.bias = weights.keep(f"{name}.last.bias", bias)
@@ -369,10 +371,10 @@ class OwnAverage:
 class MLP:
     def __init__(self, block: Block, name: str, weights: Weights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
-        self.inner = [
-            (weights.matrix(f"{name}.{i}", layer.weight, "mlp"), weights.keep(f"{name}.{i}.bias", layer.bias))
-            for i, layer in enumerate(layers[:-1])
-        ]
+        self.inner = []
+        for i, layer in enumerate(layers[:-1]):
+            matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
+            self.inner.append((matrix, weights.bias(f"{name}.{i}.bias", layer.bias, matrix)))
         self.last = weights.matrix(f"{name}.last", layers[-1].weight * block.alpha_mlp, "mlp")
         self.bias = weights.keep(f"{name}.last.bias", layers[-1].bias * block.alpha_mlp)
 
@@ -452,10 +454,8 @@ class DecoderBlock:
         if block.pkm is not None:
             self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
-            writes = block.fwpkm.writes
-            self.memories.append(
-                (WrittenMemory if writes else Memory)(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights)
-            )
+            kind = WrittenMemory if block.fwpkm.writes else Memory
+            self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
         if block.recall is not None:
             self.memories.append(WrittenMemory(block.recall, block.alpha_recall, f"{name}.recall", weights))
 
@@ -513,8 +513,8 @@ class DecoderCell:
 class Decoder:
     """`model`, ready to read text and write it: `decoder(ids, state)` gives its logits and its next state.
 
-    bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model itself is not kept. A state of the model's is taken as
-    well as one of this decoder's; both are left as they are.
+    bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model is not kept, but weights that nothing is folded into are
+    shared with it, so it must not be trained on. States of the model's are taken too; a state given is left as it is.
     """
 
     @torch.no_grad()
@@ -531,28 +531,16 @@ class Decoder:
         tied = len(heads) == 1 and model.config.tie_embedding_to_lm_head and model.embed_scale == 1.0
         joined = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share
         self.head = weights.matrix("embedding" if tied else "head", joined, "embedding" if tied else "head")
-        self.starts = [
-            [{k: (t.shape[1:], t.dtype) for k, t in block.items()} for block in self._blocks_of(model, stream)]
+        self.device = self.cells[0].norm[1].device
+        self.starts = [  # of one row, with and without stream; all zeros, on this device even if the model is on none
+            model.start(1, stream)._map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device))
             for stream in (False, True)
         ]
-        self.device = self.cells[0].norm[1].device
         weights.check()
 
-    @staticmethod
-    def _blocks_of(model: LanguageModel, stream: bool) -> list[dict[str, Tensor]]:
-        return model.start(1, stream).blocks
-
-    def start(self, rows: int, stream: bool = False) -> State:
+    def start(self, rows: int, stream: bool = False) -> DecoderState:
         """The state at the start of `rows` texts; stream as in `LanguageModel.start`."""
-        blocks = self.starts[stream]
-        return self.adopt(
-            State(
-                [
-                    {name: torch.zeros(rows, *shape, dtype=dtype, device=self.device) for name, (shape, dtype) in block.items()}
-                    for block in blocks
-                ]
-            )
-        )
+        return self.adopt(self.starts[stream].select([0] * rows))
 
     def adopt(self, state: State) -> DecoderState:
         """A state of the model's as this decoder keeps it."""

@@ -5,7 +5,7 @@ some tens of rows on it is arithmetic. Every class here therefore has two routes
 `matrix(x, add, beta)` is x Wᵀ + beta·add, x (N, in) in any float type, the result (N, out). Quantised weights are
 never unpacked for few rows. For many, where unpacking is small beside the product, they are unpacked to bf16 as they are used.
 
-The routes were chosen by `benchmarks/decode.py --kernels` on two CPU cores; no one has run the CUDA ones.
+`benchmarks/decode.py --kernels` measures them. The routes were chosen on two CPU cores; no one has run the CUDA ones.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -91,6 +91,8 @@ class FloatMatrix:
     """fp32. For few rows W is cut into row blocks and multiplied as a batch: torch's batched product reads memory at its full
     bandwidth where its plain one, MKL's on AMD and oneDNN's too, reaches a quarter of it."""
 
+    kind = torch.float32  # of what is multiplied, as the same name below
+
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         self.weight = tensors["float32"].contiguous()
         self.outputs, self.blocks = outputs, next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if outputs % n == 0)
@@ -98,9 +100,15 @@ class FloatMatrix:
         self.few = FEW_FLOAT if self.weight.device.type == "cpu" else 0
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        rows = x.size(0)
+        x, rows = x.float(), x.size(0)
         if rows > self.few:
             return F.linear(x, self.weight) if add is None else torch.addmm(add, x, self.weight.T, beta=beta)
+        if rows == 1:  # as a column-major matrix, said by its strides: taken for a row-major one it is three times slower
+            inputs = x.size(1)
+            column = x.reshape(inputs).as_strided((self.blocks, inputs, 1), (0, 1, inputs))
+            if add is None:
+                return torch.bmm(self.cut, column).view(1, -1)
+            return torch.baddbmm(add.reshape(self.blocks, -1, 1), self.cut, column, beta=beta).view(1, -1)
         turned = x.T.expand(self.blocks, -1, -1)
         if add is None:
             return torch.bmm(self.cut, turned).view(self.outputs, rows).T
@@ -110,6 +118,8 @@ class FloatMatrix:
 
 class HalfMatrix:
     """bf16, in oneDNN's own layout on a CPU."""
+
+    kind = torch.bfloat16
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         weight = tensors["float16"]
@@ -128,6 +138,8 @@ class HalfMatrix:
 class Int8Matrix:
     """int8 rows with a scale each."""
 
+    kind = torch.bfloat16
+
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         self.weight, self.scale, self.outputs = tensors["int8"], tensors["scale"], outputs
 
@@ -143,6 +155,8 @@ class Int8Matrix:
 class Int4Matrix:
     """4-bit groups in the layout of torch's kernel: outputs in blocks, (blocks, in, block/2) bytes, a byte's low half an
     output of the block's first half and its high half the one of the second."""
+
+    kind = torch.bfloat16
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         packed, steps = tensors["int4"], tensors["steps"]
@@ -186,6 +200,8 @@ class FloatStack:
     """S fp32 matrices, one product: x (S, N, in) → (S, N, out). Smaller ones are filled up with zeros: a few bytes more
     to read, half the kernels."""
 
+    kind = torch.float32
+
     def __init__(self, weights: list[Tensor]):
         outputs, inputs = (max(w.size(d) for w in weights) for d in (0, 1))
         self.weight = torch.stack([F.pad(w, (0, inputs - w.size(1), 0, outputs - w.size(0))) for w in weights])
@@ -200,13 +216,16 @@ class FloatStack:
 
 
 class PackedStack:
-    """S packed matrices of one shape or several, a product each: x (S, N, in) → (S, N, out), filled up with zeros."""
+    """S matrices that are not all fp32, of several shapes, a product each: x (S, N, in) → (S, N, out), filled up with zeros."""
 
     def __init__(self, matrices: list, outputs: list[int], inputs: list[int]):
         self.matrices, self.outputs, self.inputs, self.width = matrices, outputs, inputs, max(outputs)
+        mixed = any(m.kind == torch.float32 for m in matrices)
+        self.kind = torch.float32 if mixed else torch.bfloat16
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        parts = [m(part[:, :n]) for m, part, n in zip(self.matrices, x, self.inputs, strict=True)]
+        x = x.to(self.kind)
+        parts = [m(part[:, :n]).to(self.kind) for m, part, n in zip(self.matrices, x, self.inputs, strict=True)]
         parts = [F.pad(y, (0, self.width - n)) if n < self.width else y for y, n in zip(parts, self.outputs, strict=True)]
         y = torch.stack(parts)
         return y if add is None else y + add[:, None]
@@ -323,6 +342,11 @@ class Weights:
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """A small tensor, in fp32."""
         return self._tensors(name, lambda: {"float32": tensor.float().contiguous()})["float32"]
+
+    def bias(self, name: str, tensor: Tensor, matrix) -> Tensor:
+        """What is added to a product whose result goes into the next product: in bf16 where that wants bf16, so that
+        nothing is converted twice."""
+        return self.keep(name, tensor).to(matrix.kind)
 
     def number(self, name: str, value: Tensor | float) -> float:
         return float(self.keep(name, torch.as_tensor(value)))

@@ -69,7 +69,7 @@ def test_fewer_bits_smaller_files(run_folder, packed, tmp_path):
 
 
 def test_commands_take_it(packed, command, capsys, tmp_path):
-    folder = packed(4, "--mlp", 8)
+    folder = packed(4, "--mlp", 8, "--mixer_fine", 32, "--lifting", 32)
     (tmp_path / "text.txt").write_text("some text to score, and some more of it\n" * 5, encoding="utf-8")
     command(evaluate, "--checkpoint", folder, "--data", tmp_path / "text.txt", "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bits_per_byte"] > 0

@@ -1,0 +1,45 @@
+"""The decoding benchmark: what it counts, and that it runs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("decoding_benchmark", ROOT / "benchmarks" / "decode.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_bytes_per_token_of_a_network_without_memories_are_its_matrices(benchmark):
+    config = load_config(ROOT / "config.json", C=64, pkm_enabled=False, fwpkm_enabled=False, layers=1)
+    without_mlp = config.model_copy(update={"mlp_expansion": 0})
+    mlp = 2 * 64 * 20 * 64 + 20 * 64 + 64 + 1  # two matrices, their biases, alpha_mlp
+    difference = benchmark.bytes_per_token(config, 100) - benchmark.bytes_per_token(without_mlp, 100)
+    assert difference == 2 * mlp
+
+
+def test_a_step_of_the_released_network_without_memories_calls_at_most_130_kernels(benchmark):
+    config = load_config(ROOT / "config.json", C=64, pkm_enabled=False, fwpkm_enabled=False)
+    decoder = benchmark.Decoder(benchmark.build_model(config, 100).eval())
+    for stream in (False, True):
+        assert sum(benchmark.kernels_per_token(decoder, decoder.start(1, stream=stream)).values()) <= 130
+
+
+def test_it_runs_and_writes_json(benchmark, monkeypatch, tmp_path, capsys):
+    sizes = ["--C", "32", "--vocab_size", "100", "--contexts", "16", "256", "--batches", "1", "2"]
+    how = ["--rounds", "2", "--no_prefill", "--threads", "1", "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["decode.py", *sizes, *how])
+    benchmark.main()
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert {row["weights"] for row in result["steps"]} == {"fp32", "bf16", "int8", "int4"}
+    assert capsys.readouterr().out.count("\n| ") >= len(result["steps"])
