@@ -33,7 +33,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             if want_gradient:
                 error = (logits - normaliser).exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).to(kind)
                 grad_h[start : start + rows] = error @ w_low
-                grad_w += error.T @ part
+                if kind == grad_w.dtype:
+                    grad_w.addmm_(error.T, part)  # in place: a product of its own would be as large as the weight
+                else:
+                    grad_w += error.T @ part
         ctx.save_for_backward(grad_h, grad_w)
         ctx.tokens = h.size(0)
         return total / h.size(0)

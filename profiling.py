@@ -1,20 +1,16 @@
 """Where a training step spends its time: a table by part and by operation, and a trace for chrome://tracing or Perfetto."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from checkpoint import written_whole
-
-if TYPE_CHECKING:  # nothing imports train.py
-    from train import Trainer
+from trainer import Trainer
 
 WARM_UP, STEPS = 2, 4
 PARTS = ("data", "forward", "backward", "clipping", "optimizer")  # the names that `Trainer.take_step` gives its parts
 
 
-def profile_steps(trainer: "Trainer") -> None:
+def profile_steps(trainer: Trainer) -> None:
     """Takes a few steps under the profiler and writes profile.txt and trace.json into the run's folder."""
     on_gpu = trainer.device == "cuda"
     for _ in range(WARM_UP):

@@ -15,7 +15,7 @@ from config import InputError, load_config, make_config
 from data import prepare
 from distributed import World, join
 from record import Record
-from train import LATEST, Trainer
+from trainer import LATEST, Trainer
 
 HERE = Path(__file__).parent
 STEPS = 6

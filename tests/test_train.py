@@ -23,7 +23,7 @@ from distributed import World
 from model import build_model
 from optimizers import check_groups, is_decayed, learning_rate, make_optimizers
 from record import Record
-from train import Trainer
+from trainer import PATIENCE, Trainer
 
 REPO = Path(__file__).parent.parent
 SMALL = {
@@ -176,7 +176,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_many_stop_the_run(
     assert torch.equal(weights(trainer), before)
     assert trainer.skipped == 1
     with pytest.raises(InputError, match="token_embedding.weight"):
-        for _ in range(train_module.PATIENCE):
+        for _ in range(PATIENCE):
             trainer.take_step()
     assert torch.equal(weights(trainer), before)
 

@@ -14,7 +14,7 @@ from config import load_config
 from data import prepare
 from distributed import join
 from record import Record
-from train import Trainer
+from trainer import Trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
