@@ -133,8 +133,8 @@ def per_block(model: nn.Module, attribute: str) -> dict[str, np.ndarray]:
 # The page and the picture
 
 
-def numbers(values, digits: int = 3) -> list[str]:
-    return [f"{value:.{digits}f}" for value in values]
+def numbers(values) -> list[str]:
+    return [f"{value:.3g}" for value in values]
 
 
 def page(model: nn.Module, activity: Activity, about: str) -> str:
@@ -157,7 +157,7 @@ def page(model: nn.Module, activity: Activity, about: str) -> str:
     rows = [
         [name, what, *numbers(column / activity.tokens)]
         for name, sums in activity.gates.items()
-        for what, column in (("mean |gate|", sums[:, 0]), (f"share below {QUIET}", sums[:, 1]))
+        for what, column in (("mean size", sums[:, 0]), (f"share below {QUIET}", sums[:, 1]))
     ]
     if rows:
         parts.append("## Gates\n\n" + markdown_table(["block", "", *scales], rows))
@@ -192,7 +192,7 @@ def draw(model: nn.Module, activity: Activity, path: Path) -> None:
     axes[3].set(title="energy per scale", xlabel="scale (0 = coarsest)", yscale="log")
     for name, sums in activity.gates.items():
         axes[4].plot(sums[:, 0] / activity.tokens, "o-", label=name)
-    axes[4].set(title="mean |gate|", xlabel="scale (0 = coarsest)")
+    axes[4].set(title="mean size of a gate", xlabel="scale (0 = coarsest)", yscale="log")
     for name, used in activity.slots.items():
         axes[5].plot((used / used.sum()).sort(descending=True).values.clamp_min(1e-9), label=name)
     axes[5].set(title="share of reading by slot", xlabel="slot, most read first", yscale="log")

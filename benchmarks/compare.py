@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,29 +72,30 @@ def transformers_library():
     return transformers
 
 
-def build_llama(config: Config, vocab_size: int) -> Foreign:
-    """Rotary positions, RMSNorm, SwiGLU: 989,568 parameters besides embedding and head."""
+def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner: int) -> Foreign:
+    """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels."""
     library = transformers_library()
     return Foreign(
         library.LlamaForCausalLM(
             library.LlamaConfig(
-                vocab_size=vocab_size, hidden_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4,
-                intermediate_size=344, max_position_embeddings=config.block_size, tie_word_embeddings=False,
+                vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+                num_key_value_heads=width // 32, intermediate_size=inner,
+                max_position_embeddings=config.block_size, tie_word_embeddings=False,
             )
         ),
         vocab_size,
     )  # fmt: skip
 
 
-def build_mamba2(config: Config, vocab_size: int) -> Foreign:
-    """The chunked state-space form in plain torch; chunks and states are of the size that is fastest on a CPU: 981 thousand
-    parameters besides embedding and head. (Mamba's first form goes step by step here: a hundredth of the speed.)"""
+def build_mamba2(config: Config, vocab_size: int, width: int, layers: int) -> Foreign:
+    """The chunked state-space form in plain torch, with small chunks and states, which suit a CPU. (Mamba's first form goes
+    step by step there: a hundredth of the speed.)"""
     library = transformers_library()
     return Foreign(
         library.Mamba2ForCausalLM(
             library.Mamba2Config(
-                vocab_size=vocab_size, hidden_size=128, num_hidden_layers=9, expand=2, head_dim=64, num_heads=4,
-                state_size=32, n_groups=1, chunk_size=32, tie_word_embeddings=False,
+                vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, expand=2, head_dim=64,
+                num_heads=width // 32, state_size=32, n_groups=1, chunk_size=32, tie_word_embeddings=False,
             )
         ),
         vocab_size,
@@ -110,7 +112,13 @@ class Contestant:
 
 
 ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
-FOREIGN = {"llama": (build_llama, 3e-3), "mamba2": (build_mamba2, 3e-3)}  # builder, middle learning rate
+RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
+FOREIGN = {  # builder, middle learning rate; about 1 or 4 million parameters besides embedding and head, like RELEASED
+    "llama": (partial(build_llama, width=128, layers=5, inner=344), 3e-3),
+    "mamba2": (partial(build_mamba2, width=128, layers=9), 3e-3),
+    "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), 1.5e-3),
+    "mamba2-4m": (partial(build_mamba2, width=256, layers=10), 1.5e-3),
+}
 
 
 def contestant(model: str, block_size: int) -> Contestant:
@@ -119,9 +127,10 @@ def contestant(model: str, block_size: int) -> Contestant:
     if not file and name in FOREIGN:
         build, lr = FOREIGN[name]
         return Contestant(name, Config(block_size=block_size, lr=lr, min_lr=0.02 * lr, **ADAMW), build)
-    if not file and name != "released":
-        raise InputError(f"models: unknown model {model}; known are released, {', '.join(FOREIGN)} and NAME=CONFIG_FILE")
-    path = file or str(ROOT / "configs/released-small.json")
+    if not file and name not in RELEASED:
+        known = ", ".join([*RELEASED, *FOREIGN])
+        raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")
+    path = file or str(ROOT / RELEASED[name])
     return Contestant(name, load_config(path, block_size=block_size), build_model)
 
 
@@ -285,8 +294,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", default="logs/compare", help="folder of the runs, table.md and compare.png (default logs/compare)"
     )
-    parser.add_argument("--models", nargs="+", default=["released", "llama", "mamba2"], metavar="MODEL",
-                        help="released, llama, mamba2, or NAME=FILE, a WaveletLM's config (default: those three)")  # fmt: skip
+    models = "released, llama, mamba2, each also with -4m, or NAME=FILE, a WaveletLM's config (default: the first three)"
+    parser.add_argument("--models", nargs="+", default=["released", "llama", "mamba2"], metavar="MODEL", help=models)
     parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the SentencePiece tokenizer (default 2048)")
     parser.add_argument("--cache_dir", default="cache", help="folder of the token files (default cache)")
