@@ -186,6 +186,9 @@ def join(config: Config) -> Iterator[World]:
     dist.init_process_group("gloo" if device == "cpu" else None, timeout=timedelta(hours=4))
     try:
         yield World(device, dist.get_rank(), size, kind)
+        # Gloo's threads need the interpreter's lock to let go of the last tensors, and the group's end waits for them with
+        # the lock held. In the wait at a barrier they get it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
