@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from config import InputError
 
-FEW_FLOAT, FEW_INT8, FEW_INT4 = 4, 16, 32  # rows up to which the route for few rows is the faster one
+FEW_FLOAT, FEW_INT8, FEW_INT4 = 128, 16, 32  # rows up to which the route for few rows is the faster one
+FEW_STACKED = 4  # the same for several fp32 matrices at once
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
 
@@ -88,32 +89,32 @@ def filled(x: Tensor, width: int) -> Tensor:
 
 
 class FloatMatrix:
-    """fp32. For few rows W is cut into row blocks and multiplied as a batch: torch's batched product reads memory at its full
-    bandwidth where its plain one, MKL's on AMD and oneDNN's too, reaches a quarter of it."""
+    """fp32, by the products that read memory fastest on a CPU (MKL's on AMD; its plain one reaches a quarter of that). One
+    row: W is cut into row blocks, filled up with zeros to a whole number of them, and multiplied as a batch. A few: W xᵀ."""
 
     kind = torch.float32  # of what is multiplied, as the same name below
+    BLOCKS = 8
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
-        self.weight = tensors["float32"].contiguous()
-        self.outputs, self.blocks = outputs, next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if outputs % n == 0)
-        self.cut = self.weight.view(self.blocks, -1, self.weight.size(1))
-        self.few = FEW_FLOAT if self.weight.device.type == "cpu" else 0
+        weight = tensors["float32"]
+        self.weight = F.pad(weight, (0, 0, 0, filler)) if (filler := -outputs % self.BLOCKS) else weight.contiguous()
+        self.outputs, self.cut = outputs, self.weight.view(self.BLOCKS, -1, weight.size(1))
+        self.few = FEW_FLOAT if weight.device.type == "cpu" else 0
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         x, rows = x.float(), x.size(0)
+        weight = self.weight[: self.outputs]
         if rows > self.few:
-            return F.linear(x, self.weight) if add is None else torch.addmm(add, x, self.weight.T, beta=beta)
-        if rows == 1:  # as a column-major matrix, said by its strides: taken for a row-major one it is three times slower
-            inputs = x.size(1)
-            column = x.reshape(inputs).as_strided((self.blocks, inputs, 1), (0, 1, inputs))
-            if add is None:
-                return torch.bmm(self.cut, column).view(1, -1)
-            return torch.baddbmm(add.reshape(self.blocks, -1, 1), self.cut, column, beta=beta).view(1, -1)
-        turned = x.T.expand(self.blocks, -1, -1)
-        if add is None:
-            return torch.bmm(self.cut, turned).view(self.outputs, rows).T
-        add = add.expand(rows, self.outputs).T.reshape(self.blocks, -1, rows)
-        return torch.baddbmm(add, self.cut, turned, beta=beta).view(self.outputs, rows).T
+            return F.linear(x, weight) if add is None else torch.addmm(add, x, weight.T, beta=beta)
+        if rows > 1:
+            return (weight @ x.T).T if add is None else torch.addmm(add.expand(rows, -1).T, weight, x.T, beta=beta).T
+        # A column-major matrix, said by its strides: taken for a row-major one it is three times slower.
+        inputs = x.size(1)
+        column = x.reshape(inputs).as_strided((self.BLOCKS, inputs, 1), (0, 1, inputs))
+        if add is None or self.weight.size(0) != self.outputs:
+            y = torch.bmm(self.cut, column).view(1, -1)[:, : self.outputs]
+            return y if add is None else torch.add(y, add, alpha=beta)
+        return torch.baddbmm(add.reshape(self.BLOCKS, -1, 1), self.cut, column, beta=beta).view(1, -1)
 
 
 class HalfMatrix:
@@ -208,7 +209,7 @@ class FloatStack:
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         x = x[..., : self.weight.size(2)]
-        if x.size(1) <= FEW_FLOAT and x.device.type == "cpu":
+        if x.size(1) <= FEW_STACKED and x.device.type == "cpu":
             if add is None:
                 return torch.bmm(self.weight, x.mT).mT
             return torch.baddbmm(add[..., None], self.weight, x.mT).mT
