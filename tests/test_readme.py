@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from config import options_table
+
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -40,3 +42,9 @@ def test_the_two_commands_stand_alone_and_ci_runs_them():
         assert "\n" not in command
         assert command.startswith("python3 -m venv .venv && ")
         assert f"command_of {name}" in ci
+
+
+def test_the_table_of_options_is_that_of_the_config():
+    """Made again by: python config.py."""
+    table = README.split("<!-- options: made by python config.py -->\n")[1].split("<!-- end of options -->")[0]
+    assert table.strip() == options_table().strip()
