@@ -13,6 +13,7 @@ validation split. With probability 95% none of the differences called better or 
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 
 from checkpoint import written_whole
-from config import Config, InputError, load_config, make_config, read_json, run_command, save_config
+from config import Config, InputError, Parser, load_config, make_config, read_json, run_command, save_config
 from data import Windows, prepare
 from model import build_model
 from optimizers import clipped_step, make_optimizers
@@ -90,7 +91,7 @@ def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[
 
 
 def seconds_per_step(variant: Variant, train_tokens, vocab_size: int, rounds: int = 3) -> float:
-    """CPU time of a training step: the least of a few, in fp32 on this thread. (Autocast scales all variants alike.)"""
+    """CPU time of a training step: the least of a few, in fp32 on this thread."""
     config = variant.config
     torch.manual_seed(0)
     model = build_model(config, vocab_size)
@@ -176,10 +177,8 @@ def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, An
 def chances(results: dict[str, list[float]]) -> dict[str, float]:
     """By variant: the probability, under Dunnett's test, of so large a difference from the baseline by chance alone. Empty
     where a variant has a single run or there is nothing to compare."""
-    try:
-        from scipy.stats import dunnett
-    except ImportError:
-        raise InputError("ablate: the verdicts need the package scipy; pip install '.[research]'") from None
+    from scipy.stats import dunnett  # optional, and slow to import
+
     names = [name for name in results if name != BASELINE and len(results[name]) > 1]
     if not names or len(results.get(BASELINE, [])) < 2:
         return {}
@@ -242,7 +241,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--config", default="config.json", help="JSON file of the baseline (default config.json)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the baseline put over the file's")
     parser.add_argument("--try", nargs="+", default=[], dest="tries", metavar="'KEY=VALUE …'", help="variants")
@@ -259,9 +258,13 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    if args.seeds < 1 or args.jobs < 1 or (args.tokens or args.minutes) <= 0:
+    if args.seeds < 1 or args.jobs < 1 or (args.minutes if args.tokens is None else args.tokens) <= 0:
         raise InputError("seeds, jobs, tokens and minutes must be above 0")
+    if importlib.util.find_spec("scipy") is None:  # asked before the runs are made, not after
+        raise InputError("ablate: the verdicts need the package scipy; pip install '.[research]'")
     base = load_config(args.config, **parse_overrides(" ".join(args.set)))
+    if args.minutes is not None:
+        base = base.model_copy(update={"use_amp": False})  # steps are timed in fp32, so they are made in fp32
     variants = read_variants(base, args.tries, args.file)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
@@ -365,6 +365,16 @@ def load_config(path: str | Path, **overrides: Any) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Writes every key of `config` as JSON, so that a run does not depend on later defaults."""
     path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a script's options whose errors are one line, as all bad input is, and that takes no shortened names."""
+
+    def __init__(self, description: str, **options: Any):
+        super().__init__(description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -3,13 +3,12 @@
 python curves.py logs/RUN_A logs/RUN_B --out curves.png --against tokens
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint import written_whole
-from config import InputError, run_command
+from config import InputError, Parser, run_command
 from record import Record
 
 
@@ -18,12 +17,11 @@ def points(folder: Path, against: str) -> list[tuple[float, float]]:
     if not (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: is no run directory (it has no metrics.jsonl)")
     record = Record(folder)
-    tokens = {line["step"]: line["tokens"] for line in record.metrics("train")}
+    each = {line["tokens"] / line["step"] for line in record.metrics("train")[:1]}  # tokens of a step, always the same
     found = []
     for line in record.metrics("validation"):
-        x = line["step"] if against == "step" else tokens.get(line["step"])
-        if x is not None and math.isfinite(line["bits_per_byte"]):
-            found.append((x, line["bits_per_byte"]))
+        if each and math.isfinite(line["bits_per_byte"]):
+            found.append((line["step"] * (1 if against == "step" else max(each)), line["bits_per_byte"]))
     return found
 
 
@@ -45,7 +43,7 @@ def draw(folders: Sequence[Path], out: Path, against: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories")
     parser.add_argument("--out", default="curves.png", help="the picture (default curves.png)")
     parser.add_argument("--against", choices=["step", "tokens"], default="tokens", help="the x axis (default tokens)")

@@ -11,7 +11,6 @@ windows of W tokens that start anew every R tokens, and scores of each the token
 belong to that text and are reported under that name; they are not comparable with any others.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import load_model
-from config import Config, InputError, run_command
+from config import Config, InputError, Parser, run_command
 from corpus import SPLITS, documents, read_text
 from data import encode_documents, prepare
 from tokenizer import Tokenizer
@@ -130,7 +129,7 @@ def read_tokens(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run directory, .safetensors file, or an old .pt")
     parser.add_argument("--data", default="test", help="a split of the run's data, or a text file (default test)")
     parser.add_argument("--window", type=int, help="tokens in a window (default: the run's block_size)")
@@ -142,9 +141,11 @@ def main() -> None:
         default="verbatim",
         help="original: the first implementation's text, window and stride (default verbatim)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
     model, config, tokenizer = load_model(args.checkpoint, args.device)
     if tokenizer is None:
         raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text can be read")

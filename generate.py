@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from config import Config, InputError, run_command
+from config import Config, InputError, Parser, run_command
 from decode import Decoder, PackedModel
 from model import FastWeightMemory
 from sampling import Settings, generate, measure
@@ -117,12 +117,7 @@ def sample_text(model: nn.Module, tokenizer: Tokenizer, config: Config, num_toke
 
 
 def build_parser() -> argparse.ArgumentParser:
-    def complain(message: str) -> NoReturn:  # argparse itself would print its usage too: bad input is one line
-        raise InputError(f"{message}; see python generate.py --help")
-
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=formatter, allow_abbrev=False)
-    parser.error = complain
+    parser = Parser(__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     given = "(default: the checkpoint's %s)"
     add = parser.add_argument_group("Text").add_argument
     add("--checkpoint", metavar="PATH", required=True, help="run directory, .safetensors file, or an old .pt")

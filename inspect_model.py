@@ -6,7 +6,6 @@ writes inspection.png and inspection.md: the wavelet's lag filters, the scales' 
 energy of each scale, the activity of the gates and the use of the memories' slots.
 """
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model, written_whole
-from config import InputError, run_command
+from config import InputError, Parser, run_command
+from decode import PackedModel
 from evaluate import read_tokens
 from model import Lifting, Mixers
 from tables import markdown_table
@@ -205,7 +205,7 @@ def draw(model: nn.Module, activity: Activity, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run directory, .safetensors file, or an old .pt")
     parser.add_argument("--data", default="test", help="a split of the run's data, or a text file (default test)")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of it to read (default 16384)")
@@ -214,6 +214,8 @@ def main() -> None:
     if args.tokens < 1:
         raise InputError(f"tokens: {args.tokens} must be at least 1")
     model, config, tokenizer = load_model(args.checkpoint)
+    if isinstance(model, PackedModel):
+        raise InputError(f"checkpoint: {args.checkpoint} is quantised; inspect the run that it was made from")
     if tokenizer is None:
         raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text can be read")
     checkpoint = Path(args.checkpoint)

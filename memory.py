@@ -71,7 +71,7 @@ class FastWeightMemory(ProductKeyMemory):
         self.writes, self.lr, self.chunk = config.fwpkm_inference_updates, config.fwpkm_update_lr, config.fwpkm_chunk_size
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        if not self.writes:
+        if self.training or not self.writes:
             return {}
         slots, width = self.values.weight.shape
         buffer = {"unwritten": like.new_zeros(rows, self.chunk, width), "held": like.new_zeros(rows, dtype=torch.int64)}

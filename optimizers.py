@@ -158,6 +158,11 @@ class WeightAverage:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        """Exchanges values, not tensors: a shard of FSDP's stays what it was whatever its `data` is set to."""
         for name, p in self.weights.items():
-            p.data, self.average[name] = self.average[name], p.data
+            own, average = (t.to_local() if isinstance(t, DTensor) else t for t in (p, self.average[name]))
+            kept = own.clone()
+            own.copy_(average)
+            average.copy_(kept)

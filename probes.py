@@ -11,7 +11,6 @@
   between filler, each to be answered by its value. Accuracy on sequences that were never seen; chance is 1 in 128.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from config import Config, InputError, load_config, run_command
+from config import Config, InputError, Parser, load_config, run_command
 from evaluate import read_tokens
 from model import build_model
 from optimizers import clipped_step, learning_rate, make_optimizers
@@ -160,7 +159,7 @@ def recall_config(path: Path) -> Config:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", metavar="PATH", help="run directory, .safetensors file, or an old .pt")
     parser.add_argument("--data", default="test", help="a split of the run's data, or a text file (default test)")
     parser.add_argument("--windows", type=int, default=256, help="windows of each probe at the most (default 256)")

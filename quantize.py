@@ -1,4 +1,4 @@
-"""Writes a checkpoint with quantised weights, which every command takes in the place of the run's own.
+"""Writes a checkpoint with quantised weights, which generate.py, evaluate.py and probes.py take in the place of the run's own.
 
     python quantize.py --checkpoint logs/RUN --bits 8 --out logs/RUN-int8
 
@@ -6,13 +6,12 @@
 their width, folded as the decoder reads them, so that nothing is converted or lost when they are loaded.
 """
 
-import argparse
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
-from config import Config, InputError, run_command, save_config
+from config import Config, InputError, Parser, run_command, save_config
 from decode import Decoder, PackedModel
 from model import LanguageModel
 from packed import Weights, Widths
@@ -49,7 +48,7 @@ def quantise(model: LanguageModel, config: Config, tokenizer: Tokenizer | None, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run directory, .safetensors file, or an old .pt")
     parser.add_argument("--bits", type=int, required=True, choices=[8, 4], help="width of all weights but those named below")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
@@ -65,6 +64,8 @@ def main() -> None:
     model, config, tokenizer = load_model(args.checkpoint)
     if isinstance(model, PackedModel):
         raise InputError(f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made from")
+    if config.tie_embedding_to_lm_head and args.head is not None:
+        raise InputError("head: its weight is the embedding's in this run; give --embedding")
     own = {field.name: getattr(args, field.name) for field in fields(Widths)}
     widths = replace(Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None})
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import MODEL_FILE, load_model, own_tensors, save_model
-from config import Config, InputError, add_config_options, given_options, load_config, make_config, run_command
+from config import Config, InputError, Parser, add_config_options, given_options, load_config, make_config, run_command
 from data import evaluation_slice, prepare
 from distributed import World, join
 from evaluate import bigram_nats, figures, score
@@ -180,7 +180,7 @@ def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, 
 
 def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     """The config that the command line asks for, the run to resume if any, and the other options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--config", default=None, metavar="FILE", help="JSON file of keys and values (default config.json)")
     parser.add_argument("--resume", default=None, metavar="RUN_DIR", help="go on with the run in this folder")
     parser.add_argument("--plan", type=int, metavar="GPUS", help="print what a run on so many GPUs needs, and stop")

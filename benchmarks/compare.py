@@ -1,7 +1,7 @@
 """WaveletLM beside a Transformer and a state-space model, at equal parameters and equal process CPU time.
 
     python benchmarks/compare.py --dataset my_books/ --out runs/compare --jobs 2
-    python benchmarks/compare.py --dataset my_books/ --out runs/compare --models released best=configs/best.json llama
+    python benchmarks/compare.py --dataset my_books/ --out runs/compare --models released best=configs/best-small.json llama
 
 Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and evaluation, fp32 and a single
 thread. Its learning rate is the best of as many short runs as every other's, by validation; then come full runs, one per
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import written_whole  # noqa: E402
-from config import Config, InputError, load_config, run_command  # noqa: E402
+from config import Config, InputError, Parser, load_config, run_command  # noqa: E402
 from data import Corpus, Windows, prepare  # noqa: E402
 from evaluate import figures, score  # noqa: E402
 from model import build_model  # noqa: E402
@@ -290,7 +290,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def read_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument(
         "--out", default="logs/compare", help="folder of the runs, table.md and compare.png (default logs/compare)"
     )

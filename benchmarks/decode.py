@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import Config, load_config  # noqa: E402
+from config import Config, Parser, load_config  # noqa: E402
 from decode import Decoder  # noqa: E402
 from model import LanguageModel, WaveletLM, build_model  # noqa: E402
 from packed import MATRICES, Weights, Widths, quantised  # noqa: E402
@@ -218,7 +218,7 @@ def bound(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--C", type=int, default=512, help="channels (default 512); the rest is config.json's")
     parser.add_argument("--vocab_size", type=int, default=50257, help="default 50257")

@@ -10,7 +10,6 @@ others use too slows all of them alike. Memory is the peak resident size above w
 built, each in a process of its own. The machine's rate is that of one large matrix product in the same type.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts lie flat beside this folder
 
-from config import make_config
+from config import Parser, make_config
 from loss import linear_cross_entropy
 from model import Block, Lifting, ProductKeyMemory, WaveletLM
 from optimizers import make_optimizers
@@ -354,7 +353,7 @@ def show(title: str, table: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("--only", default="step,loss,length", help="tables to make, of step, loss, length (default all)")
     parser.add_argument("--configs", default="bare,released", help="configurations of table step (default bare,released)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median is taken (default 5)")
