@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class World:
     rank: int = 0
     size: int = 1
     kind: str = "none"  # none (alone), ddp or fsdp
+    wrapped: list[DistributedDataParallel] = field(default_factory=list)  # what is to be let go of before the group ends
 
     def rows(self, micro_batch: int, i: int) -> slice:
         """This process's rows of part `i` of a batch."""
@@ -85,7 +86,8 @@ class World:
             return loss  # FSDP's blocks do it by themselves
         # The first block's M (see Bypass) has no gradient, so some parameters are always unused.
         options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(LossModule(model, loss), **options)
+        self.wrapped.append(DistributedDataParallel(LossModule(model, loss), **options))
+        return self.wrapped[-1]
 
     def accumulating(self, loss: Callable, last: bool) -> contextlib.AbstractContextManager:
         """Within it gradients only add up; after the `last` part of a batch they are averaged over the processes."""
@@ -185,10 +187,12 @@ def join(config: Config) -> Iterator[World]:
     # The wait covers what process 0 does alone: making token files before the run, the final figures after it.
     dist.init_process_group("gloo" if device == "cpu" else None, timeout=timedelta(hours=4))
     try:
-        yield World(device, dist.get_rank(), size, kind)
-        # Gloo's threads need the interpreter's lock to let go of the last tensors, and the group's end waits for them with
-        # the lock held. In the wait at a barrier they get it.
-        dist.barrier()
+        world = World(device, dist.get_rank(), size, kind)
+        yield world
+        # DDP's reducer would be the last to hold the group, and end it with the interpreter's lock held, while a thread of
+        # the group that waits for the lock is waited for.
+        for module in world.wrapped:
+            del module.reducer, module.logger
     finally:
         dist.destroy_process_group()
 

@@ -78,6 +78,8 @@ def test_two_processes_take_one_s_steps_and_go_on_with_its_saves_and_it_with_the
     assert results["of one"]["losses"] == pytest.approx(losses[STEPS // 2 :], rel=1e-5)
     for result in results.values():
         assert_same(result["weights"], wanted)
+        with trainer.average.in_place():
+            assert_same(result["average"], trainer.tensors()["model"])
         assert result["validation"] == pytest.approx(trainer.validation_nats(torch.arange(200) % 90), rel=1e-5)
     resumed, _ = alone(config, tmp_path / "of two", STEPS, resume=True)
     assert_same(resumed.tensors()["model"], wanted)

@@ -18,7 +18,7 @@ from trainer import Trainer
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return trainer.world.whole(trainer.tensors()["model"])
+    return {name: tensor.clone() for name, tensor in trainer.world.whole(trainer.tensors()["model"]).items()}
 
 
 def main() -> None:
@@ -38,6 +38,8 @@ def main() -> None:
                     trainer.save()
             nats = trainer.validation_nats(torch.arange(200) % 90)
             results[name] = {"losses": losses, "weights": weights(trainer), "validation": nats}
+            with trainer.average.in_place():
+                results[name]["average"] = weights(trainer)
         if world.rank == 0:
             torch.save(results, folder / "results.pt")
 
