@@ -277,9 +277,8 @@ class FoldedReconstruction:
     def __init__(self, block: Block, wavelet: Lifting, after: list[Tensor], name: str, weights: Weights):
         matrix, bias = projection(block)
         details = len(after) - 1
-        kinds = [weights.widths.of_scale(s, details + 1) for s in range(1, details + 1)]
         share = 0.5 if wavelet.fixed else 2.0  # of the approximation that each step keeps, squared
-        self.width, self.hidden = after[0].size(1), None
+        self.hidden = None
         parts = [math.sqrt(share) ** details * (matrix @ after[0])]
         if wavelet.fixed:
             parts += [math.sqrt(share) ** (details - s + 1) * (matrix @ after[s]) for s in range(1, details + 1)]
@@ -291,7 +290,7 @@ class FoldedReconstruction:
                 bias = bias + gain * (matrix @ last.bias)
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
-                self.hidden = weights.stack(f"{name}.hidden", firsts, ["lifting"] * len(kinds))
+                self.hidden = weights.stack(f"{name}.hidden", firsts, ["lifting"] * details)
                 self.hidden_bias = weights.bias(
                     f"{name}.hidden.bias", torch.stack([hidden.bias for hidden, _ in nets]), self.hidden
                 )

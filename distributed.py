@@ -25,17 +25,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, InputError
+from optimizers import local
 
 
 def pick_device(config: Config) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda, but torch finds no GPU; use cpu or auto")
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class LossModule(nn.Module):

@@ -79,12 +79,22 @@ def step_if(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Gives every group the learning rate `rate`, in its own units."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate * group["lr_scale"]
+
+
 def clipped_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, grad_clip: float) -> None:
     """A step of all optimizers at learning rate `rate`, gradients clipped to a norm of `grad_clip` (0 = not), then cleared."""
     nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    set_rate(optimizers, rate)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -162,7 +172,7 @@ class WeightAverage:
     def _swap(self) -> None:
         """Exchanges values, not tensors: a shard of FSDP's stays what it was whatever its `data` is set to."""
         for name, p in self.weights.items():
-            own, average = (t.to_local() if isinstance(t, DTensor) else t for t in (p, self.average[name]))
+            own, average = local(p), local(self.average[name])
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)

@@ -17,9 +17,19 @@ from torch.profiler import record_function
 from checkpoint import own_tensors, save_plain
 from config import Config, InputError
 from data import Corpus, training_order
-from distributed import World, load_shards, local, remove_other_shards, save_shards, saved_shapes
+from distributed import World, load_shards, remove_other_shards, save_shards, saved_shapes
 from model import State, build_model
-from optimizers import WeightAverage, learning_rate, load_state_tensors, make_optimizers, room_for_state, state_tensors, step_if
+from optimizers import (
+    WeightAverage,
+    learning_rate,
+    load_state_tensors,
+    local,
+    make_optimizers,
+    room_for_state,
+    set_rate,
+    state_tensors,
+    step_if,
+)
 from record import Record
 
 LATEST = "latest.pt"  # everything a run needs to go on; our own tensors and numbers, read with weights_only
@@ -48,8 +58,7 @@ class Trainer:
         self.unchecked: list[tuple] = []  # (step, names, norms, event) of steps whose gradients nobody has looked at yet
         self.step, self.best, self.seconds, self.skipped, self.bad_in_a_row = 0, math.inf, 0.0, 0, 0
         self.best_average, self.evaluation_seconds, self.saved_step = math.inf, 0.0, -1
-        self.loss = self.model.loss
-        self.loss = world.parallel_loss(self.model, compiled_loss(self) if config.compile else self.loss)
+        self.loss = world.parallel_loss(self.model, compiled_loss(self) if config.compile else self.model.loss)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device, self.cast) if self.cast else contextlib.nullcontext()
@@ -69,9 +78,7 @@ class Trainer:
         self.model.train()
         # Dropout is a function of (seed, step), another one in each process.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step + (self.world.rank << 40))
-        rate = learning_rate(self.step, self.total_steps, self.config)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate * group["lr_scale"]
+        set_rate(self.optimizers, learning_rate(self.step, self.total_steps, self.config))
         total = torch.zeros((), device=self.device)
         for i in range(self.config.grad_accum):
             with record_function("data"):

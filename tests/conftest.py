@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from config import Config, make_config
+from checkpoint import save_model
+from config import Config, make_config, save_config
 from model import build_model
+from tokenizer import ByteTokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCAB = 50
@@ -85,3 +87,12 @@ def run_in_chunks(model: torch.nn.Module, ids: torch.Tensor, lengths, state=None
         part, state = model(piece, state)
         logits.append(part)
     return torch.cat(logits, dim=1), state
+
+
+def save_byte_run(config: Config, folder: Path) -> Path:
+    """Fills `folder` with a run of a randomised network over bytes, as train.py leaves it for other commands; returns it."""
+    torch.manual_seed(0)
+    save_model(randomised(build_model(config, 256)), folder / "best_model.safetensors")
+    save_config(config, folder / "config.json")
+    ByteTokenizer().save(folder)
+    return folder

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCAB, random_ids, random_model, randomised, tiny
+from conftest import VOCAB, random_ids, random_model, randomised, save_byte_run, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -427,11 +427,7 @@ def test_sample_text_starts_with_the_prompt_and_leaves_the_models_mode():
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = tiny(generation_prompt="Once ", num_new_tokens=30, temperature=0.9, top_p=0.8, fwpkm_enabled=False)
-    torch.manual_seed(0)
-    save_model(randomised(build_model(config, 256)), folder / "best_model.safetensors")
-    save_config(config, folder / "config.json")
-    ByteTokenizer().save(folder)
-    return folder
+    return save_byte_run(config, folder)
 
 
 @pytest.fixture

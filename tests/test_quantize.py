@@ -5,15 +5,14 @@ import sys
 
 import pytest
 import torch
-from conftest import random_ids, randomised, tiny
+from conftest import random_ids, save_byte_run, tiny
 
 import evaluate
 import generate
 import quantize
-from checkpoint import load_model, load_tensors, save_model, save_tensors
-from config import InputError, save_config
+from checkpoint import load_model, load_tensors, save_tensors
+from config import InputError
 from decode import Decoder
-from model import build_model
 from tokenizer import ByteTokenizer
 
 
@@ -21,11 +20,7 @@ from tokenizer import ByteTokenizer
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = tiny(C=64, per_scale_mixer_widths=None, num_new_tokens=5)
-    torch.manual_seed(0)
-    save_model(randomised(build_model(config, 256)), folder / "best_model.safetensors")
-    save_config(config, folder / "config.json")
-    ByteTokenizer().save(folder)
-    return folder
+    return save_byte_run(config, folder)
 
 
 @pytest.fixture
