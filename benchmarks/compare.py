@@ -4,9 +4,10 @@
     python benchmarks/compare.py --dataset my_books/ --out runs/compare --models released best=configs/best-small.json llama
 
 Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and evaluation, fp32 and a single
-thread. Its learning rate is the best of as many short runs as every other's, by validation; then come full runs, one per
-seed. Time is the process's own CPU time without evaluation, so that a busy machine is fair to all. A run is a process of its
-own (its peak memory is its own) and is saved when done: the same command again makes only what is missing.
+thread. Its learning rate is the best of short runs, by validation: rates are doubled or halved until the best one is no longer
+at the edge of those tried. Then come full runs, one per seed. Time is the process's own CPU time without evaluation, so that
+a busy machine is fair to all. A run is a process of its own (its peak memory is its own) and is saved when done: the same
+command again makes only what is missing.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
 import subprocess
@@ -45,7 +47,8 @@ from tables import markdown_table, mean_deviation, put_first  # noqa: E402
 
 CURVE_POINTS = 10  # measurements on validation during a run
 CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
-RATES = (0.5, 1.0, 2.0)  # tried learning rates, in units of the contestant's own
+RATES = (0.5, 1.0, 2.0)  # learning rates tried first, in units of the contestant's own
+MOST_RATES = 6  # tried for one contestant
 SCHEDULE_STEPS = 100_000  # the schedule is by share of the time: this many parts
 
 
@@ -54,6 +57,8 @@ class Foreign(nn.Module):
 
     def __init__(self, network: nn.Module, vocab_size: int):
         super().__init__()
+        # First and under our names, by which Muon's optimizers tell tables from matrices.
+        self.token_embedding, self.lm_head = network.get_input_embeddings(), network.get_output_embeddings()
         self.network, self.vocab_size = network, vocab_size
 
     def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
@@ -67,7 +72,7 @@ def transformers_library():
     try:
         import transformers
     except ImportError:
-        raise InputError("models: llama and mamba2 need the package transformers; pip install '.[research]'") from None
+        raise InputError("models: all but WaveletLMs need the package transformers; pip install '.[research]'") from None
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
     return transformers
 
@@ -112,12 +117,15 @@ class Contestant:
 
 
 ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
+MUON = ADAMW | {"optimizer": "Muon"}
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
-FOREIGN = {  # builder, middle learning rate; about 1 or 4 million parameters besides embedding and head, like RELEASED
-    "llama": (partial(build_llama, width=128, layers=5, inner=344), 3e-3),
-    "mamba2": (partial(build_mamba2, width=128, layers=9), 3e-3),
-    "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), 1.5e-3),
-    "mamba2-4m": (partial(build_mamba2, width=256, layers=10), 1.5e-3),
+FOREIGN = {  # builder, optimizer; about 1 or 4 million parameters besides embedding and head, like RELEASED
+    "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 6e-3}),
+    "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON | {"lr": 8e-3, "muon_lr": 0.01}),
+    "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 6e-3}),
+    "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
+    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 6e-3, "muon_lr": 0.01}),
+    "mamba2-4m": (partial(build_mamba2, width=256, layers=10), ADAMW | {"lr": 3e-3}),
 }
 
 
@@ -125,8 +133,8 @@ def contestant(model: str, block_size: int) -> Contestant:
     """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a config file."""
     name, _, file = model.partition("=")
     if not file and name in FOREIGN:
-        build, lr = FOREIGN[name]
-        return Contestant(name, Config(block_size=block_size, lr=lr, min_lr=0.02 * lr, **ADAMW), build)
+        build, optimizer = FOREIGN[name]
+        return Contestant(name, Config(block_size=block_size, min_lr=0.02 * optimizer["lr"], **optimizer), build)
     if not file and name not in RELEASED:
         known = ", ".join([*RELEASED, *FOREIGN])
         raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")
@@ -147,7 +155,7 @@ class Run:
     def path(self, out: Path, data: str, block_size: int) -> Path:
         """Where its result lies; the name has a digest of all else that decides it."""
         entrant = contestant(self.model, block_size)
-        unlike = {"seed", "lr", "min_lr", "out_dir", "cache_dir", "log_interval", "eval_interval"}
+        unlike = {"seed", "lr", "min_lr", "muon_lr", "out_dir", "cache_dir", "log_interval", "eval_interval"}
         settings = entrant.config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
         digest = hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:8]
         end = "" if self.final else "-choice"
@@ -181,8 +189,10 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
     """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of validation]."""
     torch.set_num_threads(1)
     torch.manual_seed(spec.seed)
-    rates = {"lr": spec.lr, "min_lr": entrant.config.min_lr * spec.lr / entrant.config.lr}
-    config = entrant.config.model_copy(update=rates)
+    factor = spec.lr / entrant.config.lr
+    config = entrant.config.model_copy(
+        update={"lr": spec.lr} | {key: getattr(entrant.config, key) * factor for key in ("min_lr", "muon_lr")}
+    )
     model = entrant.build(config, corpus.vocab_size)
     model.block_size = config.block_size
     optimizers = make_optimizers(model, config)
@@ -294,8 +304,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", default="logs/compare", help="folder of the runs, table.md and compare.png (default logs/compare)"
     )
-    models = "released, llama, mamba2, each also with -4m, or NAME=FILE, a WaveletLM's config (default: the first three)"
-    parser.add_argument("--models", nargs="+", default=["released", "llama", "mamba2"], metavar="MODEL", help=models)
+    models = "released, llama, llama-muon, mamba2, each also with -4m, or NAME=FILE, a WaveletLM's config"
+    parser.add_argument(
+        "--models", nargs="+", default=["released", "llama", "llama-muon", "mamba2"], metavar="MODEL", help=models
+    )
     parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the SentencePiece tokenizer (default 2048)")
     parser.add_argument("--cache_dir", default="cache", help="folder of the token files (default cache)")
@@ -339,11 +351,7 @@ def make_table(args: argparse.Namespace, out: Path, entrants: dict[str, Contesta
     def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
         return make_missing(runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:])
 
-    tried = make([
-        Run(model, entrant.config.lr * rate, 0, args.choice_minutes, False)
-        for rate in RATES for model, entrant in entrants.items()
-    ])  # fmt: skip
-    best = {model: min((r for r in tried if r.model == model), key=lambda r: tried[r]["chosen_by"]).lr for model in entrants}
+    tried, best = choose_rates(entrants, args.choice_minutes, make)
     results = []
     for seed in range(1, args.seeds + 1):
         results += make([Run(model, best[model], seed, args.minutes, True) for model in entrants]).values()
@@ -353,6 +361,23 @@ def make_table(args: argparse.Namespace, out: Path, entrants: dict[str, Contesta
     print(section)
     if args.runs:
         put_first(Path(args.runs), section)
+
+
+def choose_rates(entrants: dict[str, Contestant], minutes: float, make: Callable) -> tuple[dict[Run, dict], dict[str, float]]:
+    """All short runs, and by model the rate of the best: it lies between two worse ones, unless MOST_RATES were tried."""
+    tried: dict[Run, dict[str, Any]] = {}
+    best: dict[str, float] = {}
+    wanted = [(model, entrant.config.lr * rate) for rate in RATES for model, entrant in entrants.items()]
+    while wanted:
+        tried |= make([Run(model, lr, 0, minutes, False) for model, lr in wanted])
+        wanted = []
+        for model in entrants:
+            bits = {r.lr: result["chosen_by"] for r, result in tried.items() if r.model == model}
+            bits = {lr: value if math.isfinite(value) else math.inf for lr, value in bits.items()}
+            best[model] = lr = min(bits, key=bits.__getitem__)
+            if len(bits) < MOST_RATES and lr in (min(bits), max(bits)):
+                wanted.append((model, lr * 2 if lr == max(bits) else lr / 2))
+    return tried, best
 
 
 def describe(args, entrants: dict[str, Contestant], tried: dict[Run, dict], best: dict[str, float], results: list[dict]) -> str:
@@ -368,8 +393,8 @@ def describe(args, entrants: dict[str, Contestant], tried: dict[Run, dict], best
         f"`{command}` at commit {machine['commit']}, torch {machine['torch']}, {machine['machine']}.\n"
         f"{args.minutes:g} minutes of process CPU time each, one thread, fp32; SentencePiece {args.vocab_size}, windows of "
         f"{args.block_size}, {args.batch} in a step; measured in such windows side by side over whole splits. "
-        f"Mean ± sample standard deviation (runs). A learning rate was chosen for each among {len(RATES)} by runs of "
-        f"{args.choice_minutes:g} minutes on {CURVE_TOKENS:,} tokens of validation.\n\n"
+        f"Mean ± sample standard deviation (runs). A learning rate was chosen for each by runs of {args.choice_minutes:g} "
+        f"minutes on {CURVE_TOKENS:,} tokens of validation; Muon's rate for matrices goes along with it.\n\n"
         f"{table(results)}\n{markdown_table(['model', 'lr tried', 'validation bits/byte', ''], choices)}"
     )
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
         spec.path(tmp_path, "data", 256).write_text(json.dumps(result))
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(compare.subprocess, "run", finish)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=finish))  # of this module alone: others start programs too
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path), "--models", "released"])
     args = compare.read_arguments()
     compare.make_table(args, tmp_path, entrants, "data")
@@ -83,6 +85,17 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
     made.clear()
     compare.make_table(args, tmp_path, entrants, "data")
     assert [spec.seed for spec in made] == [2]
+
+
+def test_the_chosen_rate_lies_between_two_that_are_worse():
+    def make(runs):
+        return {r: {"chosen_by": math.nan if r.lr > 0.1 else abs(math.log(r.lr / optimum[r.model]))} for r in runs}
+
+    optimum = {"released": 0.021, "llama": 0.0008}
+    entrants = {name: SimpleNamespace(config=SimpleNamespace(lr=lr)) for name, lr in (("released", 0.02), ("llama", 0.006))}
+    tried, best = compare.choose_rates(entrants, 1.0, make)
+    assert best == pytest.approx({"released": 0.02, "llama": 0.00075})
+    assert sorted(r.lr for r in tried if r.model == "llama") == pytest.approx([0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012])
 
 
 def test_a_run_keeps_to_its_cpu_time_and_measures_the_splits(tmp_path):
