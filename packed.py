@@ -3,9 +3,10 @@
 At batch 1 a product reads each weight once and does little else, so its time is the bytes it reads over the bandwidth; from
 some tens of rows on it is arithmetic. Every class here therefore has two routes, by the number of rows N, and one interface:
 `matrix(x, add, beta)` is x Wᵀ + beta·add, x (N, in) in any float type, the result (N, out). Quantised weights are
-never unpacked for few rows. For many, where unpacking is small beside the product, they are unpacked to bf16 as they are used.
+never unpacked for few rows. For many, where unpacking is small beside the product, they are unpacked a slice at a time.
 
-`benchmarks/decode.py --kernels` measures them. The routes were chosen on two CPU cores; no one has run the CUDA ones.
+`benchmarks/decode.py --kernels` measures them. The routes were chosen on two cores each of a CPU that multiplies bf16 (AVX-512)
+and of one that does not (AVX2); no one has run the CUDA ones.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from config import InputError
 
-FEW_FLOAT, FEW_INT8, FEW_INT4 = 128, 16, 32  # rows up to which the route for few rows is the faster one
+FEW_FLOAT, FEW_HALF, FEW_INT8, FEW_INT4 = 128, 4, 32, 64  # rows up to which the route for few rows is the faster one
 FEW_STACKED = 4  # the same for several fp32 matrices at once
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
+UNPACKED = 2**21  # weights that are unpacked at a time
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
 
 
@@ -88,6 +90,12 @@ def filled(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, width - x.size(1))) if x.size(1) < width else x.contiguous()
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ. In fp32 on a CPU for up to FEW_FLOAT rows as W xᵀ, which is there up to three times faster (torch's MKL on AMD)."""
+    turned = x.size(0) <= FEW_FLOAT and x.dtype == torch.float32 and x.device.type == "cpu"
+    return (weight @ x.T).T if turned else F.linear(x, weight)
+
+
 class FloatMatrix:
     """fp32, by the products that read memory fastest on a CPU (MKL's on AMD; its plain one reaches a quarter of that). One
     row: W is cut into row blocks, filled up with zeros to a whole number of them, and multiplied as a batch. A few: W xᵀ."""
@@ -99,15 +107,12 @@ class FloatMatrix:
         weight = tensors["float32"]
         self.weight = F.pad(weight, (0, 0, 0, filler)) if (filler := -outputs % self.BLOCKS) else weight.contiguous()
         self.outputs, self.cut = outputs, self.weight.view(self.BLOCKS, -1, weight.size(1))
-        self.few = FEW_FLOAT if weight.device.type == "cpu" else 0
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         x, rows = x.float(), x.size(0)
-        weight = self.weight[: self.outputs]
-        if rows > self.few:
-            return F.linear(x, weight) if add is None else torch.addmm(add, x, weight.T, beta=beta)
-        if rows > 1:
-            return (weight @ x.T).T if add is None else torch.addmm(add.expand(rows, -1).T, weight, x.T, beta=beta).T
+        if rows > 1 or x.device.type != "cpu":
+            y = product(x, self.weight[: self.outputs])
+            return y if add is None else torch.add(y, add, alpha=beta)
         # A column-major matrix, said by its strides: taken for a row-major one it is three times slower.
         inputs = x.size(1)
         column = x.reshape(inputs).as_strided((self.BLOCKS, inputs, 1), (0, 1, inputs))
@@ -117,22 +122,28 @@ class FloatMatrix:
         return torch.baddbmm(add.reshape(self.BLOCKS, -1, 1), self.cut, column, beta=beta).view(1, -1)
 
 
+def wide_type(device: torch.device) -> torch.dtype:
+    """What weights are unpacked to for many rows: bf16, but fp32 on a CPU that would imitate bf16's products."""
+    return torch.float32 if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.bfloat16
+
+
 class HalfMatrix:
-    """bf16, in oneDNN's own layout on a CPU."""
+    """bf16, in oneDNN's own layout on a CPU that multiplies it."""
 
     kind = torch.bfloat16
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         weight = tensors["float16"]
-        self.packed = weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.wide = wide_type(weight.device)
+        self.packed = weight.device.type == "cpu" and self.wide == torch.bfloat16
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        x = x.to(torch.bfloat16)
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, None, "none", [], "")
         else:
-            y = F.linear(x, self.weight)
+            kind = torch.bfloat16 if x.size(0) <= FEW_HALF else self.wide
+            y = product(x.to(kind), self.weight.to(kind))
         return y if add is None else torch.add(y, add, alpha=beta)
 
 
@@ -143,13 +154,16 @@ class Int8Matrix:
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         self.weight, self.scale, self.outputs = tensors["int8"], tensors["scale"], outputs
+        self.wide = wide_type(self.weight.device)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        x = filled(x.to(torch.bfloat16), self.weight.size(1))
         if x.size(0) <= FEW_INT8:
+            x = filled(x.to(torch.bfloat16), self.weight.size(1))
             y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
         else:
-            y = F.linear(x, self.weight.to(torch.bfloat16)) * self.scale
+            x = filled(x.to(self.wide), self.weight.size(1))
+            slices = self.weight.split(max(1, UNPACKED // x.size(1)))
+            y = torch.cat([product(x, part.to(self.wide)) for part in slices], dim=1).mul_(self.scale)
         return y if add is None else torch.add(y, add, alpha=beta)
 
 
@@ -165,6 +179,7 @@ class Int4Matrix:
         self.inputs, self.outputs, self.group = packed.size(1) * 2, outputs, packed.size(1) * 2 // steps.size(1)
         packed, steps = F.pad(packed, (0, 0, 0, extra)), F.pad(steps, (0, 0, 0, 0, 0, extra))
         self.steps = steps.transpose(0, 1).contiguous()  # (groups, out, 2)
+        self.wide = wide_type(packed.device)
         if packed.device.type == "cpu":
             self.block = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(from_int4(packed).int(), 1)
@@ -174,22 +189,24 @@ class Int4Matrix:
             self.weight = torch.ops.aten._convert_weight_to_int4pack((packed << 4) | (packed >> 4), 8)
             self.product = torch.ops.aten._weight_int4pack_mm
 
-    def unpacked(self) -> Tensor:
-        """(blocks, in, block) in bf16."""
-        packed = self.weight.view(-1, self.inputs, self.block // 2)
-        q = torch.cat([packed & 15, packed >> 4], dim=2).to(torch.bfloat16).sub_(8)
-        steps = self.steps.view(self.steps.size(0), -1, self.block, 2).transpose(0, 1)[
-            :, :, None
-        ]  # (blocks, groups, 1, block, 2)
-        return torch.addcmul(steps[..., 1], q.view(q.size(0), -1, self.group, self.block), steps[..., 0]).flatten(1, 2)
+    def unpacked(self, first: int, last: int) -> Tensor:
+        """The columns of Wᵀ that are the blocks `first` to `last` − 1: (in, (last − first)·block)."""
+        packed = self.weight.view(-1, self.inputs, self.block // 2)[first:last].transpose(0, 1)  # (in, blocks, block/2)
+        q = packed.new_empty(*packed.shape[:2], self.block, dtype=self.wide)
+        q[..., : self.block // 2] = packed & 15
+        q[..., self.block // 2 :] = packed >> 4
+        scale, offset = self.steps[:, None, first * self.block : last * self.block].unbind(-1)  # (groups, 1, outputs)
+        q = q.view(-1, self.group, scale.size(2))
+        return q.sub_(8).mul_(scale).add_(offset).flatten(0, 1)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        x = filled(x.to(torch.bfloat16), self.inputs)
         if x.size(0) <= FEW_INT4 or not self.block:
-            y = self.product(x, self.weight, self.group, self.steps)
+            y = self.product(filled(x.to(torch.bfloat16), self.inputs), self.weight, self.group, self.steps)
         else:
-            w = self.unpacked()
-            y = torch.bmm(x.expand(w.size(0), -1, -1), w).transpose(0, 1).reshape(x.size(0), -1)
+            x = filled(x.to(self.wide), self.inputs)
+            blocks, each = self.steps.size(1) // self.block, max(1, UNPACKED // (self.inputs * self.block))
+            slices = (self.unpacked(first, min(first + each, blocks)) for first in range(0, blocks, each))
+            y = torch.cat([product(x, part.T) for part in slices], dim=1)
         y = y[:, : self.outputs]
         return y if add is None else torch.add(y, add, alpha=beta)
 
