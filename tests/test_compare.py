@@ -155,7 +155,7 @@ def test_ablations_are_ranked_and_a_second_command_makes_nothing_again(tmp_path,
         (folder / "metrics.jsonl").write_text(json.dumps({"kind": "result", **figures}) + "\n")
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(ablate.subprocess, "run", finish)
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(run=finish))
     command = ["ablate.py", "--config", str(tmp_path / "base.json"), "--try", "use_mixer_gate=false", "--tokens", "256"]
     monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out")])
     ablate.main()
@@ -183,6 +183,6 @@ def test_a_stopped_ablation_run_is_gone_on_with(tmp_path, monkeypatch):
         (folder / "metrics.jsonl").write_text('{"kind": "result", "val_bits_per_byte": 2.0}\n')
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(ablate.subprocess, "run", finish)
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(run=finish))
     assert ablate.make_run(variant, 1, 4, tmp_path)["val_bits_per_byte"] == 2.0
     assert commands == [["--resume", str(folder)]]
