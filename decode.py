@@ -12,6 +12,7 @@ The same numbers as the model's, from fewer and larger products, read at full ba
 - U Vᵀ joins W where there is no gate. Where there is, Vᵀ lies above W in one matrix and U goes into what follows.
 - Factors of √2, the scale weights and the alphas are multiplied into matrices. (The affine parts of LayerNorms are not: torch's
   kernel applies them in the pass that it makes anyhow.)
+- All projections into an associative memory are one matrix.
 - What looks back is a `Tape`, so a step writes one position and copies nothing.
 
 What cannot be folded (mixers in a row, several bases, norms per scale, memories that the text writes, the moving average)
@@ -405,10 +406,34 @@ class Memory:
         return {}
 
 
-class WrittenMemory:
-    """A memory that the text writes, by the model's own module."""
+class Recall:
+    """An associative memory: the model's own recurrence between packed matrices, all that read h in one."""
 
-    def __init__(self, memory: FastWeightMemory | AssociativeMemory, alpha: Tensor, name: str, weights: Weights):
+    def __init__(self, memory: AssociativeMemory, alpha: Tensor, name: str, weights: Weights):
+        projections = [memory.query_key, memory.value_gate, memory.forget_write]
+        self.sizes = [linear.out_features for linear in projections]
+        self.inside = weights.matrix(f"{name}.inside", torch.cat([linear.weight for linear in projections]), "query")
+        self.rates_bias = weights.keep(f"{name}.rates.bias", memory.forget_write.bias)
+        self.output = weights.matrix(f"{name}.output", memory.output.weight * alpha, "memory")
+        kernel = copy.copy(memory)  # without what is packed
+        kernel._modules = {}
+        self.read = weights.module(f"{name}.kernel", kernel).read
+        self.names = list(memory.start(0, alpha.detach()))
+
+    def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
+        inside = self.inside(h).float().view(-1, length, sum(self.sizes))
+        query_key, value_gate, rates = inside.split(self.sizes, dim=2)
+        read, new = self.read(query_key, value_gate, rates + self.rates_bias, part)
+        return self.output(read.flatten(0, 1)).float(), new
+
+    def adopt(self, block: dict[str, Tensor]) -> dict:
+        return {name: block[name] for name in self.names}
+
+
+class WrittenMemory:
+    """A memory with fast weights that the text writes, by the model's own module."""
+
+    def __init__(self, memory: FastWeightMemory, alpha: Tensor, name: str, weights: Weights):
         self.alpha, self.memory = weights.number(f"{name}.alpha", alpha), weights.module(name, memory)
         self.names = list(memory.start(0, alpha.detach()))
 
@@ -449,14 +474,14 @@ class DecoderBlock:
         ]
         if block.ffwd is not None:
             self.mlp = MLP(block, f"{name}.mlp", weights)
-        self.memories: list[Memory | WrittenMemory] = []
+        self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
             self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
             kind = WrittenMemory if block.fwpkm.writes else Memory
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
         if block.recall is not None:
-            self.memories.append(WrittenMemory(block.recall, block.alpha_recall, f"{name}.recall", weights))
+            self.memories.append(Recall(block.recall, block.alpha_recall, f"{name}.recall", weights))
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as this decoder keeps it."""

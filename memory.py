@@ -148,20 +148,27 @@ class AssociativeMemory(nn.Module):
         """x at length 1. The first key of a text is zero: the constant, small beside |x|², keeps its gradient small too."""
         return x * (x.square().sum(-1, keepdim=True) + 0.01).rsqrt()
 
-    def split(self, x: Tensor) -> Tensor:  # (B, T, heads·d) → (B, heads, T, d)
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def split(self, x: Tensor) -> Tensor:  # (…, T, heads·d) → (…, heads, T, d)
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        joined, new_keys = remember(state["keys"], self.query_key(h))
-        taps = self.taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
-        filtered = sum(taps[i] * joined[:, i : i + h.size(1)] for i in range(self.TAPS))
-        value, gate = self.value_gate(h).chunk(2, dim=-1)
         with torch.autocast(h.device.type, enabled=False):
-            q, k = (self.unit(self.split(x).float()) for x in filtered.chunk(2, dim=-1))
-            forget, write = F.linear(h.float(), self.forget_write.weight, self.forget_write.bias).mT.chunk(2, dim=1)
-            read, pairs = self.scan(q, k, self.split(value).float(), -F.softplus(forget), write.sigmoid(), state["pairs"])
+            rates = F.linear(h.float(), self.forget_write.weight, self.forget_write.bias)
+        read, state = self.read(self.query_key(h), self.value_gate(h), rates, state)
+        return self.output(read), state
+
+    def read(self, query_key: Tensor, value_gate: Tensor, rates: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """What the projections of h, (B, T, 2·heads·d) twice and (B, T, 2·heads) in fp32, find: (B, T, heads·d), gated."""
+        joined, new_keys = remember(state["keys"], query_key)
+        taps = self.taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
+        filtered = sum(taps[i] * joined[:, i : i + query_key.size(1)] for i in range(self.TAPS))
+        value, gate = value_gate.chunk(2, dim=-1)
+        with torch.autocast(joined.device.type, enabled=False):
+            q, k = self.unit(self.split(filtered.float().unflatten(-1, (2, -1)).movedim(2, 0)))
+            log_alpha, beta = -F.softplus(rates[..., : self.heads].mT), rates[..., self.heads :].mT.sigmoid()
+            read, pairs = self.scan(q, k, self.split(value).float(), log_alpha, beta, state["pairs"])
         read = read.transpose(1, 2).flatten(2).to(gate.dtype) * F.silu(gate)
-        return self.output(read), {"keys": new_keys, "pairs": pairs}
+        return read, {"keys": new_keys, "pairs": pairs}
 
     def scan(self, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """q, k, v (B, heads, T, d), log α and β (B, heads, T), S before them (B, heads, d, d) → o (B, heads, T, d), S after.
@@ -169,6 +176,10 @@ class AssociativeMemory(nn.Module):
         Within a chunk, with γ_t the product of its α up to t, the recurrence unrolls to a triangular system for all u:
         u_t + β_t Σ_{s<t} γ_t/γ_s (k_t·k_s) u_s = β_t (v_t − γ_t S k_t).
         """
+        if q.size(2) == 1:  # the recurrence itself
+            pairs = log_alpha.exp()[..., None] * pairs
+            pairs = pairs + (beta[..., None] * (v - k @ pairs.mT)).mT @ k
+            return q @ pairs.mT, pairs
         reads = []
         pieces = zip(*(x.split(self.CHUNK, dim=2) for x in (q, k, v, log_alpha, beta)), strict=True)
         for q_c, k_c, v_c, log_c, beta_c in pieces:

@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --threads 2                # C 512, layers 2, levels 5, mlp_expansion 20, V 50257, no memories
     python benchmarks/decode.py --kernels                  # the products that packed.py chooses from, by number of rows
+    python benchmarks/decode.py --recipes A.json B.json    # steps of the networks of several config files against each other
     python benchmarks/decode.py --bound                    # bytes read per token by config.json's network, and what bounds it
 
 Contexts are real: a text is read up to each length once, its state carried, and every width goes on from there.
@@ -208,6 +209,32 @@ def kernels(args: argparse.Namespace) -> dict:
     return result
 
 
+def recipes(args: argparse.Namespace) -> dict:
+    """Milliseconds of a step of each config file's network, in turn, at batch 1 after 256 tokens, and its state's size."""
+    result, calls = {}, {}
+    for file in args.recipes:
+        config = load_config(file)
+        torch.manual_seed(0)
+        model = build_model(config, args.vocab_size).eval()
+        embeddings = {id(p): p.numel() for p in (model.token_embedding.weight, model.lm_head.weight)}
+        result[file] = {"parameters_besides_embeddings": sum(p.numel() for p in model.parameters()) - sum(embeddings.values())}
+        for bits in NAMES:
+            decoder = Decoder(model, bits)
+            state = states_at(decoder, [256], args.vocab_size)[256]
+            result[file] |= {"state_kib": state.nbytes / 1024}
+            calls[file, bits] = stepper(decoder, state, 1)
+    for (file, bits), seconds in interleaved(calls, args.rounds, args.seconds).items():
+        result[file] |= {f"{NAMES[bits]}_ms": 1e3 * seconds}
+    first = result[args.recipes[0]]
+    for file, row in result.items():
+        row |= {f"{name}_times_first": row[f"{name}_ms"] / first[f"{name}_ms"] for name in NAMES.values()}
+        print(
+            f"{file}: "
+            + ", ".join(f"{key} {value:,.3g}" if value < 1000 else f"{key} {value:,.0f}" for key, value in row.items())
+        )
+    return result
+
+
 def bound(args: argparse.Namespace) -> dict:
     config = load_config(ROOT / "config.json")
     size = bytes_per_token(config, 50257)
@@ -231,12 +258,13 @@ def main() -> None:
     parser.add_argument("--no_prefill", dest="prefill", action="store_false", help="leave the 4,096-token prompt out")
     parser.add_argument("--gpu_bandwidth", type=float, default=1792, help="GB/s for --bound (default 1792, an RTX 5090)")
     parser.add_argument("--kernels", action="store_true", help="measure the products only")
+    parser.add_argument("--recipes", nargs="+", metavar="FILE", help="measure the steps of these config files' networks only")
     parser.add_argument("--bound", action="store_true", help="count config.json's bytes per token only")
     parser.add_argument("--json", metavar="FILE", help="write the result here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.kernels or args.bound:
-        result = kernels(args) if args.kernels else bound(args)
+    if args.kernels or args.bound or args.recipes:
+        result = kernels(args) if args.kernels else bound(args) if args.bound else recipes(args)
     else:
         result = decoding(args)
         show(result)

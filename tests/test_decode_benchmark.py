@@ -43,3 +43,16 @@ def test_it_runs_and_writes_json(benchmark, monkeypatch, tmp_path, capsys):
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert {row["weights"] for row in result["steps"]} == {"fp32", "bf16", "int8", "int4"}
     assert capsys.readouterr().out.count("\n| ") >= len(result["steps"])
+
+
+def test_recipes_are_measured_against_the_first(benchmark, monkeypatch, tmp_path):
+    for name, keys in (("a", {}), ("b", {"recall_heads": 1, "recall_dim": 8})):
+        small = {"C": 32, "pkm_enabled": False, "fwpkm_enabled": False, "mlp_expansion": 2} | keys
+        (tmp_path / f"{name}.json").write_text(json.dumps(small), encoding="utf-8")
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    how = ["--vocab_size", "100", "--rounds", "2", "--json", str(tmp_path / "out.json"), "--recipes", *files]
+    monkeypatch.setattr(sys, "argv", ["decode.py", *how])
+    benchmark.main()
+    one, two = json.loads((tmp_path / "out.json").read_text(encoding="utf-8")).values()
+    assert one["int8_times_first"] == 1 and one["parameters_besides_embeddings"] < two["parameters_besides_embeddings"]
+    assert two["state_kib"] > one["state_kib"]
