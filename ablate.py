@@ -21,13 +21,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from checkpoint import written_whole
 from config import Config, InputError, Parser, load_config, make_config, read_json, run_command, save_config
@@ -39,6 +41,7 @@ from tables import markdown_table, mean_deviation, put_first
 TRAIN = Path(__file__).resolve().parent / "train.py"
 BASELINE = "baseline"
 SIGNIFICANCE = 0.05
+TURNS = 5  # times that the speed of each variant is measured
 NOT_OF_A_VARIANT = {"seed", "out_dir", "cache_dir", "max_steps"}
 
 
@@ -90,14 +93,9 @@ def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[
 # How many steps a variant gets
 
 
-def seconds_per_step(variant: Variant, train_tokens, vocab_size: int, rounds: int = 3) -> float:
+def seconds_per_step(model: nn.Module, config: Config, windows: Windows, rounds: int = 3) -> float:
     """CPU time of a training step: the least of a few, in fp32 on this thread."""
-    config = variant.config
-    torch.manual_seed(0)
-    model = build_model(config, vocab_size)
-    optimizers = make_optimizers(model, config)
-    windows = Windows(train_tokens, config.block_size, config.micro_batch_size * config.grad_accum, 0)
-    times = []
+    optimizers, times = make_optimizers(model, config), []
     for step in range(rounds + 1):  # the first warms up
         began = time.process_time()
         loss, _ = model.loss(*windows.batch(step))
@@ -107,22 +105,35 @@ def seconds_per_step(variant: Variant, train_tokens, vocab_size: int, rounds: in
     return min(times[1:])
 
 
-def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
-    """max_steps by variant. Timings are kept in out/speed.json: a later command must not give other steps."""
-    if args.tokens:
-        each = {v.name: v.config.micro_batch_size * v.config.grad_accum * v.config.block_size for v in variants}
-        return {name: max(1, args.tokens // size) for name, size in each.items()}
-    path = out / "speed.json"
+def steps_in(minutes: float, measure: dict[str, Callable[[], float]], path: Path) -> dict[str, int]:
+    """How many steps each can make in that CPU time. Seconds per step are measured in turn, so that a machine whose speed
+    changes is fair to all, and kept in the file `path`: a later command must not give other steps."""
     known = read_json(path) if path.exists() else {}
-    missing = [v for v in variants if v.key not in known]
+    missing = {key: seconds for key, seconds in measure.items() if key not in known}
     if missing:
         torch.set_num_threads(1)
-        corpus = prepare(missing[0].config)
-        turns = [[seconds_per_step(v, corpus.train, corpus.vocab_size) for v in missing] for _ in range(3)]
-        known |= {v.key: statistics.median(times) for v, times in zip(missing, zip(*turns, strict=True), strict=True)}
+        turns = [{key: seconds() for key, seconds in missing.items()} for _ in range(TURNS)]
+        known |= {key: statistics.median(turn[key] for turn in turns) for key in missing}
         with written_whole(path) as beside:
             beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    return {v.name: max(1, round(60 * args.minutes / known[v.key])) for v in variants}
+    return {key: max(1, round(60 * minutes / known[key])) for key in measure}
+
+
+def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
+    """max_steps by variant."""
+    batches = {v.name: v.config.micro_batch_size * v.config.grad_accum for v in variants}
+    if args.tokens:
+        return {v.name: max(1, args.tokens // (batches[v.name] * v.config.block_size)) for v in variants}
+    corpus = prepare(variants[0].config)
+
+    def seconds(variant: Variant) -> float:
+        torch.manual_seed(0)
+        model = build_model(variant.config, corpus.vocab_size)
+        windows = Windows(corpus.train, variant.config.block_size, batches[variant.name], 0)
+        return seconds_per_step(model, variant.config, windows)
+
+    steps = steps_in(args.minutes, {v.key: partial(seconds, v) for v in variants}, out / "speed.json")
+    return {v.name: steps[v.key] for v in variants}
 
 
 # Runs

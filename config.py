@@ -152,6 +152,7 @@ class Config(BaseModel):
 
     recall_heads: int = option(0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0)
     recall_dim: int = option(32, "width of its keys and values", ge=1)
+    recall_every: int = option(1, "blocks for each one that has it: the last, and every n-th before it", ge=1)
 
     # Network: residual stream
     learned_residual: bool = option(True, "learned scalars on the residual stream")

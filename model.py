@@ -476,7 +476,8 @@ class ScaleNorm(nn.Module):
 class Block(nn.Module):
     """One block: a wavelet branch that mixes positions, then a position-wise memory branch, both added to the stream."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, after: int = 0):
+        """after: how many blocks come after it."""
         super().__init__()
         width, padded = config.C, config.padded_width
         self.pad = padded - width
@@ -512,7 +513,7 @@ class Block(nn.Module):
             self.pkm = ProductKeyMemory(config, config.pkm_num_keys, config.pkm_top_k, config.pkm_heads)
         if config.fwpkm_enabled:
             self.fwpkm = FastWeightMemory(config)
-        if config.recall_heads:
+        if config.recall_heads and after % config.recall_every == 0:
             self.recall = AssociativeMemory(config)
         for name, branch in (("mlp", self.ffwd), ("pkm", self.pkm), ("fwpkm", self.fwpkm), ("recall", self.recall)):
             self.register_parameter(f"alpha_{name}", nn.Parameter(torch.tensor(1.0)) if branch is not None else None)
@@ -640,7 +641,7 @@ class WaveletLM(LanguageModel):
         nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
         count = 1 if config.looped_blocks else config.layers
-        self.layers = nn.ModuleList(Block(config) for _ in range(count))
+        self.layers = nn.ModuleList(Block(config, after) for after in reversed(range(count)))
         self.wavelets = nn.ModuleList(build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)

@@ -5,9 +5,9 @@
 
 Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and evaluation, fp32 and a single
 thread. Its learning rate is the best of short runs, by validation: rates are doubled or halved until the best one is no longer
-at the edge of those tried. Then come full runs, one per seed. Time is the process's own CPU time without evaluation, so that
-a busy machine is fair to all. A run is a process of its own (its peak memory is its own) and is saved when done: the same
-command again makes only what is missing.
+at the edge of those tried. Then come full runs, one per seed. Minutes are of CPU time on one thread: how many steps each
+contestant makes in them is measured first, all in turn, so that a busy machine is fair to all. A run is a process of its own
+(its peak memory is its own) and is saved when done: the same command again makes only what is missing.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ablate import seconds_per_step, steps_in  # noqa: E402
 from checkpoint import written_whole  # noqa: E402
 from config import Config, InputError, Parser, load_config, run_command  # noqa: E402
 from data import Corpus, Windows, prepare  # noqa: E402
@@ -49,7 +50,6 @@ CURVE_POINTS = 10  # measurements on validation during a run
 CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
 RATES = (0.5, 1.0, 2.0)  # learning rates tried first, in units of the contestant's own
 MOST_RATES = 6  # tried for one contestant
-SCHEDULE_STEPS = 100_000  # the schedule is by share of the time: this many parts
 
 
 class Foreign(nn.Module):
@@ -120,7 +120,7 @@ ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warm
 MUON = ADAMW | {"optimizer": "Muon"}
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
 FOREIGN = {  # builder, optimizer; about 1 or 4 million parameters besides embedding and head, like RELEASED
-    "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 6e-3}),
+    "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
     "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON | {"lr": 8e-3, "muon_lr": 0.01}),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 6e-3}),
     "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
@@ -144,22 +144,29 @@ def contestant(model: str, block_size: int) -> Contestant:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: which contestant, learning rate, seed, minutes of CPU time; a final run is measured on whole splits."""
+    """One training: which contestant, learning rate, seed, minutes of CPU time and the steps that these are; a final run is
+    measured on whole splits."""
 
     model: str
     lr: float
     seed: int
     minutes: float
+    steps: int
     final: bool
 
     def path(self, out: Path, data: str, block_size: int) -> Path:
-        """Where its result lies; the name has a digest of all else that decides it."""
-        entrant = contestant(self.model, block_size)
-        unlike = {"seed", "lr", "min_lr", "muon_lr", "out_dir", "cache_dir", "log_interval", "eval_interval"}
-        settings = entrant.config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
-        digest = hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:8]
+        """Where its result lies."""
         end = "" if self.final else "-choice"
-        return out / f"{entrant.name}-{digest}_lr{self.lr:g}_seed{self.seed}_{self.minutes:g}min{end}.json"
+        name = full_name(contestant(self.model, block_size), data)
+        return out / f"{name}_lr{self.lr:g}_seed{self.seed}_{self.minutes:g}min{end}.json"
+
+
+def full_name(entrant: Contestant, data: str) -> str:
+    """With a digest of all but learning rate, seed and minutes that decides a run."""
+    unlike = {"seed", "lr", "min_lr", "muon_lr", "out_dir", "cache_dir", "log_interval", "eval_interval"}
+    settings = entrant.config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
+    digest = hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{entrant.name}-{digest}"
 
 
 def data_digest(corpus: Corpus, batch: int) -> str:
@@ -197,26 +204,25 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
     model.block_size = config.block_size
     optimizers = make_optimizers(model, config)
     windows = Windows(corpus.train, config.block_size, batch, spec.seed)
-    budget, used, step, curve = 60 * spec.minutes, 0.0, 0, []
-    while used < budget:
+    used, curve = 0.0, []
+    for step in range(spec.steps):
         began = time.process_time()
         model.train()
         torch.manual_seed(spec.seed * 1_000_003 + step)
         ids, targets = windows.batch(step)
         loss, _ = model.loss(ids, targets)
         loss.backward()
-        rate = learning_rate(int(used / budget * SCHEDULE_STEPS), SCHEDULE_STEPS, config)
-        clipped_step(model, optimizers, rate, config.grad_clip)
-        step += 1
+        clipped_step(model, optimizers, learning_rate(step, spec.steps, config), config.grad_clip)
         used += time.process_time() - began
-        if used >= budget * (len(curve) + 1) / CURVE_POINTS:
+        done = step + 1
+        if done * CURVE_POINTS >= spec.steps * (len(curve) + 1):
             measured = bits_per_byte(model, corpus, "validation", CURVE_TOKENS)
-            curve.append([used / 60, step * batch * config.block_size, measured])
+            curve.append([spec.minutes * done / spec.steps, done * batch * config.block_size, measured])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {
         "model": entrant.name, "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes, "optimizer": config.optimizer,
         "parameters": sum(p.numel() for p in model.parameters()), "embedding_parameters": embedding_parameters(model),
-        "tokens": step * batch * config.block_size, "seconds": used, "peak_memory_mib": peak, "curve": curve,
+        "tokens": spec.steps * batch * config.block_size, "seconds": used, "peak_memory_mib": peak, "curve": curve,
         "chosen_by": curve[-1][2], "environment": environment(),
     } | (final_figures(model, corpus) if spec.final else {})  # fmt: skip
 
@@ -344,17 +350,35 @@ def main() -> None:
     if set(args.models) & set(FOREIGN):
         transformers_library()
     with alone(out):
-        make_table(args, out, entrants, digest)
+        make_table(args, out, entrants, digest, steps_per_minute(entrants, corpus, args.batch, out))
 
 
-def make_table(args: argparse.Namespace, out: Path, entrants: dict[str, Contestant], digest: str) -> None:
+def steps_per_minute(entrants: dict[str, Contestant], corpus: Corpus, batch: int, out: Path) -> dict[str, float]:
+    """By model."""
+
+    def seconds(entrant: Contestant) -> float:
+        torch.manual_seed(0)
+        windows = Windows(corpus.train, entrant.config.block_size, batch, 0)
+        return seconds_per_step(entrant.build(entrant.config, corpus.vocab_size), entrant.config, windows)
+
+    names = {model: full_name(entrant, data_digest(corpus, batch)) for model, entrant in entrants.items()}
+    steps = steps_in(1000, {names[m]: partial(seconds, entrant) for m, entrant in entrants.items()}, out / "speed.json")
+    return {model: steps[name] / 1000 for model, name in names.items()}
+
+
+def make_table(
+    args: argparse.Namespace, out: Path, entrants: dict[str, Contestant], digest: str, speed: dict[str, float]
+) -> None:
+    def runs(rates: Sequence[tuple[str, float]], seed: int, minutes: float, final: bool) -> list[Run]:
+        return [Run(model, lr, seed, minutes, max(1, round(minutes * speed[model])), final) for model, lr in rates]
+
     def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
         return make_missing(runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:])
 
-    tried, best = choose_rates(entrants, args.choice_minutes, make)
+    tried, best = choose_rates(entrants, lambda rates: make(runs(rates, 0, args.choice_minutes, False)))
     results = []
     for seed in range(1, args.seeds + 1):
-        results += make([Run(model, best[model], seed, args.minutes, True) for model in entrants]).values()
+        results += make(runs(list(best.items()), seed, args.minutes, True)).values()
         section = describe(args, entrants, tried, best, results)
         (out / "table.md").write_text(section, encoding="utf-8")
         draw(results, out / "compare.png")
@@ -363,13 +387,14 @@ def make_table(args: argparse.Namespace, out: Path, entrants: dict[str, Contesta
         put_first(Path(args.runs), section)
 
 
-def choose_rates(entrants: dict[str, Contestant], minutes: float, make: Callable) -> tuple[dict[Run, dict], dict[str, float]]:
-    """All short runs, and by model the rate of the best: it lies between two worse ones, unless MOST_RATES were tried."""
+def choose_rates(entrants: dict[str, Contestant], make: Callable) -> tuple[dict[Run, dict], dict[str, float]]:
+    """All short runs, which `make` makes of pairs of model and rate, and by model the rate of the best: it lies between two
+    worse ones, unless MOST_RATES were tried."""
     tried: dict[Run, dict[str, Any]] = {}
     best: dict[str, float] = {}
     wanted = [(model, entrant.config.lr * rate) for rate in RATES for model, entrant in entrants.items()]
     while wanted:
-        tried |= make([Run(model, lr, 0, minutes, False) for model, lr in wanted])
+        tried |= make(wanted)
         wanted = []
         for model in entrants:
             bits = {r.lr: result["chosen_by"] for r, result in tried.items() if r.model == model}
@@ -391,7 +416,8 @@ def describe(args, entrants: dict[str, Contestant], tried: dict[Run, dict], best
     return (
         f"## Equal CPU time: {' '.join(entrant.name for entrant in entrants.values())} ({machine['date'][:10]})\n\n"
         f"`{command}` at commit {machine['commit']}, torch {machine['torch']}, {machine['machine']}.\n"
-        f"{args.minutes:g} minutes of process CPU time each, one thread, fp32; SentencePiece {args.vocab_size}, windows of "
+        f"{args.minutes:g} minutes of CPU time each, as steps that were timed in turn, one thread, fp32; "
+        f"SentencePiece {args.vocab_size}, windows of "
         f"{args.block_size}, {args.batch} in a step; measured in such windows side by side over whole splits. "
         f"Mean ± sample standard deviation (runs). A learning rate was chosen for each by runs of {args.choice_minutes:g} "
         f"minutes on {CURVE_TOKENS:,} tokens of validation; Muon's rate for matrices goes along with it.\n\n"

@@ -77,35 +77,38 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=finish))  # of this module alone: others start programs too
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path), "--models", "released"])
     args = compare.read_arguments()
-    compare.make_table(args, tmp_path, entrants, "data")
+    compare.make_table(args, tmp_path, entrants, "data", {"released": 40.0})
     assert sorted(spec.lr for spec in made if not spec.final) == pytest.approx([0.01, 0.02, 0.04])
-    assert [(spec.lr, spec.seed) for spec in made if spec.final] == [(0.02, 1), (0.02, 2), (0.02, 3)]
+    assert [(spec.lr, spec.seed, spec.steps) for spec in made if spec.final] == [(0.02, s, 200) for s in (1, 2, 3)]
     assert "2.0200 ± 0.0100 (3)" in capsys.readouterr().out
     next(tmp_path.glob("*seed2_5min.json")).unlink()
     made.clear()
-    compare.make_table(args, tmp_path, entrants, "data")
+    compare.make_table(args, tmp_path, entrants, "data", {"released": 40.0})
     assert [spec.seed for spec in made] == [2]
 
 
 def test_the_chosen_rate_lies_between_two_that_are_worse():
-    def make(runs):
+    def make(rates):
+        runs = [compare.Run(model, lr, 0, 1.0, 5, False) for model, lr in rates]
         return {r: {"chosen_by": math.nan if r.lr > 0.1 else abs(math.log(r.lr / optimum[r.model]))} for r in runs}
 
     optimum = {"released": 0.021, "llama": 0.0008}
     entrants = {name: SimpleNamespace(config=SimpleNamespace(lr=lr)) for name, lr in (("released", 0.02), ("llama", 0.006))}
-    tried, best = compare.choose_rates(entrants, 1.0, make)
+    tried, best = compare.choose_rates(entrants, make)
     assert best == pytest.approx({"released": 0.02, "llama": 0.00075})
     assert sorted(r.lr for r in tried if r.model == "llama") == pytest.approx([0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012])
 
 
-def test_a_run_keeps_to_its_cpu_time_and_measures_the_splits(tmp_path):
+def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     (tmp_path / "tale.txt").write_text("".join(f"The {i} bears met {i * i % 13} foxes.\n" for i in range(400)))
     config = make_config(SMALL | {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}, "test")
     entrant = compare.Contestant("tiny", config, compare.build_model)
     corpus = prepare(config, lambda line: None)
-    result = compare.run(entrant, compare.Run("tiny", 0.02, 1, 1 / 60, True), corpus, 4)
-    assert 1 <= result["seconds"] < 2
-    assert result["curve"][-1][1] == result["tokens"]
+    speed = compare.steps_per_minute({"tiny": entrant}, corpus, 4, tmp_path)
+    assert speed == compare.steps_per_minute({"tiny": entrant}, corpus, 4, tmp_path)  # read, not measured again
+    result = compare.run(entrant, compare.Run("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4)
+    assert len(result["curve"]) == compare.CURVE_POINTS
+    assert result["curve"][-1][:2] == [1 / 60, result["tokens"]] and result["tokens"] == 25 * 4 * config.block_size
     assert result["curve"][-1][2] < result["curve"][0][2]
     assert 0 < result["test_bits_per_byte"] < 8
 
