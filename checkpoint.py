@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from config import Config, InputError, load_config, make_config, read_json
 from decode import Decoder, PackedModel
-from model import MultinodalLM, State, WaveletLM, build_model
+from model import MultinodalLM, WaveletLM, build_model
 from packed import Weights, Widths
+from state import State
 from tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "best_model.safetensors"

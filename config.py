@@ -100,7 +100,9 @@ class Config(BaseModel):
     loop_iterations: int = option(1, "passes through the whole stack; the loss averages over them", ge=1)
 
     # Network: lifting wavelet
-    wavelet_mode: Literal["lifting", "haar"] = option("lifting", "learned lifting, or the fixed Haar wavelet")
+    wavelet_mode: Literal["lifting", "diagonal", "haar"] = option(
+        "lifting", "learned lifting by networks, learned lifting by a gain per channel, or the fixed Haar wavelet"
+    )
     shared_lifting_weights: bool = option(True, "one lifting for all blocks", "off: −0.024 (untied lifting)")
     untied_reconstruction: bool = option(False, "reconstruction has Update networks of its own")
     lifting_linear_only: bool = option(False, "Predict and Update are single linear maps", "on: +0.009 to +0.017")

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from model import Block, LanguageModel, Lifting, MultiBasis, RunningMean, ScaleNorm, State
+from model import Block, Diagonal, LanguageModel, Lifting, MultiBasis, RunningMean, ScaleNorm
 from packed import Weights, Widths, round_up
+from state import State
 
 ROOM = 64  # positions that a tape holds beyond its window at the least: it is copied once in so many steps
 
@@ -180,7 +181,7 @@ class FoldedLifting:
 
 
 class OwnWavelet:
-    """The decomposition by the model's own module: fixed, or of several bases."""
+    """The decomposition by the model's own module: without matrices, or of several bases."""
 
     def __init__(self, wavelet: Lifting | MultiBasis, name: str, weights: Weights):
         self.wavelet = weights.module(name, wavelet)
@@ -195,9 +196,14 @@ class OwnWavelet:
         return {name: block[name] for name in self.names}
 
 
-def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear]:
+def has_matrices(wavelet: nn.Module) -> bool:
+    """Whether its decomposition is products of matrices, that others can be folded into."""
+    return isinstance(wavelet, Lifting) and not wavelet.fixed and not isinstance(wavelet.predict_nets[0], Diagonal)
+
+
+def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear | Diagonal]:
     """A Predict or Update network's hidden layer (None where it is linear) and last layer."""
-    return (None, net) if isinstance(net, nn.Linear) else (net[0], net[-1])
+    return (net[0], net[-1]) if isinstance(net, nn.Sequential) else (None, net)
 
 
 # ===== Mixers, and the wavelet the other way
@@ -287,7 +293,8 @@ class FoldedReconstruction:
             nets = [linears(net) for net in reversed(block.inverse_update_nets or wavelet.update_nets)]
             gains = [-(math.sqrt(share) ** (details - s)) for s in range(1, details + 1)]
             for (hidden, last), gain, below in zip(nets, gains, after[1:], strict=True):
-                parts.append(gain * (matrix @ last.weight if hidden is not None else matrix @ last.weight @ below))
+                updated = matrix * last.weight if isinstance(last, Diagonal) else matrix @ last.weight
+                parts.append(gain * (updated if hidden is not None else updated @ below))
                 bias = bias + gain * (matrix @ last.bias)
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
@@ -523,7 +530,7 @@ class DecoderCell:
     def __init__(self, cell, name: str, weights: Weights):
         self.embedding = weights.table(f"{name}embedding", cell.token_embedding.weight * cell.embed_scale, "embedding")
         prepared = [
-            (FoldedLifting if isinstance(w, Lifting) and not w.fixed else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
+            (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
         ]
         blocks = [

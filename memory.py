@@ -13,14 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
-
-BlockState = dict[str, Tensor]
-
-
-def remember(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts the remembered inputs `past` (B, n, ·) before `x` (B, T, ·): returns both joined, and the last n of them."""
-    joined = torch.cat([past, x], dim=1)
-    return joined, joined[:, x.size(1) :].clone()  # a copy: a view would keep the whole chunk in memory
+from state import BlockState, remember
 
 
 class ProductKeyMemory(nn.Module):

@@ -7,8 +7,8 @@
             x → LayerNorm → MLP + memories (memory.py) → + x
 
 Nothing here attends and nothing has a position. Only three things look back: the lags of the lifting wavelet, the running
-mean, and (if asked) the memories that a text writes. What they need of the past is a `State` of fixed size, so one code path
-serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
+mean, and (if asked) the memories that a text writes. What they need of the past is a `State` of fixed size (state.py), so one
+code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
 
 Letters: B batch, T positions, C channels, P the next power of two ≥ C, J levels, S = J + 1 scales (index 0 the coarsest),
 V vocabulary. Tensors are (B, T, channels), with the scales in front, (S, B, T, P), between decomposition and reconstruction.
@@ -27,44 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from loss import linear_cross_entropy
-from memory import AssociativeMemory, BlockState, FastWeightMemory, ProductKeyMemory, remember
-
-
-class State:
-    """What the network keeps of the text so far: for each block application a dict of tensors, batch rows first.
-
-    Its size does not depend on how much text went before. `detach` cuts the gradient (truncated BPTT), `select` forks or
-    reorders rows, `reset` starts some rows anew; checkpoint.py saves it.
-    """
-
-    def __init__(self, blocks: list[BlockState]):
-        self.blocks = blocks
-
-    def _map(self, function) -> "State":
-        return State([{name: function(tensor) for name, tensor in block.items()} for block in self.blocks])
-
-    def select(self, rows: Tensor | Sequence[int]) -> "State":
-        """The state of `rows` (indices into the batch, in any order and number)."""
-        return self._map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
-
-    def detach(self) -> "State":
-        return self._map(Tensor.detach)
-
-    def reset(self, rows: Tensor) -> "State":
-        """A state in which the rows where `rows` (B,) is True are at the start of a text; every start is all zeros."""
-        return self._map(lambda t: t.masked_fill(rows.to(t.device).view(-1, *[1] * (t.dim() - 1)), 0))
-
-    def to(self, device) -> "State":
-        return self._map(lambda tensor: tensor.to(device))
-
-    @property
-    def rows(self) -> int:
-        return next(iter(self.blocks[0].values())).size(0)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for block in self.blocks for tensor in block.values())
-
+from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
+from state import BlockState, State, remember
 
 # ===== Walsh–Hadamard transform
 
@@ -121,14 +85,26 @@ def build_transforms(config: Config) -> tuple[nn.Module, nn.Module]:
 # ===== Lifting wavelet
 
 
+class Diagonal(nn.Module):
+    """A linear map with a diagonal for its matrix: a gain and an offset per channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
 def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module:
     """A Predict (gain 1) or Update (gain ½) network of one level, position-wise, P → P.
 
     Under `init` "haar" it starts as gain·identity (up to the GELU), so that an untrained lifting is close to Haar's.
     """
     width, hidden = config.padded_width, config.padded_width * config.lifting_hidden_mult
-    if config.lifting_linear_only:
-        net = last = nn.Linear(width, width)
+    diagonal = config.wavelet_mode == "diagonal"
+    if diagonal or config.lifting_linear_only:
+        net = last = Diagonal(width) if diagonal else nn.Linear(width, width)
     else:
         first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
         net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
@@ -137,7 +113,7 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
         if init == "haar":
             nn.init.eye_(first.weight.data[:width])
     if init == "haar":
-        nn.init.eye_(last.weight).data.mul_(gain)
+        (nn.init.ones_ if diagonal else nn.init.eye_)(last.weight).data.mul_(gain)
     elif init == "zero":
         nn.init.zeros_(last.weight)
     else:
@@ -153,7 +129,8 @@ class Lifting(nn.Module):
 
     odd = lagged cur, detail = (odd − Predict(cur)) / √2, approx = (cur + Update(detail)) / √2, cur ← approx
     (after Sweldens, "The lifting scheme", 1998; here without subsampling, so that every position has its coefficients).
-    wavelet_mode "haar" is the fixed wavelet detail = (cur − odd) / √2, approx = (cur + odd) / √2, without weights.
+    wavelet_mode "diagonal" has a gain per channel for each network; "haar" is the fixed wavelet detail = (cur − odd) / √2,
+    approx = (cur + odd) / √2, without weights.
     """
 
     def __init__(self, config: Config, init: str):

@@ -18,7 +18,7 @@ from checkpoint import own_tensors, save_plain
 from config import Config, InputError
 from data import Corpus, training_order
 from distributed import World, load_shards, remove_other_shards, save_shards, saved_shapes
-from model import State, build_model
+from model import build_model
 from optimizers import (
     WeightAverage,
     learning_rate,
@@ -31,6 +31,7 @@ from optimizers import (
     step_if,
 )
 from record import Record
+from state import State
 
 LATEST = "latest.pt"  # everything a run needs to go on; our own tensors and numbers, read with weights_only
 PATIENCE = 10  # steps in a row without a finite gradient before a run gives up

@@ -13,7 +13,7 @@ import evaluate
 from checkpoint import save_model
 from config import InputError, save_config
 from evaluate import bigram_nats, figures, original_text, read_tokens, score
-from model import State
+from state import State
 from tokenizer import ByteTokenizer
 
 

@@ -35,6 +35,7 @@ KINDS = {  # the ways of looking back
     "no bypass, no crawl": {"decompose_bypass": False, "wavelet_crawl": False},
     "moving average": {"decompose_bypass_ema": True},
     "haar": {"wavelet_mode": "haar"},
+    "diagonal": {"wavelet_mode": "diagonal"},
     "two bases": {"multi_basis_lifting": True},
     "untied": {"untied_reconstruction": True, "shared_lifting_weights": False},
     "loops": {"looped_blocks": True, "looped_blocks_count": 3, "loop_iterations": 2},

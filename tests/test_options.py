@@ -28,7 +28,7 @@ OPTIONS: dict[str, list[dict]] = {
     "levels": [{}, {"levels": 1}, {"levels": 5}],
     "wavelet": [
         {}, {"multi_basis_lifting": True}, {"untied_reconstruction": True}, {"wavelet_mode": "haar"},
-        {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
+        {"wavelet_mode": "diagonal"}, {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
     ],
     "lifting_linear_only": [{}, {"lifting_linear_only": True}],
     "lifting_hidden_mult": [{}, {"lifting_hidden_mult": 2}],
