@@ -376,6 +376,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, **options: Any):
         super().__init__(description=description, allow_abbrev=False, **options)
 
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            raise InputError(f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        return known
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 

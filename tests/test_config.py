@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from config import (
     SECTIONS,
     Config,
     InputError,
+    Parser,
     add_config_options,
     given_options,
     load_config,
@@ -36,7 +38,7 @@ def error_of(values: dict) -> str:
 
 
 def command_line(*arguments: str) -> dict:
-    parser = argparse.ArgumentParser()
+    parser = Parser("")
     parser.add_argument("--config")
     add_config_options(parser)
     return given_options(parser.parse_args(arguments))
@@ -49,6 +51,12 @@ def command_line(*arguments: str) -> dict:
 def test_an_unknown_key_is_an_error_that_suggests_the_nearest(wrong, right):
     line = error_of({wrong: 3})
     assert wrong in line and f"did you mean {right}" in line
+
+
+@pytest.mark.parametrize("wrong, hint", [("--levles", "did you mean --levels?"), ("--qqqq=3", "see --help")])
+def test_an_unknown_option_is_an_error_that_names_it(wrong, hint):
+    with pytest.raises(InputError, match=re.escape(f"unknown option {wrong.partition('=')[0]}; {hint}")):
+        command_line(wrong, "3")
 
 
 def test_an_unknown_key_unlike_any_other_is_an_error_that_names_it():
