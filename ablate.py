@@ -105,9 +105,9 @@ def seconds_per_step(model: nn.Module, config: Config, windows: Windows, rounds:
     return min(times[1:])
 
 
-def steps_in(minutes: float, measure: dict[str, Callable[[], float]], path: Path) -> dict[str, int]:
-    """How many steps each can make in that CPU time. Seconds per step are measured in turn, so that a machine whose speed
-    changes is fair to all, and kept in the file `path`: a later command must not give other steps."""
+def seconds_of_each(measure: dict[str, Callable[[], float]], path: Path) -> dict[str, float]:
+    """Seconds per step, measured in turn, so that a machine whose speed changes is fair to all, and kept in the file `path`: a
+    later command must not give other steps."""
     known = read_json(path) if path.exists() else {}
     missing = {key: seconds for key, seconds in measure.items() if key not in known}
     if missing:
@@ -116,7 +116,11 @@ def steps_in(minutes: float, measure: dict[str, Callable[[], float]], path: Path
         known |= {key: statistics.median(turn[key] for turn in turns) for key in missing}
         with written_whole(path) as beside:
             beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    return {key: max(1, round(60 * minutes / known[key])) for key in measure}
+    return {key: known[key] for key in measure}
+
+
+def steps_in(minutes: float, seconds: float) -> int:
+    return max(1, round(60 * minutes / seconds))
 
 
 def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
@@ -132,8 +136,8 @@ def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -
         windows = Windows(corpus.train, variant.config.block_size, batches[variant.name], 0)
         return seconds_per_step(model, variant.config, windows)
 
-    steps = steps_in(args.minutes, {v.key: partial(seconds, v) for v in variants}, out / "speed.json")
-    return {v.name: steps[v.key] for v in variants}
+    each = seconds_of_each({v.key: partial(seconds, v) for v in variants}, out / "speed.json")
+    return {v.name: steps_in(args.minutes, each[v.key]) for v in variants}
 
 
 # Runs

@@ -143,7 +143,7 @@ def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Co
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: its metadata does not name the bits of each component; quantise the run again") from None
     with torch.device("meta"):
-        model = build_model(config, vocab_size)
+        model = build_model(config, vocab_size).eval()
     weights = Weights(widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path))
     return PackedModel(Decoder(model, weights=weights)).eval()
 

@@ -101,7 +101,7 @@ class Config(BaseModel):
 
     # Network: lifting wavelet
     wavelet_mode: Literal["lifting", "diagonal", "haar"] = option(
-        "lifting", "learned lifting by networks, learned lifting by a gain per channel, or the fixed Haar wavelet"
+        "lifting", "learned lifting by networks (lifting), by a gain per channel (diagonal), or the fixed Haar wavelet"
     )
     shared_lifting_weights: bool = option(True, "one lifting for all blocks", "off: −0.024 (untied lifting)")
     untied_reconstruction: bool = option(False, "reconstruction has Update networks of its own")
@@ -112,7 +112,7 @@ class Config(BaseModel):
     wavelet_crawl: bool = option(True, "learn each level's lag as a mixture of wavelet_crawl_k neighbours", "off: +0.018")
     wavelet_crawl_k: int = option(3, "lags in the mixture, odd", "3→33: −0.013", ge=1)
     scale_norm: bool = option(False, "RMSNorm of each scale's coefficients, before the mixers and after them", "on: −0.003")
-    multi_basis_lifting: bool = option(False, "several liftings, blended per scale")
+    multi_basis_lifting: bool = option(False, "several liftings, blended per scale (wavelet_mode lifting)")
     multi_basis_inits: Bases = option(("haar", "random"), "initial lifting of each basis", min_length=1)
 
     # Network: bypass and embedding
@@ -316,7 +316,7 @@ def _contradictions(c: Config):
     if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
         yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
     if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode == "haar"):
-        yield "untied_reconstruction: needs wavelet_mode lifting with a single basis (multi_basis_lifting false)"
+        yield "untied_reconstruction: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
     if not c.decompose_bypass and c.decompose_bypass_ema:
         yield "decompose_bypass_ema: needs decompose_bypass"
     if c.multinodal_enabled and c.multinodal_cross_cell_gating and c.multinodal_num_cells < 2:

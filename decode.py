@@ -15,9 +15,9 @@ The same numbers as the model's, from fewer and larger products, read at full ba
 - All projections into an associative memory are one matrix.
 - What looks back is a `Tape`, so a step writes one position and copies nothing.
 
-What cannot be folded (mixers in a row, several bases, norms per scale, memories that the text writes, the moving average)
-is the model's own module, chosen here when the decoder is built. A step of one token and a chunk of many share all but the
-way through time. Nothing here was ever run on a GPU.
+What cannot be folded (mixers in a row, several bases, a wavelet without matrices, norms per scale, fast weights, the moving
+average) is the model's own module, chosen here when the decoder is built. A step of one token and a chunk of many share all
+but the way through time. Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
 """
@@ -293,9 +293,11 @@ class FoldedReconstruction:
             nets = [linears(net) for net in reversed(block.inverse_update_nets or wavelet.update_nets)]
             gains = [-(math.sqrt(share) ** (details - s)) for s in range(1, details + 1)]
             for (hidden, last), gain, below in zip(nets, gains, after[1:], strict=True):
-                updated = matrix * last.weight if isinstance(last, Diagonal) else matrix @ last.weight
+                # of a quantised file, what else stands here has shapes only, and lies on the meta device
+                weight, offset = last.weight.to(matrix.device), last.bias.to(matrix.device)
+                updated = matrix * weight if isinstance(last, Diagonal) else matrix @ weight
                 parts.append(gain * (updated if hidden is not None else updated @ below))
-                bias = bias + gain * (matrix @ last.bias)
+                bias = bias + gain * (matrix @ offset)
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
                 self.hidden = weights.stack(f"{name}.hidden", firsts, ["lifting"] * details)

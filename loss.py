@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-LOGITS_AT_A_TIME = 2**22  # numbers: 32 MB in fp32
+LOGITS_AT_A_TIME = 2**22  # numbers: 16 MB in fp32
 
 
 def autocast_type(like: Tensor) -> torch.dtype:
@@ -37,16 +37,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_w.addmm_(error.T, part)  # in place: a product of its own would be as large as the weight
                 else:
                     grad_w += error.T @ part
-        ctx.gradients = grad_h, grad_w
+        ctx.save_for_backward(grad_h, grad_w)
         ctx.tokens = h.size(0)
         return total / h.size(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        (grad_h, grad_w), scale = ctx.gradients, gradient / ctx.tokens
-        ctx.gradients = None  # scaled in place, not copied: a second backward pass fails, as it does for freed tensors
-        return grad_h.mul_(scale), grad_w.mul_(scale), None, None, None
+        (grad_h, grad_w), scale = ctx.saved_tensors, gradient / ctx.tokens
+        return grad_h.mul_(scale), grad_w.mul_(scale), None, None, None  # in place: a copy would be as large as the weight
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

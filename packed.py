@@ -122,9 +122,14 @@ class FloatMatrix:
         return torch.baddbmm(add.reshape(self.BLOCKS, -1, 1), self.cut, column, beta=beta).view(1, -1)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16; without them they are imitated, slowly."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def wide_type(device: torch.device) -> torch.dtype:
-    """What weights are unpacked to for many rows: bf16, but fp32 on a CPU that would imitate bf16's products."""
-    return torch.float32 if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.bfloat16
+    """What weights are unpacked to for many rows."""
+    return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
 
 
 class HalfMatrix:
@@ -135,7 +140,7 @@ class HalfMatrix:
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         weight = tensors["float16"]
         self.wide = wide_type(weight.device)
-        self.packed = weight.device.type == "cpu" and self.wide == torch.bfloat16
+        self.packed = weight.device.type == "cpu" and self.wide == torch.bfloat16 and torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
@@ -183,11 +188,11 @@ class Int4Matrix:
         if packed.device.type == "cpu":
             self.block = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(from_int4(packed).int(), 1)
-            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
+            self.kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:  # the CUDA kernel wants the even input in a byte's high half
             self.block = 0
             self.weight = torch.ops.aten._convert_weight_to_int4pack((packed << 4) | (packed >> 4), 8)
-            self.product = torch.ops.aten._weight_int4pack_mm
+            self.kernel = torch.ops.aten._weight_int4pack_mm
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The columns of Wᵀ that are the blocks `first` to `last` − 1: (in, (last − first)·block)."""
@@ -201,7 +206,7 @@ class Int4Matrix:
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         if x.size(0) <= FEW_INT4 or not self.block:
-            y = self.product(filled(x.to(torch.bfloat16), self.inputs), self.weight, self.group, self.steps)
+            y = self.kernel(filled(x.to(torch.bfloat16), self.inputs), self.weight, self.group, self.steps)
         else:
             x = filled(x.to(self.wide), self.inputs)
             blocks, each = self.steps.size(1) // self.block, max(1, UNPACKED // (self.inputs * self.block))
@@ -347,8 +352,8 @@ class Weights:
             self.used.add(name)
             return {key: own[key] for key in made}
         tensors = {key: t.detach() for key, t in made.items()}
-        if self.saved is not None:
-            self.saved |= {f"{name}/{key}": t for key, t in tensors.items()}
+        if self.saved is not None:  # copies: two names may be given one tensor, and a file holds each once
+            self.saved |= {f"{name}/{key}": t.clone() for key, t in tensors.items()}
         return tensors
 
     def check(self) -> None:

@@ -24,8 +24,8 @@ COMPONENTS = {
     "lifting": "the wavelet's networks, both ways, and the projection after them",
     "bypass": "what the running mean of the block below goes through",
     "mlp": "the MLP",
-    "memory": "values of the product-key memories",
-    "query": "what makes the memories' queries",
+    "memory": "values of the product-key memories, output of the associative memory",
+    "query": "what the memories make of their input: queries, and an associative memory's keys, values and gates",
     "embedding": "the token embedding",
     "head": "the head",
 }

@@ -30,6 +30,7 @@ from optimizers import (
     state_tensors,
     step_if,
 )
+from packed import cpu_multiplies_bf16
 from record import Record
 from state import State
 
@@ -239,8 +240,7 @@ def autocast_type(config: Config, device: str) -> torch.dtype | None:
         return None
     if device == "cuda":
         return torch.float16 if config.amp_dtype == "fp16" else torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else None
+    return torch.bfloat16 if cpu_multiplies_bf16() else None
 
 
 def compiled_loss(trainer: Trainer) -> Callable:

@@ -4,10 +4,11 @@
     python benchmarks/compare.py --dataset my_books/ --out runs/compare --models released best=configs/best-small.json llama
 
 Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and evaluation, fp32 and a single
-thread. Its learning rate is the best of short runs, by validation: rates are doubled or halved until the best one is no longer
-at the edge of those tried. Then come full runs, one per seed. Minutes are of CPU time on one thread: how many steps each
-contestant makes in them is measured first, all in turn, so that a busy machine is fair to all. A run is a process of its own
-(its peak memory is its own) and is saved when done: the same command again makes only what is missing.
+thread. Its learning rate is the best of short runs, by validation: rates are doubled or halved until the best one is no
+longer at the edge of those tried (or six were tried). Then come full runs, one per seed. Minutes are of CPU time on one
+thread: how many steps each contestant makes in them is measured first, all in turn, so that a busy machine is fair to all. A
+run is a process of its own (its peak memory is its own) and is saved when done: the same command again makes only what is
+missing.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ablate import seconds_per_step, steps_in  # noqa: E402
+from ablate import seconds_of_each, seconds_per_step, steps_in  # noqa: E402
 from checkpoint import written_whole  # noqa: E402
 from config import Config, InputError, Parser, load_config, run_command  # noqa: E402
 from data import Corpus, Windows, prepare  # noqa: E402
@@ -158,14 +159,19 @@ class Run:
         """Where its result lies."""
         end = "" if self.final else "-choice"
         name = full_name(contestant(self.model, block_size), data)
-        return out / f"{name}_lr{self.lr:g}_seed{self.seed}_{self.minutes:g}min{end}.json"
+        return out / f"{name}_lr{self.lr:g}_seed{self.seed}_steps{self.steps}{end}.json"
 
 
 def full_name(entrant: Contestant, data: str) -> str:
-    """With a digest of all but learning rate, seed and minutes that decides a run."""
+    """With a digest of all but learning rate, seed and steps that decides a run."""
+    config = entrant.config
     unlike = {"seed", "lr", "min_lr", "muon_lr", "out_dir", "cache_dir", "log_interval", "eval_interval"}
-    settings = entrant.config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
-    digest = hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:8]
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
+    shape = getattr(entrant.build, "keywords", {}) | {
+        "min_lr": config.min_lr / config.lr,
+        "muon_lr": config.muon_lr / config.lr,
+    }
+    digest = hashlib.sha256(json.dumps([settings, shape, data], sort_keys=True).encode()).hexdigest()[:8]
     return f"{entrant.name}-{digest}"
 
 
@@ -350,27 +356,27 @@ def main() -> None:
     if set(args.models) & set(FOREIGN):
         transformers_library()
     with alone(out):
-        make_table(args, out, entrants, digest, steps_per_minute(entrants, corpus, args.batch, out))
+        names = {model: full_name(entrant, digest) for model, entrant in entrants.items()}
+        timed = seconds_of_each(
+            {names[m]: step_timer(entrant, corpus, args.batch) for m, entrant in entrants.items()}, out / "speed.json"
+        )
+        make_table(args, out, entrants, digest, {model: timed[name] for model, name in names.items()})
 
 
-def steps_per_minute(entrants: dict[str, Contestant], corpus: Corpus, batch: int, out: Path) -> dict[str, float]:
-    """By model."""
-
-    def seconds(entrant: Contestant) -> float:
+def step_timer(entrant: Contestant, corpus: Corpus, batch: int) -> Callable[[], float]:
+    def seconds() -> float:
         torch.manual_seed(0)
         windows = Windows(corpus.train, entrant.config.block_size, batch, 0)
         return seconds_per_step(entrant.build(entrant.config, corpus.vocab_size), entrant.config, windows)
 
-    names = {model: full_name(entrant, data_digest(corpus, batch)) for model, entrant in entrants.items()}
-    steps = steps_in(1000, {names[m]: partial(seconds, entrant) for m, entrant in entrants.items()}, out / "speed.json")
-    return {model: steps[name] / 1000 for model, name in names.items()}
+    return seconds
 
 
 def make_table(
-    args: argparse.Namespace, out: Path, entrants: dict[str, Contestant], digest: str, speed: dict[str, float]
+    args: argparse.Namespace, out: Path, entrants: dict[str, Contestant], digest: str, seconds: dict[str, float]
 ) -> None:
     def runs(rates: Sequence[tuple[str, float]], seed: int, minutes: float, final: bool) -> list[Run]:
-        return [Run(model, lr, seed, minutes, max(1, round(minutes * speed[model])), final) for model, lr in rates]
+        return [Run(model, lr, seed, minutes, steps_in(minutes, seconds[model]), final) for model, lr in rates]
 
     def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
         return make_missing(runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:])

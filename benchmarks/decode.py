@@ -216,8 +216,8 @@ def recipes(args: argparse.Namespace) -> dict:
         config = load_config(file)
         torch.manual_seed(0)
         model = build_model(config, args.vocab_size).eval()
-        embeddings = {id(p): p.numel() for p in (model.token_embedding.weight, model.lm_head.weight)}
-        result[file] = {"parameters_besides_embeddings": sum(p.numel() for p in model.parameters()) - sum(embeddings.values())}
+        tables = {p for cell in model.cells for p in (cell.token_embedding.weight, cell.lm_head.weight)}
+        result[file] = {"parameters_besides_embeddings": sum(p.numel() for p in model.parameters() if p not in tables)}
         for bits in NAMES:
             decoder = Decoder(model, bits)
             state = states_at(decoder, [256], args.vocab_size)[256]

@@ -77,13 +77,13 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=finish))  # of this module alone: others start programs too
     monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path), "--models", "released"])
     args = compare.read_arguments()
-    compare.make_table(args, tmp_path, entrants, "data", {"released": 40.0})
+    compare.make_table(args, tmp_path, entrants, "data", {"released": 1.5})
     assert sorted(spec.lr for spec in made if not spec.final) == pytest.approx([0.01, 0.02, 0.04])
     assert [(spec.lr, spec.seed, spec.steps) for spec in made if spec.final] == [(0.02, s, 200) for s in (1, 2, 3)]
     assert "2.0200 ± 0.0100 (3)" in capsys.readouterr().out
-    next(tmp_path.glob("*seed2_5min.json")).unlink()
+    next(tmp_path.glob("*seed2_steps200.json")).unlink()
     made.clear()
-    compare.make_table(args, tmp_path, entrants, "data", {"released": 40.0})
+    compare.make_table(args, tmp_path, entrants, "data", {"released": 1.5})
     assert [spec.seed for spec in made] == [2]
 
 
@@ -104,8 +104,10 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     config = make_config(SMALL | {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}, "test")
     entrant = compare.Contestant("tiny", config, compare.build_model)
     corpus = prepare(config, lambda line: None)
-    speed = compare.steps_per_minute({"tiny": entrant}, corpus, 4, tmp_path)
-    assert speed == compare.steps_per_minute({"tiny": entrant}, corpus, 4, tmp_path)  # read, not measured again
+    timers = {"tiny": compare.step_timer(entrant, corpus, 4)}
+    seconds = compare.seconds_of_each(timers, tmp_path / "speed.json")
+    assert seconds["tiny"] > 0
+    assert compare.seconds_of_each(timers, tmp_path / "speed.json") == seconds  # read, not measured again
     result = compare.run(entrant, compare.Run("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4)
     assert len(result["curve"]) == compare.CURVE_POINTS
     assert result["curve"][-1][:2] == [1 / 60, result["tokens"]] and result["tokens"] == 25 * 4 * config.block_size

@@ -36,6 +36,7 @@ def test_activations_are_those_that_autograd_keeps(checkpointed):
         model.loss(ids, ids)
     kept = saved.nbytes - model.lm_head.weight.nbytes
     assert plan(config, 1, VOCAB, None)["activations"] == pytest.approx(kept, rel=0.02)
+    assert plan(config, 1, 100 * VOCAB, None)["activations"] == pytest.approx(kept, rel=0.02)  # the head's is the loss's
 
 
 def test_recomputation_and_shards_take_less_memory():

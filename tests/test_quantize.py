@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import random_ids, save_byte_run, tiny
+from test_decode import ALONE
+from test_options import network
 
 import evaluate
 import generate
@@ -13,6 +15,7 @@ import quantize
 from checkpoint import load_model, load_tensors, save_tensors
 from config import InputError
 from decode import Decoder
+from packed import Widths
 from tokenizer import ByteTokenizer
 
 
@@ -48,6 +51,15 @@ def test_a_quantised_checkpoint_gives_the_decoders_logits(run_folder, packed, bi
     ids = random_ids(2, 20)
     assert torch.equal(model(ids)[0], Decoder(original, bits)(ids, last_only=False)[0])
     assert config == config_before and tokenizer.name == ByteTokenizer().name
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_every_option_s_quantised_file_gives_the_decoders_logits(case, tmp_path):
+    original = network(case)
+    quantize.quantise(original, original.config, None, Widths.of(8), tmp_path)
+    model, _, _ = load_model(tmp_path)
+    ids = random_ids(2, 9)
+    assert torch.equal(model(ids)[0], Decoder(original, 8)(ids, last_only=False)[0])
 
 
 def test_files_are_a_checkpoints_own(packed):
