@@ -28,10 +28,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, h.size(0), rows):
             part, target = h_low[start : start + rows], targets[start : start + rows, None]
             logits = (part @ w_low.T).float()
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, target)).sum()
+            wanted, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
+            softmax = logits.sub_(highest).exp_()  # in place, as all that follows: every pass is over the largest tensor
+            sums = softmax.sum(1, keepdim=True)
+            total += (sums.log() + highest - wanted).sum()
             if want_gradient:
-                error = (logits - normaliser).exp_().scatter_add_(1, target, logits.new_full(target.shape, -1.0)).to(kind)
+                error = softmax.div_(sums).scatter_add_(1, target, sums.new_full(target.shape, -1.0)).to(kind)
                 grad_h[start : start + rows] = error @ w_low
                 if kind == grad_w.dtype:
                     grad_w.addmm_(error.T, part)  # in place: a product of its own would be as large as the weight

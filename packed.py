@@ -20,7 +20,7 @@ from config import InputError
 FEW_FLOAT, FEW_HALF, FEW_INT8, FEW_INT4 = 128, 4, 32, 64  # rows up to which the route for few rows is the faster one
 FEW_STACKED = 4  # the same for several fp32 matrices at once
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
-UNPACKED = 2**21  # weights that are unpacked at a time
+UNPACKED, LEAST_ROWS = 2**20, 256  # weights that are unpacked at a time; rows of a weight that are, at the least
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
 
 
@@ -132,6 +132,11 @@ def wide_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
 
 
+def at_a_time(inputs: int) -> int:
+    """Rows of a weight with so many inputs that are unpacked at a time: what a cache holds, but enough for a fast product."""
+    return max(LEAST_ROWS, UNPACKED // inputs)
+
+
 class HalfMatrix:
     """bf16, in oneDNN's own layout on a CPU that multiplies it."""
 
@@ -146,9 +151,11 @@ class HalfMatrix:
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         if self.packed:
             y = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, None, "none", [], "")
+        elif x.size(0) <= FEW_HALF or self.wide == torch.bfloat16:
+            y = F.linear(x.to(torch.bfloat16), self.weight)
         else:
-            kind = torch.bfloat16 if x.size(0) <= FEW_HALF else self.wide
-            y = product(x.to(kind), self.weight.to(kind))
+            x = x.to(self.wide)
+            y = torch.cat([product(x, part.to(self.wide)) for part in self.weight.split(at_a_time(x.size(1)))], dim=1)
         return y if add is None else torch.add(y, add, alpha=beta)
 
 
@@ -167,7 +174,7 @@ class Int8Matrix:
             y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
         else:
             x = filled(x.to(self.wide), self.weight.size(1))
-            slices = self.weight.split(max(1, UNPACKED // x.size(1)))
+            slices = self.weight.split(at_a_time(x.size(1)))
             y = torch.cat([product(x, part.to(self.wide)) for part in slices], dim=1).mul_(self.scale)
         return y if add is None else torch.add(y, add, alpha=beta)
 
@@ -209,7 +216,7 @@ class Int4Matrix:
             y = self.kernel(filled(x.to(torch.bfloat16), self.inputs), self.weight, self.group, self.steps)
         else:
             x = filled(x.to(self.wide), self.inputs)
-            blocks, each = self.steps.size(1) // self.block, max(1, UNPACKED // (self.inputs * self.block))
+            blocks, each = self.steps.size(1) // self.block, max(1, at_a_time(self.inputs) // self.block)
             slices = (self.unpacked(first, min(first + each, blocks)) for first in range(0, blocks, each))
             y = torch.cat([product(x, part.T) for part in slices], dim=1)
         y = y[:, : self.outputs]
