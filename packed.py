@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import InputError
 
-FEW_FLOAT, FEW_HALF, FEW_INT8, FEW_INT4 = 128, 4, 32, 64  # rows up to which the route for few rows is the faster one
+FEW_FLOAT, FEW_HALF, FEW_INT8, FEW_INT4 = 128, 4, 16, 64  # rows up to which the route for few rows is the faster one
 FEW_STACKED = 4  # the same for several fp32 matrices at once
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
 UNPACKED, LEAST_ROWS = 2**20, 256  # weights that are unpacked at a time; rows of a weight that are, at the least
