@@ -293,8 +293,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         minutes, _, bits = zip(*result["curve"], strict=True)
         axes.plot(minutes, bits, color=colour, marker="o", markersize=3, alpha=0.7, label=result["model"] if new else None)
     axes.set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend()
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=120)
