@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch import nn
 
 from checkpoint import written_whole
 from config import Config, InputError, Parser, load_config, make_config, read_json, run_command, save_config
-from data import Windows, prepare
+from data import Corpus, Windows, prepare
 from model import build_model
 from optimizers import clipped_step, make_optimizers
 from tables import markdown_table, mean_deviation, put_first
@@ -93,16 +92,22 @@ def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[
 # How many steps a variant gets
 
 
-def seconds_per_step(model: nn.Module, config: Config, windows: Windows, rounds: int = 3) -> float:
-    """CPU time of a training step: the least of a few, in fp32 on this thread."""
-    optimizers, times = make_optimizers(model, config), []
-    for step in range(rounds + 1):  # the first warms up
-        began = time.process_time()
-        loss, _ = model.loss(*windows.batch(step))
-        loss.backward()
-        clipped_step(model, optimizers, config.lr, config.grad_clip)
-        times.append(time.process_time() - began)
-    return min(times[1:])
+def step_timer(build: Callable[[Config, int], nn.Module], config: Config, corpus: Corpus, batch: int) -> Callable[[], float]:
+    """Measures the CPU time of a training step: the least of a few, in fp32 on this thread."""
+
+    def seconds(rounds: int = 3) -> float:
+        torch.manual_seed(0)
+        model, times = build(config, corpus.vocab_size), []
+        optimizers, windows = make_optimizers(model, config), Windows(corpus.train, config.block_size, batch, 0)
+        for step in range(rounds + 1):  # the first warms up
+            began = time.process_time()
+            loss, _ = model.loss(*windows.batch(step))
+            loss.backward()
+            clipped_step(model, optimizers, config.lr, config.grad_clip)
+            times.append(time.process_time() - began)
+        return min(times[1:])
+
+    return seconds
 
 
 def seconds_of_each(measure: dict[str, Callable[[], float]], path: Path) -> dict[str, float]:
@@ -129,14 +134,8 @@ def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -
     if args.tokens:
         return {v.name: max(1, args.tokens // (batches[v.name] * v.config.block_size)) for v in variants}
     corpus = prepare(variants[0].config)
-
-    def seconds(variant: Variant) -> float:
-        torch.manual_seed(0)
-        model = build_model(variant.config, corpus.vocab_size)
-        windows = Windows(corpus.train, variant.config.block_size, batches[variant.name], 0)
-        return seconds_per_step(model, variant.config, windows)
-
-    each = seconds_of_each({v.key: partial(seconds, v) for v in variants}, out / "speed.json")
+    timers = {v.key: step_timer(build_model, v.config, corpus, batches[v.name]) for v in variants}
+    each = seconds_of_each(timers, out / "speed.json")
     return {v.name: steps_in(args.minutes, each[v.key]) for v in variants}
 
 

@@ -394,6 +394,13 @@ class MLP:
         return self.last(h, torch.add(self.bias, x, alpha=alpha))
 
 
+def without_modules(memory: nn.Module) -> nn.Module:
+    """A copy of it with its own parameters and buffers, but not its matrices and tables, which are packed."""
+    bare = copy.copy(memory)
+    bare._modules = {}
+    return bare
+
+
 class Memory:
     """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
@@ -401,9 +408,7 @@ class Memory:
         self.alpha = weights.number(f"{name}.alpha", alpha)
         self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
         query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
-        keys = copy.copy(memory)  # without what is packed
-        keys._modules = {}
-        keys = weights.module(f"{name}.keys", keys)
+        keys = weights.module(f"{name}.keys", without_modules(memory))
         keys.query_proj = lambda h: query(h).float()
         self.lookup = keys.lookup
 
@@ -424,9 +429,7 @@ class Recall:
         self.inside = weights.matrix(f"{name}.inside", torch.cat([linear.weight for linear in projections]), "query")
         self.rates_bias = weights.keep(f"{name}.rates.bias", memory.forget_write.bias)
         self.output = weights.matrix(f"{name}.output", memory.output.weight * alpha, "memory")
-        kernel = copy.copy(memory)  # without what is packed
-        kernel._modules = {}
-        self.read = weights.module(f"{name}.kernel", kernel).read
+        self.read = weights.module(f"{name}.kernel", without_modules(memory)).read
         self.names = list(memory.start(0, alpha.detach()))
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:

@@ -96,6 +96,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.T).T if turned else F.linear(x, weight)
 
 
+def plus(y: Tensor, add: Tensor | None, beta: float) -> Tensor:
+    """y + beta·add."""
+    return y if add is None else torch.add(y, add, alpha=beta)
+
+
 class FloatMatrix:
     """fp32, by the products that read memory fastest on a CPU (MKL's on AMD; its plain one reaches a quarter of that). One
     row: W is cut into row blocks, filled up with zeros to a whole number of them, and multiplied as a batch. A few: W xᵀ."""
@@ -111,14 +116,12 @@ class FloatMatrix:
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         x, rows = x.float(), x.size(0)
         if rows > 1 or x.device.type != "cpu":
-            y = product(x, self.weight[: self.outputs])
-            return y if add is None else torch.add(y, add, alpha=beta)
+            return plus(product(x, self.weight[: self.outputs]), add, beta)
         # A column-major matrix, said by its strides: taken for a row-major one it is three times slower.
         inputs = x.size(1)
         column = x.reshape(inputs).as_strided((self.BLOCKS, inputs, 1), (0, 1, inputs))
         if add is None or self.weight.size(0) != self.outputs:
-            y = torch.bmm(self.cut, column).view(1, -1)[:, : self.outputs]
-            return y if add is None else torch.add(y, add, alpha=beta)
+            return plus(torch.bmm(self.cut, column).view(1, -1)[:, : self.outputs], add, beta)
         return torch.baddbmm(add.reshape(self.BLOCKS, -1, 1), self.cut, column, beta=beta).view(1, -1)
 
 
@@ -135,6 +138,11 @@ def wide_type(device: torch.device) -> torch.dtype:
 def at_a_time(inputs: int) -> int:
     """Rows of a weight with so many inputs that are unpacked at a time: what a cache holds, but enough for a fast product."""
     return max(LEAST_ROWS, UNPACKED // inputs)
+
+
+def product_by_slices(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ of a weight of another type, of which a slice at a time is brought to x's."""
+    return torch.cat([product(x, part.to(x.dtype)) for part in weight.split(at_a_time(x.size(1)))], dim=1)
 
 
 class HalfMatrix:
@@ -154,9 +162,8 @@ class HalfMatrix:
         elif x.size(0) <= FEW_HALF or self.wide == torch.bfloat16:
             y = F.linear(x.to(torch.bfloat16), self.weight)
         else:
-            x = x.to(self.wide)
-            y = torch.cat([product(x, part.to(self.wide)) for part in self.weight.split(at_a_time(x.size(1)))], dim=1)
-        return y if add is None else torch.add(y, add, alpha=beta)
+            y = product_by_slices(x.to(self.wide), self.weight)
+        return plus(y, add, beta)
 
 
 class Int8Matrix:
@@ -174,9 +181,8 @@ class Int8Matrix:
             y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
         else:
             x = filled(x.to(self.wide), self.weight.size(1))
-            slices = self.weight.split(at_a_time(x.size(1)))
-            y = torch.cat([product(x, part.to(self.wide)) for part in slices], dim=1).mul_(self.scale)
-        return y if add is None else torch.add(y, add, alpha=beta)
+            y = product_by_slices(x, self.weight).mul_(self.scale)
+        return plus(y, add, beta)
 
 
 class Int4Matrix:
@@ -219,8 +225,7 @@ class Int4Matrix:
             blocks, each = self.steps.size(1) // self.block, max(1, at_a_time(self.inputs) // self.block)
             slices = (self.unpacked(first, min(first + each, blocks)) for first in range(0, blocks, each))
             y = torch.cat([product(x, part.T) for part in slices], dim=1)
-        y = y[:, : self.outputs]
-        return y if add is None else torch.add(y, add, alpha=beta)
+        return plus(y[:, : self.outputs], add, beta)
 
 
 MATRICES = {32: FloatMatrix, 16: HalfMatrix, 8: Int8Matrix, 4: Int4Matrix}

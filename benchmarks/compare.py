@@ -37,7 +37,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ablate import seconds_of_each, seconds_per_step, steps_in  # noqa: E402
+from ablate import seconds_of_each, step_timer, steps_in  # noqa: E402
 from checkpoint import written_whole  # noqa: E402
 from config import Config, InputError, Parser, load_config, run_command  # noqa: E402
 from data import Corpus, Windows, prepare  # noqa: E402
@@ -315,10 +315,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", default="logs/compare", help="folder of the runs, table.md and compare.png (default logs/compare)"
     )
-    models = "released, llama, llama-muon, mamba2, each also with -4m, or NAME=FILE, a WaveletLM's config"
-    parser.add_argument(
-        "--models", nargs="+", default=["released", "llama", "llama-muon", "mamba2"], metavar="MODEL", help=models
-    )
+    models = ["released", "llama", "llama-muon", "mamba2"]
+    known = f"{', '.join(models)} (the default), each also with -4m, or NAME=FILE, a WaveletLM's config"
+    parser.add_argument("--models", nargs="+", default=models, metavar="MODEL", help=known)
     parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the SentencePiece tokenizer (default 2048)")
     parser.add_argument("--cache_dir", default="cache", help="folder of the token files (default cache)")
@@ -356,19 +355,9 @@ def main() -> None:
         transformers_library()
     with alone(out):
         names = {model: full_name(entrant, digest) for model, entrant in entrants.items()}
-        timed = seconds_of_each(
-            {names[m]: step_timer(entrant, corpus, args.batch) for m, entrant in entrants.items()}, out / "speed.json"
-        )
+        timers = {names[m]: step_timer(entrant.build, entrant.config, corpus, args.batch) for m, entrant in entrants.items()}
+        timed = seconds_of_each(timers, out / "speed.json")
         make_table(args, out, entrants, digest, {model: timed[name] for model, name in names.items()})
-
-
-def step_timer(entrant: Contestant, corpus: Corpus, batch: int) -> Callable[[], float]:
-    def seconds() -> float:
-        torch.manual_seed(0)
-        windows = Windows(corpus.train, entrant.config.block_size, batch, 0)
-        return seconds_per_step(entrant.build(entrant.config, corpus.vocab_size), entrant.config, windows)
-
-    return seconds
 
 
 def make_table(

@@ -104,7 +104,7 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     config = make_config(SMALL | {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}, "test")
     entrant = compare.Contestant("tiny", config, compare.build_model)
     corpus = prepare(config, lambda line: None)
-    timers = {"tiny": compare.step_timer(entrant, corpus, 4)}
+    timers = {"tiny": compare.step_timer(entrant.build, config, corpus, 4)}
     seconds = compare.seconds_of_each(timers, tmp_path / "speed.json")
     assert seconds["tiny"] > 0
     assert compare.seconds_of_each(timers, tmp_path / "speed.json") == seconds  # read, not measured again
