@@ -109,8 +109,8 @@ class AssociativeMemory(nn.Module):
         S_t = α_t S_{t−1} + u_t k_tᵀ,  u_t = β_t (v_t − α_t S_{t−1} k_t),  o_t = S_t q_t
 
     so a key that comes again replaces its value, and one that does not stays. Keys and queries are of length 1. Both pass a
-    causal filter of 4 taps per channel: at first a query is made of its own position and a key of the one before, so what
-    followed a token is found when the token comes again.
+    causal filter of 4 taps per channel. At first both are the same projection, a query of its own position and a key of the
+    one before, so what followed a token is found when the token comes again.
     """
 
     TAPS = 4
@@ -121,6 +121,7 @@ class AssociativeMemory(nn.Module):
         self.heads, self.width = config.recall_heads, config.recall_dim
         inner = self.heads * self.width
         self.query_key = nn.Linear(config.C, 2 * inner, bias=False)
+        self.query_key.weight.data[inner:] = self.query_key.weight.data[:inner]
         self.value_gate = nn.Linear(config.C, 2 * inner, bias=False)
         self.forget_write = nn.Linear(config.C, 2 * self.heads)
         self.output = nn.Linear(inner, config.C, bias=False)
