@@ -142,7 +142,7 @@ def at_a_time(inputs: int) -> int:
 
 def product_by_slices(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of a weight of another type, of which a slice at a time is brought to x's."""
-    return torch.cat([product(x, part.to(x.dtype)) for part in weight.split(at_a_time(x.size(1)))], dim=1)
+    return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(at_a_time(x.size(1)))], dim=1)
 
 
 class HalfMatrix:
@@ -224,7 +224,7 @@ class Int4Matrix:
             x = filled(x.to(self.wide), self.inputs)
             blocks, each = self.steps.size(1) // self.block, max(1, at_a_time(self.inputs) // self.block)
             slices = (self.unpacked(first, min(first + each, blocks)) for first in range(0, blocks, each))
-            y = torch.cat([product(x, part.T) for part in slices], dim=1)
+            y = torch.cat([x @ part for part in slices], dim=1)
         return plus(y[:, : self.outputs], add, beta)
 
 
