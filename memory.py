@@ -127,7 +127,6 @@ class AssociativeMemory(nn.Module):
         self.output = nn.Linear(inner, config.C, bias=False)
         self.taps = nn.Parameter(torch.zeros(2, self.TAPS, inner))  # of queries and keys, the oldest position first
         self.taps.data[0, -1] = self.taps.data[1, -2] = 1.0
-        self.output.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
         nn.init.zeros_(self.forget_write.weight)
         # α between exp(−1/1024) and exp(−1/4) over the heads at first, β a half: memories of a thousand positions to a few.
         rates = torch.logspace(math.log10(1 / 1024), math.log10(1 / 4), self.heads)
