@@ -1,7 +1,7 @@
 """What a network can do with its context, as numbers.
 
-    python probes.py --checkpoint logs/RUN                                # three probes of a trained model, on its test split
-    python probes.py --mqar --config configs/quickstart.json --steps 2000   # trains a config on associative recall
+    python probes.py --checkpoint logs/RUN   # three probes of a trained model, on its test split
+    python probes.py --mqar --config configs/best-small.json --lr 0.001 --steps 100  # trains a config on associative recall
 
 - Loss by position: nats per token by the place in the window. A model that uses its context gets better along it.
 - Lift of a repeated passage: nats per token of a passage after another one, less those after the same one.
@@ -152,10 +152,16 @@ def recall_accuracy(model: nn.Module, rows: int) -> float:
     return (guesses == answers)[answers >= 0].double().mean().item()
 
 
-def recall_config(path: Path) -> Config:
-    """The config for the task: windows of its length, and no dropout."""
+def recall_config(path: Path, lr: float | None = None, seed: int | None = None) -> Config:
+    """The config for the task: windows of its length, no dropout; with another learning rate (its least goes along) or seed."""
+    config = load_config(path)
     places = ("embedding", "projection", "mixer", "mlp", "lm_head")
-    return load_config(path, block_size=LENGTH, **{f"dropout_{place}": 0.0 for place in places})
+    changes = {"block_size": LENGTH} | {f"dropout_{place}": 0.0 for place in places}
+    if lr is not None:
+        changes |= {"lr": lr, "min_lr": lr * config.min_lr / config.lr}
+    if seed is not None:
+        changes |= {"seed": seed}
+    return load_config(path, **changes)
 
 
 def main() -> None:
@@ -166,6 +172,8 @@ def main() -> None:
     parser.add_argument("--mqar", action="store_true", help="train a config on multi-query associative recall")
     parser.add_argument("--config", default="config.json", metavar="FILE", help="for --mqar (default config.json)")
     parser.add_argument("--steps", type=int, default=2000, help="steps of 64 sequences for --mqar (default 2000)")
+    parser.add_argument("--lr", type=float, help="for --mqar: learning rate in place of the config's")
+    parser.add_argument("--seed", type=int, help="for --mqar: seed in place of the config's")
     args = parser.parse_args()
     if not args.checkpoint and not args.mqar:
         raise InputError("checkpoint: give --checkpoint PATH, or --mqar with --config FILE")
@@ -184,7 +192,8 @@ def main() -> None:
         result |= {name: probe(model.eval(), tokens, config.block_size, args.windows) for name, probe in probes.items()}
         result |= {"data": args.data, "tokenizer": tokenizer.name}
     if args.mqar:
-        result |= train_recall(recall_config(Path(args.config)), args.steps, say=lambda line: print(line, flush=True))
+        config = recall_config(Path(args.config), args.lr, args.seed)
+        result |= train_recall(config, args.steps, say=lambda line: print(line, flush=True))
     print(json.dumps(result, indent=1))
 
 

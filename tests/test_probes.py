@@ -67,6 +67,15 @@ def test_recall_asks_each_key_once_and_its_value_answers():
     assert torch.equal(ids, probes.recall_batch(5, seed=3)[0])
 
 
+def test_a_recall_config_takes_a_rate_and_a_seed(tmp_path):
+    file = tmp_path / "some.json"
+    file.write_text('{"lr": 0.01, "min_lr": 0.002, "seed": 5, "dropout_mlp": 0.3}')
+    config = probes.recall_config(file)
+    assert (config.lr, config.min_lr, config.seed, config.dropout_mlp, config.block_size) == (0.01, 0.002, 5, 0.0, 128)
+    config = probes.recall_config(file, lr=0.001, seed=6)
+    assert (config.lr, config.min_lr, config.seed) == (0.001, pytest.approx(0.0002), 6)
+
+
 def test_training_on_recall_repeats_itself():
     config = tiny(block_size=128, seed=7)
     one, two = (probes.train_recall(config, 2, batch=4, rows=16, say=lambda line: None) for _ in range(2))
