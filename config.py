@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,21 @@ class InputError(ValueError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: an `InputError` ends it with one line on stderr and exit code 2, Ctrl-C with 130."""
+    """Runs a script's `main`: an `InputError` ends it with one line on stderr and exit code 2, Ctrl-C with 130, an output that
+    nobody reads any more (`| head`) with 141."""
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        print("the reader of the output is gone", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds when it ends
+        sys.exit(141)
 
 
 def option(default: Any, meaning: str, effect: str = "", **limits: Any) -> Any:

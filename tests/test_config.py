@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,15 @@ def test_input_errors_end_a_command_with_one_line_on_stderr_and_code_2(capsys):
         run_command(main)
     output = capsys.readouterr()
     assert (end.value.code, output.err, output.out) == (2, "error: C: must be more\n", "")
+
+
+def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback():
+    command = [sys.executable, "-c", "from config import run_command; run_command(lambda: print('x' * 10**6))"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, "the reader of the output is gone\n")
 
 
 def test_options_of_the_command_line_override_the_file(tmp_path):
