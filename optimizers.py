@@ -127,6 +127,11 @@ def load_state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         state[what] = tensor.to(state[what].device if what in state else p.device)
 
 
+def rates(config: Config, lr: float) -> dict[str, float]:
+    """lr, and the rates that go along with it in the proportions that they have in `config`, by their keys."""
+    return {"lr": lr} | {key: getattr(config, key) * (lr / config.lr) for key in ("min_lr", "muon_lr")}
+
+
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """The rate of optimizer step `step` (from 0): linear from 0 to lr over the warm-up, then by `config.schedule` half a
     cosine to min_lr, or lr itself until the cool-down, which is linear to 0."""

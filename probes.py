@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_model
-from config import Config, InputError, Parser, load_config, run_command
+from config import Config, InputError, Parser, load_config, make_config, run_command
 from evaluate import read_tokens
 from model import build_model
-from optimizers import clipped_step, learning_rate, make_optimizers
+from optimizers import clipped_step, learning_rate, make_optimizers, rates
 
 KEY, VALUE = 3, 1  # tokens of a needle
 BATCH = 16
@@ -153,15 +153,15 @@ def recall_accuracy(model: nn.Module, rows: int) -> float:
 
 
 def recall_config(path: Path, lr: float | None = None, seed: int | None = None) -> Config:
-    """The config for the task: windows of its length, no dropout; with another learning rate (its least goes along) or seed."""
+    """The config for the task: windows of its length, no dropout; with another learning rate or seed."""
     config = load_config(path)
     places = ("embedding", "projection", "mixer", "mlp", "lm_head")
     changes = {"block_size": LENGTH} | {f"dropout_{place}": 0.0 for place in places}
     if lr is not None:
-        changes |= {"lr": lr, "min_lr": lr * config.min_lr / config.lr}
+        changes |= rates(config, lr)
     if seed is not None:
         changes |= {"seed": seed}
-    return load_config(path, **changes)
+    return make_config(config.model_dump() | changes, str(path))
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from config import Config, InputError, Parser, load_config, run_command  # noqa:
 from data import Corpus, Windows, prepare  # noqa: E402
 from evaluate import figures, score  # noqa: E402
 from model import build_model  # noqa: E402
-from optimizers import clipped_step, learning_rate, make_optimizers  # noqa: E402
+from optimizers import clipped_step, learning_rate, make_optimizers, rates  # noqa: E402
 from record import environment  # noqa: E402
 from tables import markdown_table, mean_deviation, put_first  # noqa: E402
 
@@ -202,10 +202,7 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
     """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of validation]."""
     torch.set_num_threads(1)
     torch.manual_seed(spec.seed)
-    factor = spec.lr / entrant.config.lr
-    config = entrant.config.model_copy(
-        update={"lr": spec.lr} | {key: getattr(entrant.config, key) * factor for key in ("min_lr", "muon_lr")}
-    )
+    config = entrant.config.model_copy(update=rates(entrant.config, spec.lr))
     model = entrant.build(config, corpus.vocab_size)
     model.block_size = config.block_size
     optimizers = make_optimizers(model, config)
