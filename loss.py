@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-LOGITS_AT_A_TIME = 2**22  # numbers: 16 MB in fp32
+LOGITS_AT_A_TIME = 2**23  # numbers: 32 MB in fp32
+WORDS_AT_A_TIME = 2**12
 
 
 def autocast_type(like: Tensor) -> torch.dtype:
@@ -38,7 +39,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if kind == grad_w.dtype:
                     grad_w.addmm_(error.T, part)  # in place: a product of its own would be as large as the weight
                 else:
-                    grad_w += error.T @ part
+                    for words in range(0, weight.size(0), WORDS_AT_A_TIME):
+                        span = slice(words, words + WORDS_AT_A_TIME)
+                        grad_w[span] += error[:, span].T @ part
         ctx.save_for_backward(grad_h, grad_w)
         ctx.tokens = h.size(0)
         return total / h.size(0)
