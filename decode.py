@@ -14,6 +14,8 @@ The same numbers as the model's, from fewer and larger products, read at full ba
   kernel applies them in the pass that it makes anyhow.)
 - All projections into an associative memory are one matrix.
 - What looks back is a `Tape`, so a step writes one position and copies nothing.
+- A step is a function of tensors (`Decoder.run`) between reading tapes and writing them, so that torch.compile can make one
+  program of it: `decoder.compile()`.
 
 What cannot be folded (mixers in a row, several bases, a wavelet without matrices, norms per scale, fast weights, the moving
 average) is the model's own module, chosen here when the decoder is built. A step of one token and a chunk of many share all
@@ -23,17 +25,21 @@ Letters as in model.py; N = B·T positions, w a mixer's width.
 """
 
 import copy
+import inspect
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from model import Block, Diagonal, LanguageModel, Lifting, MultiBasis, RunningMean, ScaleNorm
 from packed import Weights, Widths, round_up
 from state import State
 
+GIVEN = re.compile(r"(L\['?)?(ids|parts)\b|$")  # names of what a compiled step is given; the empty one is of torch's own state
 ROOM = 64  # positions that a tape holds beyond its window at the least: it is copied once in so many steps
 
 
@@ -55,8 +61,8 @@ class Tape:
     def window(self) -> Tensor:
         return self.buffer[:, self.end - self.length : self.end]
 
-    def next(self) -> tuple["Tape", Tensor]:
-        """The tape one entry on, and where that entry is to be written, (B, …)."""
+    def then(self, entry: Tensor | list[Tensor]) -> "Tape":
+        """The tape one entry on: (B, …), or the list of its parts along the first of these dimensions."""
         buffer, end, filled = self.buffer, self.end, self.filled
         if filled[0] != end or end == buffer.size(1):
             room = self.length + max(ROOM, self.length)
@@ -64,7 +70,11 @@ class Tape:
             buffer[:, : self.length] = self.window
             end, filled = self.length, [self.length]
         filled[0] = end + 1
-        return Tape(buffer, self.length, end + 1, filled), buffer[:, end]
+        if isinstance(entry, list):
+            torch.stack(entry, dim=1, out=buffer[:, end])
+        else:
+            buffer[:, end] = entry
+        return Tape(buffer, self.length, end + 1, filled)
 
 
 class DecoderState(State):
@@ -91,6 +101,12 @@ class DecoderState(State):
             window = shown.pop("lags")  # (B, longest, J, P)
             shown |= {f"lag{level}": window[:, window.size(1) - n :, level] for level, n in enumerate(lags)}
         return shown
+
+
+def plain(x: Tensor) -> Tensor:
+    """x with the strides of a new tensor: a program is compiled anew for others, those of dimensions of size 1 too."""
+    strides = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
+    return x if list(x.stride()) == strides else x.contiguous().as_strided(x.shape, strides)
 
 
 # ===== The wavelet, one way
@@ -144,7 +160,7 @@ class FoldedLifting:
     def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         """h (N, P) → coefficients (S, N, P), and what to remember."""
         if length == 1:
-            return self.step(h, part)
+            return self.step(h, part["odd"])
         tape: Tape = part["lags"]
         cur, details, curs = h, [], []
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
@@ -159,17 +175,16 @@ class FoldedLifting:
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": Tape(torch.stack(curs, dim=2), tape.length)}
 
-    def step(self, cur: Tensor, part: dict) -> tuple[Tensor, dict]:
-        odd = self.lagged(part["lags"]) + self.predict_bias
+    def step(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
+        """odd: what `lagged` gives."""
+        odd = odd + self.predict_bias
         details, curs = [], []
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
             curs.append(cur)
             detail = predict[2](self._inside(predict, cur), odd[:, level])
             cur = update[2](self._inside(update, detail), cur, math.sqrt(0.5)).add_(update[3])
             details.append(detail)
-        tape, place = part["lags"].next()
-        torch.stack(curs, dim=1, out=place)
-        return torch.stack([cur, *reversed(details)]), {"lags": tape}
+        return torch.stack([cur, *reversed(details)]), {"lags": curs}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """The lags of a model's state, on a tape."""
@@ -351,10 +366,8 @@ class Mean:
             return mean.flatten(0, 1), self.adopt(after)
         count, n = counts
         total, new = part["sum"] + x, {"count": count}
-        if "ring" in part:
-            total -= part["ring"].window[:, 0]
-            new["ring"], place = part["ring"].next()
-            place.copy_(x)
+        if "oldest" in part:  # of the ring
+            total, new["ring"] = total - part["oldest"], x
         new["sum"] = total
         return (total / n).float(), new
 
@@ -503,8 +516,19 @@ class DecoderBlock:
                 part |= keeper.adopt(block)
         return part
 
+    def look_back(self, part: dict) -> dict[str, Tensor]:
+        """What a step reads of the state: of tapes the entries that it needs."""
+        seen = {name: value for name, value in part.items() if not isinstance(value, Tape)}
+        if "lags" in part:
+            seen["odd"] = self.wavelet.lagged(part["lags"])
+        if "ring" in part:
+            seen["oldest"] = part["ring"].window[:, 0]
+        return seen
+
     def __call__(self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts):
-        """x, the token embedding e, the mean of the block below (all (N, C)) → new x, this block's mean, new state."""
+        """x, the token embedding e, the mean of the block below (all (N, C)) → new x, this block's mean, new state.
+
+        At one token `part` is what `look_back` gives, and the new state has one entry for each tape."""
         mean, new = None, {}
         if self.average is not None:
             mean, new = self.average(x, length, part, counts)
@@ -562,6 +586,7 @@ class Decoder:
         self.applications = model.config.applications
         names = [""] if len(model.cells) == 1 else [f"cells.{i}." for i in range(len(model.cells))]
         self.cells = [DecoderCell(cell, name, weights) for cell, name in zip(model.cells, names, strict=True)]
+        self.blocks = [b for cell in self.cells for _ in range(self.config.loop_iterations) for b in cell.blocks]
         self.gates = None if model.gates is None else weights.module("gates", model.gates)
         heads = [cell.lm_head.weight for cell in model.cells]
         tied = len(heads) == 1 and model.config.tie_embedding_to_lm_head and model.embed_scale == 1.0
@@ -572,7 +597,21 @@ class Decoder:
             model.start(1, stream)._map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device))
             for stream in (False, True)
         ]
+        self.step, self.graph = self.run, False
         weights.check()
+
+    def compile(self) -> None:
+        """Has torch.compile make one program of the step of one token, in the first step with each number of rows, which may
+        take a minute. What torch cannot compile, for want of a C++ compiler say, is an error then. Raises `InputError` where
+        torch is too old: two decoders' programs were not kept apart."""
+        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+            raise InputError(f"compile: torch {torch.__version__} is too old for it; take 2.13")
+        self.graph = self.device.type == "cuda"  # a CUDA graph there: what it returns is overwritten by the next step
+        # A decoder does not change, so nothing of it needs to be checked at each step; what it is given does.
+        options: dict = {"guard_filter_fn": lambda guards: [bool(GIVEN.match(guard.name)) for guard in guards]}
+        options |= {"triton.cudagraphs": True} if self.graph else {"cpp_wrapper": True}
+        program = torch.compile(self.run, dynamic=False, isolate_recompiles=True, options=options)
+        self.step = lambda ids, seen: program(plain(ids), [{name: plain(x) for name, x in block.items()} for block in seen])
 
     def start(self, rows: int, stream: bool = False) -> DecoderState:
         """The state at the start of `rows` texts; stream as in `LanguageModel.start`."""
@@ -580,29 +619,41 @@ class Decoder:
 
     def adopt(self, state: State) -> DecoderState:
         """A state of the model's as this decoder keeps it."""
-        blocks = [b for cell in self.cells for _ in range(self.config.loop_iterations) for b in cell.blocks]
-        parts = [block.adopt(shown) for block, shown in zip(blocks, state.blocks, strict=True)]
-        return DecoderState(parts, [block.wavelet.longest for block in blocks])
+        parts = [block.adopt(shown) for block, shown in zip(self.blocks, state.blocks, strict=True)]
+        return DecoderState(parts, [block.wavelet.longest for block in self.blocks])
 
-    @staticmethod
-    def counts(parts: list[dict], length: int, window: int) -> tuple[Tensor, Tensor] | None:
-        """After `length` more tokens: the count of tokens (B,), and over how many the running mean goes (B, 1)."""
-        first = parts[0]
-        if "count" not in first or length > 1:
+    def counts(self, seen: list[dict]) -> tuple[Tensor, Tensor] | None:
+        """After one more token: the count of tokens (B,), and over how many the running mean goes (B, 1)."""
+        first = seen[0]
+        if "count" not in first:
             return None
-        count = first["count"] + length
-        return count, (count.clamp(max=window) if "ring" in first else count)[:, None]
+        count = first["count"] + 1
+        return count, (count.clamp(max=self.config.block_size) if "oldest" in first else count)[:, None]
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, state: State | None = None, last_only: bool = True) -> tuple[Tensor, DecoderState]:
         """ids (B, T) int64 → fp32 logits after the last token, (B, 1, V), or with last_only False after each, (B, T, V)."""
-        rows, length = ids.shape
-        state = self.start(rows) if state is None else state
+        state = self.start(ids.size(0)) if state is None else state
         state = state if isinstance(state, DecoderState) else self.adopt(state)
+        if ids.size(1) > 1:
+            logits, parts = self.run(ids, state.parts, last_only)
+            return logits, DecoderState(parts, state.lags)
+        seen = [block.look_back(part) for block, part in zip(self.blocks, state.parts, strict=True)]
+        logits, written = self.step(ids, seen)
+        own = torch.clone if self.graph else lambda new: new
+        parts = [
+            {name: part[name].then(new) if isinstance(part[name], Tape) else own(new) for name, new in block.items()}
+            for part, block in zip(state.parts, written, strict=True)
+        ]
+        return own(logits), DecoderState(parts, state.lags)
+
+    def run(self, ids: Tensor, parts: list[dict], last_only: bool = True) -> tuple[Tensor, list[dict]]:
+        """The network, from ids to logits, with the state (at one token: what `look_back` sees of it) of each block."""
+        rows, length = ids.shape
         cells, each = self.cells, self.applications * self.config.loop_iterations
-        before = [iter(state.parts[c * each : (c + 1) * each]) for c in range(len(cells))]
+        before = [iter(parts[c * each : (c + 1) * each]) for c in range(len(cells))]
         after: list[list[dict]] = [[] for _ in cells]
-        counts = self.counts(state.parts, length, self.config.block_size)
+        counts = self.counts(parts) if length == 1 else None
         es = [cell.embedding(ids.flatten()) for cell in cells]
         xs, means = list(es), [None] * len(cells)
         for _ in range(self.config.loop_iterations):
@@ -616,7 +667,7 @@ class Decoder:
             xs = [x.view(rows, length, -1)[:, -1] for x in xs]
         hs = [F.layer_norm(x, *cell.norm) for x, cell in zip(xs, cells, strict=True)]
         logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
-        return logits.float().view(rows, -1, self.vocab_size), DecoderState([b for blocks in after for b in blocks], state.lags)
+        return logits.float().view(rows, -1, self.vocab_size), [b for blocks in after for b in blocks]
 
 
 class PackedModel(nn.Module):

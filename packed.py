@@ -214,8 +214,8 @@ class Int4Matrix:
         q[..., : self.block // 2] = packed & 15
         q[..., self.block // 2 :] = packed >> 4
         scale, offset = self.steps[:, None, first * self.block : last * self.block].unbind(-1)  # (groups, 1, outputs)
-        q = q.view(-1, self.group, scale.size(2))
-        return q.sub_(8).mul_(scale).add_(offset).flatten(0, 1)
+        least = torch.sub(offset, scale, alpha=8)  # the weight that 0 stands for: one pass over q in place of three
+        return torch.addcmul(least, q.view(-1, self.group, scale.size(2)), scale).flatten(0, 1)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         if x.size(0) <= FEW_INT4 or not self.block:

@@ -135,14 +135,19 @@ def decoding(args: argparse.Namespace) -> dict:
     model = build_model(config, args.vocab_size).eval()
     sizes = {bits: weight_bytes(model, bits) for bits in NAMES}
     parameters = sum(p.numel() for p in model.parameters())
-    decoders = {bits: Decoder(model, bits) for bits in NAMES}
-    states = states_at(decoders[16], args.contexts, args.vocab_size)
+    decoders = {NAMES[bits]: Decoder(model, bits) for bits in NAMES}
+    compiled = {f"{NAMES[bits]} compiled": Decoder(model, bits) for bits in ((32, 8, 4) if args.compile else ())}
+    for decoder in compiled.values():
+        decoder.compile()
+    width = {name: bits for bits, kind in NAMES.items() for name in (kind, f"{kind} compiled")}
+    states = states_at(decoders["bf16"], args.contexts, args.vocab_size)
     window = {n: torch.randint(args.vocab_size, (1, n)) for n in (256, 1024)}
     calls: dict = {("recompute", n): lambda ids=ids: recompute(model, ids) for n, ids in window.items()}
     # The widths take turns at each context, so that every step finds its weights equally far from the caches.
     places = [(context, 1) for context in states] + [(256, rows) for rows in args.batches if rows > 1]
     for context, rows in places:
-        calls |= {(bits, context, rows): stepper(d, states[context], rows) for bits, d in decoders.items()}
+        here = decoders | compiled if rows == 1 else decoders  # each number of rows is a program of its own
+        calls |= {(name, context, rows): stepper(d, states[context], rows) for name, d in here.items()}
     bandwidth = read_bandwidth()
     seconds = interleaved(calls, args.rounds, args.seconds, min if args.fastest else statistics.median)
     prompt = torch.randint(args.vocab_size, (1, 4096))
@@ -152,7 +157,11 @@ def decoding(args: argparse.Namespace) -> dict:
         for piece in prompt.split(512, dim=1):
             _, state = decoder(piece, state)
 
-    prefill = interleaved({bits: lambda d=d: first_token(d) for bits, d in decoders.items()}, 1) if args.prefill else {}
+    prefill = interleaved({name: lambda d=d: first_token(d) for name, d in decoders.items()}, 1) if args.prefill else {}
+
+    def gb_per_s(name: str, seconds: float) -> float:
+        return sizes[width[name]][1] / seconds / 1e9
+
     return {
         "threads": torch.get_num_threads(), "statistic": "fastest" if args.fastest else "median",
         "C": args.C, "vocab_size": args.vocab_size, "memories": args.memories,
@@ -160,18 +169,16 @@ def decoding(args: argparse.Namespace) -> dict:
         "recompute_ms": {n: 1e3 * seconds["recompute", n] for n in window},
         "steps": [
             {
-                "weights": NAMES[bits], "context": context, "batch": rows,
-                "ms": 1e3 * seconds[bits, context, rows], "tokens_per_s": rows / seconds[bits, context, rows],
-                "gb_per_s": sizes[bits][1] / seconds[bits, context, rows] / 1e9,
-                "share_of_bandwidth": sizes[bits][1] / seconds[bits, context, rows] / bandwidth,
-                **{f"times_recompute_{n}": seconds["recompute", n] / seconds[bits, context, rows] * rows for n in window},
+                "weights": name, "context": context, "batch": rows,
+                "ms": 1e3 * seconds[name, context, rows], "tokens_per_s": rows / seconds[name, context, rows],
+                "gb_per_s": gb_per_s(name, seconds[name, context, rows]),
+                "share_of_bandwidth": gb_per_s(name, seconds[name, context, rows]) * 1e9 / bandwidth,
+                **{f"times_recompute_{n}": seconds["recompute", n] / seconds[name, context, rows] * rows for n in window},
             }
-            for bits, context, rows in (key for key in calls if key[0] != "recompute")
+            for name, context, rows in (key for key in calls if key[0] != "recompute")
         ],
-        "seconds_to_first_token_4096": {NAMES[bits]: s for bits, s in prefill.items()},
-        "kernels_per_token": {
-            NAMES[bits]: sum(kernels_per_token(d, d.start(1)).values()) for bits, d in decoders.items()
-        },
+        "seconds_to_first_token_4096": prefill,
+        "kernels_per_token": {name: sum(kernels_per_token(d, d.start(1)).values()) for name, d in decoders.items()},
         "file_share_of_fp32": {NAMES[bits]: total / (4 * parameters) for bits, (total, _) in sizes.items()},
     }  # fmt: skip
 
@@ -255,6 +262,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="times that each thing is measured (default 15)")
     parser.add_argument("--seconds", type=float, default=240, help="measure steps no longer than this (default 240)")
     parser.add_argument("--fastest", action="store_true", help="fastest, not median, of all rounds: for a busy machine")
+    parser.add_argument("--compile", action="store_true", help="steps of one row compiled, too (takes a few minutes)")
     parser.add_argument("--no_prefill", dest="prefill", action="store_false", help="leave the 4,096-token prompt out")
     parser.add_argument("--gpu_bandwidth", type=float, default=1792, help="GB/s for --bound (default 1792, an RTX 5090)")
     parser.add_argument("--kernels", action="store_true", help="measure the products only")

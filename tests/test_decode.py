@@ -1,5 +1,7 @@
 """The decoder: the model's numbers for every option, steps, forks, states of either kind, and quantised weights."""
 
+import functools
+
 import pytest
 import torch
 from conftest import VOCAB, random_ids, random_model, tiny
@@ -114,6 +116,53 @@ def test_same_seed_same_text_whatever_the_batch(decoder):
     alone = generate(decoder, random_ids(1, 7), 25, settings).ids
     for n in (3, 9):  # both routes of the products
         assert torch.equal(generate(decoder, random_ids(1, 7), 25, Settings(top_p=0.9, seed=5, n=n)).ids[:1], alone)
+
+
+# ===== torch.compile
+
+STEPS = {
+    "released": ({}, None), "4 bits": ({}, 4), "moving average": ({"decompose_bypass_ema": True}, None),
+    "associative memory": ({"recall_heads": 2, "recall_dim": 8, "wavelet_mode": "haar"}, 8),
+    "cells": ({"multinodal_enabled": True, "multinodal_cell_dim": 32, "multinodal_cross_cell_gating": True}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_one_graph(name):
+    overrides, bits = STEPS[name]
+    decoder, ids = Decoder(random_model(tiny(**overrides)), bits), random_ids(2, 7)
+    expected, _ = read(decoder, ids, [4, 1, 1, 1], decoder.start(2, stream=True))
+    torch._dynamo.reset()
+    decoder.step = torch.compile(decoder.run, backend="eager", fullgraph=True, dynamic=False)
+    logits, _ = read(decoder, ids, [4, 1, 1, 1], decoder.start(2, stream=True))
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_step_is_compiled_once_for_each_number_of_rows(monkeypatch):
+    programs, compiled = [], torch.compile
+
+    def counted(run, **how):
+        return compiled(run, dynamic=False, backend=lambda graph, inputs: programs.append(1) or graph.forward)
+
+    decoder, ids = Decoder(random_model(tiny(layers=1, recall_heads=2, recall_dim=8))), random_ids(2, 80)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.wraps(compiled)(counted))
+    decoder.compile()
+    for rows in (1, 2):
+        _, state = read(decoder, ids[:rows], [10, *[1] * 70], decoder.start(rows, stream=True))  # every buffer moves
+        read(decoder, ids[:rows, :6], [5, 1], state.select([0] * rows))
+        assert len(programs) == rows
+
+
+def test_compiled_decoders_give_their_own_logits_for_any_rows():
+    ids, small = random_ids(2, 6), {"layers": 1, "levels": 1, "mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False}
+    for seed, rows in ((0, (2, 1)), (1, (2,))):
+        decoder = Decoder(random_model(tiny(**small), seed))
+        expected, _ = read(decoder, ids, [2, *[1] * 4])
+        decoder.compile()
+        for n in rows:
+            logits, _ = read(decoder, ids[:n], [2, *[1] * 4])
+            torch.testing.assert_close(logits, expected[:n], atol=1e-4, rtol=1e-4)
 
 
 # ===== Quantised weights
