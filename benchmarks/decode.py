@@ -1,6 +1,7 @@
 """Measures decoding: one run, everything interleaved, medians or --fastest; a table, and JSON with --json FILE.
 
     python benchmarks/decode.py --threads 2                # C 512, layers 2, levels 5, mlp_expansion 20, V 50257, no memories
+    python benchmarks/decode.py --threads 2 --compile      # and compiled steps beside
     python benchmarks/decode.py --kernels                  # the products that packed.py chooses from, by number of rows
     python benchmarks/decode.py --recipes A.json B.json    # steps of the networks of several config files against each other
     python benchmarks/decode.py --bound                    # bytes read per token by config.json's network, and what bounds it
@@ -39,11 +40,13 @@ COPIES = "contiguous float reshape to"  # views or nothing, unless a copy is mad
 
 def interleaved(calls: dict, rounds: int, seconds: float = 1e9, middle: Callable = statistics.median) -> dict:
     """The median seconds of each call (or what `middle` makes of all its times), all called in turn, `rounds` times or until
-    `seconds` are over (twice at least)."""
+    `seconds` are over (twice at least). Before a call is timed it is made once more: a text is written step after step, so
+    that a step finds of its weights what the caches could keep of them, not what another call has left there."""
     times: dict = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for i in range(rounds + 1):  # the first round warms up
         for name, call in calls.items():
+            call()
             start = time.perf_counter()
             call()
             if i:
@@ -143,7 +146,6 @@ def decoding(args: argparse.Namespace) -> dict:
     states = states_at(decoders["bf16"], args.contexts, args.vocab_size)
     window = {n: torch.randint(args.vocab_size, (1, n)) for n in (256, 1024)}
     calls: dict = {("recompute", n): lambda ids=ids: recompute(model, ids) for n, ids in window.items()}
-    # The widths take turns at each context, so that every step finds its weights equally far from the caches.
     places = [(context, 1) for context in states] + [(256, rows) for rows in args.batches if rows > 1]
     for context, rows in places:
         here = decoders | compiled if rows == 1 else decoders  # each number of rows is a program of its own
