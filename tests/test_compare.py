@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from test_train import SMALL
 
@@ -140,6 +141,17 @@ def test_a_difference_is_called_only_where_it_exceeds_the_noise():
     assert ablate.verdict(-0.2, chance["much better"]).startswith("better")
     assert all(ablate.verdict(0.0, chance[f"same {i}"]).startswith("within the noise") for i in range(5))
     assert ablate.chances({"baseline": [1.0], "other": [2.0]}) == {}
+
+
+def test_what_a_seed_does_to_all_variants_is_no_noise():
+    rng = np.random.default_rng(0)
+    bits = {name: 2 + 0.001 * rng.standard_normal(3) for name in ("baseline", "a", "b")}
+    bits["b"] += 0.01
+    moved = {name: values + np.array([0.3, -0.2, 0.1]) for name, values in bits.items()}
+    for chance in (ablate.chances(bits), ablate.chances(moved)):
+        assert chance["a"] > 0.2 and chance["b"] < 0.02
+    two = {name: bits[name] for name in ("baseline", "b")}  # one variant: the t-test of pairs
+    assert ablate.chances(two)["b"] == pytest.approx(scipy.stats.ttest_rel(bits["b"], bits["baseline"]).pvalue, abs=0.003)
 
 
 def test_ablations_are_ranked_and_a_second_command_makes_nothing_again(tmp_path, monkeypatch, capsys):
