@@ -597,21 +597,27 @@ class Decoder:
             model.start(1, stream)._map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device))
             for stream in (False, True)
         ]
-        self.step, self.graph = self.run, False
+        self.program, self.rows = None, 0
         weights.check()
 
-    def compile(self) -> None:
-        """Has torch.compile make one program of the step of one token, in the first step with each number of rows, which may
-        take a minute. What torch cannot compile, for want of a C++ compiler say, is an error then. Raises `InputError` where
-        torch is too old: two decoders' programs were not kept apart."""
+    def compile(self, rows: int = 1, stream: bool = True) -> None:
+        """Has torch.compile make one program of the step of one token in `rows` texts, which may take a minute; steps of other
+        numbers of rows stay as they are. stream: as in `start`; for the other kind a program is made when it is wanted.
+
+        Raises `InputError` where torch is too old for it (programs of two decoders were not kept apart) or a memory writes,
+        which is not one program, and RuntimeError for what torch cannot compile: for want of a C++ compiler, say, or bf16
+        weights on a CPU that multiplies them."""
         if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
             raise InputError(f"compile: torch {torch.__version__} is too old for it; take 2.13")
-        self.graph = self.device.type == "cuda"  # a CUDA graph there: what it returns is overwritten by the next step
+        if any(isinstance(memory, WrittenMemory) for block in self.blocks for memory in block.memories):
+            raise InputError("compile: not with fwpkm_inference_updates; leave one of the two out")
         # A decoder does not change, so nothing of it needs to be checked at each step; what it is given does.
         options: dict = {"guard_filter_fn": lambda guards: [bool(GIVEN.match(guard.name)) for guard in guards]}
-        options |= {"triton.cudagraphs": True} if self.graph else {"cpp_wrapper": True}
-        program = torch.compile(self.run, dynamic=False, isolate_recompiles=True, options=options)
-        self.step = lambda ids, seen: program(plain(ids), [{name: plain(x) for name, x in block.items()} for block in seen])
+        if self.device.type == "cpu":
+            options["cpp_wrapper"] = True
+        self.program = torch.compile(self.run, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options)
+        self.rows = rows
+        self(torch.zeros(rows, 1, dtype=torch.int64, device=self.device), self.start(rows, stream))
 
     def start(self, rows: int, stream: bool = False) -> DecoderState:
         """The state at the start of `rows` texts; stream as in `LanguageModel.start`."""
@@ -639,13 +645,16 @@ class Decoder:
             logits, parts = self.run(ids, state.parts, last_only)
             return logits, DecoderState(parts, state.lags)
         seen = [block.look_back(part) for block, part in zip(self.blocks, state.parts, strict=True)]
-        logits, written = self.step(ids, seen)
-        own = torch.clone if self.graph else lambda new: new
+        if self.program is not None and ids.size(0) == self.rows:
+            plainly = [{name: plain(x) for name, x in block.items()} for block in seen]
+            logits, written = self.program(plain(ids), plainly)
+        else:
+            logits, written = self.run(ids, seen)
         parts = [
-            {name: part[name].then(new) if isinstance(part[name], Tape) else own(new) for name, new in block.items()}
+            {name: part[name].then(new) if isinstance(part[name], Tape) else new for name, new in block.items()}
             for part, block in zip(state.parts, written, strict=True)
         ]
-        return own(logits), DecoderState(parts, state.lags)
+        return logits, DecoderState(parts, state.lags)
 
     def run(self, ids: Tensor, parts: list[dict], last_only: bool = True) -> tuple[Tensor, list[dict]]:
         """The network, from ids to logits, with the state (at one token: what `look_back` sees of it) of each block."""

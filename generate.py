@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 COMPILE_HELP = (
     "compile the step of one token with torch.compile: up to a minute at first, then more tokens per second where the weights "
-    "are 8 or 4 bits wide"
+    "are 8 or 4 bits wide; beside other work on the same cores set OMP_NUM_THREADS to the cores that are free"
 )
 CONTEXT_HELP = (
     "past block_size: stream carries the state on, its mean over the last block_size tokens; window rebuilds it from the "
@@ -223,14 +223,13 @@ def build_decoder(model: nn.Module, bits: int | None) -> Decoder:
 
 
 def compile_step(decoder: Decoder, settings: Settings) -> None:
-    """Compiles the step of as many rows as are generated, by taking one."""
+    """Compiles the step of as many rows as are read at once: the texts', or the lookahead's."""
     began = time.perf_counter()
-    decoder.compile()
-    state = decoder.start(settings.rows, stream=settings.context == "stream")
+    rows = settings.rows * min(settings.lookahead_k, decoder.vocab_size)
     try:
-        decoder(torch.zeros(settings.rows, 1, dtype=torch.int64, device=decoder.device), state)
+        decoder.compile(rows, stream=settings.context == "stream")
     except (RuntimeError, OSError, ImportError) as error:  # no C++ compiler, say
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"compile: torch cannot compile here, so leave the option out ({reason})") from None
     say_figures({"seconds_to_compile": time.perf_counter() - began})
 

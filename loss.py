@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 LOGITS_AT_A_TIME = 2**23  # numbers: 32 MB in fp32
-WORDS_AT_A_TIME = 2**12
+WORDS_AT_A_TIME = 2**12  # whose gradients are converted and added while a cache still holds them
 
 
 def autocast_type(like: Tensor) -> torch.dtype:

@@ -211,11 +211,11 @@ class Int4Matrix:
         """The columns of Wᵀ that are the blocks `first` to `last` − 1: (in, (last − first)·block)."""
         packed = self.weight.view(-1, self.inputs, self.block // 2)[first:last].transpose(0, 1)  # (in, blocks, block/2)
         q = packed.new_empty(*packed.shape[:2], self.block, dtype=self.wide)
-        q[..., : self.block // 2] = packed & 15
-        q[..., self.block // 2 :] = packed >> 4
+        halves = (packed ^ 0x88).view(torch.int8)  # a half n, 0 to 15, becomes n − 8 as a signed number of 4 bits
+        q[..., : self.block // 2] = (halves << 4) >> 4
+        q[..., self.block // 2 :] = halves >> 4
         scale, offset = self.steps[:, None, first * self.block : last * self.block].unbind(-1)  # (groups, 1, outputs)
-        least = torch.sub(offset, scale, alpha=8)  # the weight that 0 stands for: one pass over q in place of three
-        return torch.addcmul(least, q.view(-1, self.group, scale.size(2)), scale).flatten(0, 1)
+        return torch.addcmul(offset, q.view(-1, self.group, scale.size(2)), scale).flatten(0, 1)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         if x.size(0) <= FEW_INT4 or not self.block:

@@ -88,9 +88,8 @@ def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -
         # FSDP: what is outside the blocks stays together, and two blocks at a time are, with one block's gradients
         "gathered": outside + 3 * largest if shards > 1 else 0,
         "activations": activations,
-        # a chunk of logits in fp32, under autocast another in the product's type; the head's gradient, and under autocast a
-        # chunk's and the weight in the product's type
-        "loss": LOGITS_AT_A_TIME * (6 if cast else 4) + sizes[head] * (2 if cast else 1),
+        # a chunk of logits in fp32 and the head's gradient, and under autocast the chunk and the weight in the product's type
+        "loss": (4 * LOGITS_AT_A_TIME + sizes[head]) * (3 if cast else 2) // 2,
     }
     figures["total"] = sum(figures.values()) - figures["parameters"]
     figures["tokens_per_step"] = config.micro_batch_size * config.grad_accum * config.block_size

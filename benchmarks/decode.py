@@ -38,15 +38,19 @@ VIEWS = (  # and allocations
 COPIES = "contiguous float reshape to"  # views or nothing, unless a copy is made inside
 
 
-def interleaved(calls: dict, rounds: int, seconds: float = 1e9, middle: Callable = statistics.median) -> dict:
+def interleaved(
+    calls: dict, rounds: int, seconds: float = 1e9, middle: Callable = statistics.median, twice: bool = False
+) -> dict:
     """The median seconds of each call (or what `middle` makes of all its times), all called in turn, `rounds` times or until
-    `seconds` are over (twice at least). Before a call is timed it is made once more: a text is written step after step, so
-    that a step finds of its weights what the caches could keep of them, not what another call has left there."""
+    `seconds` are over (twice at least). If `twice`, each is made once more before it is timed: a text is written step after
+    step, so that a step finds of its weights what the caches could keep of them, not what another call has left there."""
     times: dict = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    for i in range(rounds + 1):  # the first round warms up
+    for i in range(rounds + 1):  # the first round warms up, and compiles
+        if i == 1:
+            end = time.perf_counter() + seconds
         for name, call in calls.items():
-            call()
+            if twice:
+                call()
             start = time.perf_counter()
             call()
             if i:
@@ -151,7 +155,7 @@ def decoding(args: argparse.Namespace) -> dict:
         here = decoders | compiled if rows == 1 else decoders  # each number of rows is a program of its own
         calls |= {(name, context, rows): stepper(d, states[context], rows) for name, d in here.items()}
     bandwidth = read_bandwidth()
-    seconds = interleaved(calls, args.rounds, args.seconds, min if args.fastest else statistics.median)
+    seconds = interleaved(calls, args.rounds, args.seconds, min if args.fastest else statistics.median, twice=True)
     prompt = torch.randint(args.vocab_size, (1, 4096))
 
     def first_token(decoder: Decoder) -> None:
@@ -232,7 +236,7 @@ def recipes(args: argparse.Namespace) -> dict:
             state = states_at(decoder, [256], args.vocab_size)[256]
             result[file] |= {"state_kib": state.nbytes / 1024}
             calls[file, bits] = stepper(decoder, state, 1)
-    for (file, bits), seconds in interleaved(calls, args.rounds, args.seconds).items():
+    for (file, bits), seconds in interleaved(calls, args.rounds, args.seconds, twice=True).items():
         result[file] |= {f"{NAMES[bits]}_ms": 1e3 * seconds}
     first = result[args.recipes[0]]
     for file, row in result.items():
@@ -264,7 +268,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="times that each thing is measured (default 15)")
     parser.add_argument("--seconds", type=float, default=240, help="measure steps no longer than this (default 240)")
     parser.add_argument("--fastest", action="store_true", help="fastest, not median, of all rounds: for a busy machine")
-    parser.add_argument("--compile", action="store_true", help="steps of one row compiled, too (takes a few minutes)")
+    parser.add_argument("--compile", action="store_true", help="steps of one row compiled, too; not in bf16")
     parser.add_argument("--no_prefill", dest="prefill", action="store_false", help="leave the 4,096-token prompt out")
     parser.add_argument("--gpu_bandwidth", type=float, default=1792, help="GB/s for --bound (default 1792, an RTX 5090)")
     parser.add_argument("--kernels", action="store_true", help="measure the products only")

@@ -1,9 +1,11 @@
 """The decoder: the model's numbers for every option, steps, forks, states of either kind, and quantised weights."""
 
 import functools
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import VOCAB, random_ids, random_model, tiny
 from test_options import CASES, network
 
@@ -133,36 +135,59 @@ def test_a_step_is_one_graph(name):
     decoder, ids = Decoder(random_model(tiny(**overrides)), bits), random_ids(2, 7)
     expected, _ = read(decoder, ids, [4, 1, 1, 1], decoder.start(2, stream=True))
     torch._dynamo.reset()
-    decoder.step = torch.compile(decoder.run, backend="eager", fullgraph=True, dynamic=False)
+    decoder.program, decoder.rows = torch.compile(decoder.run, backend="eager", fullgraph=True, dynamic=False), 2
     logits, _ = read(decoder, ids, [4, 1, 1, 1], decoder.start(2, stream=True))
     torch.testing.assert_close(logits, expected)
 
 
-def test_a_step_is_compiled_once_for_each_number_of_rows(monkeypatch):
+OLD_TORCH = "isolate_recompiles" not in inspect.signature(torch.compile).parameters
+
+
+@pytest.mark.skipif(OLD_TORCH, reason="this torch is too old for decoder.compile()")
+def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(model, monkeypatch):
     programs, compiled = [], torch.compile
 
-    def counted(run, **how):
-        return compiled(run, dynamic=False, backend=lambda graph, inputs: programs.append(1) or graph.forward)
+    @functools.wraps(compiled)
+    def counted(run, *, options, **how):
+        def backend(graph, inputs):
+            programs.append(graph)
+            return graph.forward
 
-    decoder, ids = Decoder(random_model(tiny(layers=1, recall_heads=2, recall_dim=8))), random_ids(2, 80)
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.wraps(compiled)(counted))
-    decoder.compile()
-    for rows in (1, 2):
-        _, state = read(decoder, ids[:rows], [10, *[1] * 70], decoder.start(rows, stream=True))  # every buffer moves
-        read(decoder, ids[:rows, :6], [5, 1], state.select([0] * rows))
-        assert len(programs) == rows
+        return compiled(run, backend=backend, options={"guard_filter_fn": options["guard_filter_fn"]}, **how)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    decoder, ids = Decoder(model), random_ids(3, 80)
+    expected, _ = read(decoder, ids, [80])
+    streamed, _ = read(decoder, ids, [10, *[1] * 70], decoder.start(3, stream=True))
+    decoder.compile(rows=3)
+    with torch.no_grad():
+        _, of_model = model(ids[:, :10])
+    for start, logits in ((None, expected), (decoder.start(3, stream=True), streamed), (None, expected)):  # every tape moves
+        found, state = read(decoder, ids, [10, *[1] * 70], start)
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+    forked, _ = read(decoder, ids[[0, 0, 1], :3], [1, 1, 1], state.select([0, 0, 1]))
+    torch.testing.assert_close(forked[0], forked[1])
+    torch.testing.assert_close(read(decoder, ids[:, 10:20], [1] * 10, of_model)[0], expected[:, 10:20], atol=1e-4, rtol=1e-4)
+    assert len(programs) == 2
+    torch.testing.assert_close(read(decoder, ids[:2], [1] * 80)[0], expected[:2], atol=1e-4, rtol=1e-4)  # not compiled
+    assert len(programs) == 2
 
 
-def test_compiled_decoders_give_their_own_logits_for_any_rows():
-    ids, small = random_ids(2, 6), {"layers": 1, "levels": 1, "mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False}
-    for seed, rows in ((0, (2, 1)), (1, (2,))):
+@pytest.mark.skipif(OLD_TORCH, reason="this torch is too old for decoder.compile()")
+def test_memories_that_write_are_not_compiled():
+    with pytest.raises(InputError, match="fwpkm_inference_updates"):
+        Decoder(random_model(tiny(fwpkm_inference_updates=True))).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(OLD_TORCH, reason="this torch is too old for decoder.compile()")
+def test_compiled_decoders_give_their_own_logits():
+    ids, small = random_ids(1, 6), {"layers": 1, "levels": 1, "mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False}
+    for seed in (0, 1):
         decoder = Decoder(random_model(tiny(**small), seed))
         expected, _ = read(decoder, ids, [2, *[1] * 4])
-        decoder.compile()
-        for n in rows:
-            logits, _ = read(decoder, ids[:n], [2, *[1] * 4])
-            torch.testing.assert_close(logits, expected[:n], atol=1e-4, rtol=1e-4)
+        decoder.compile(stream=False)
+        torch.testing.assert_close(read(decoder, ids, [2, *[1] * 4])[0], expected, atol=1e-4, rtol=1e-4)
 
 
 # ===== Quantised weights
@@ -199,10 +224,10 @@ def test_products_are_those_of_the_weights_read_from_a_table(shape, bits, wide, 
     held = Table(tensors, shape[1])(torch.arange(outputs))
     assert (held - weight).norm() / weight.norm() < {32: 1e-6, 16: 0.004, 8: 0.01, 4: 0.1}[bits]
     for rows in (1, 3, 17, 70, 140):
-        x, add = torch.randn(rows, shape[1]), torch.randn(rows, outputs)
+        x, add = F.gelu(torch.randn(rows, shape[1])), torch.randn(rows, outputs)  # of a mean that is not zero: errors add up
         expected = x @ held.T + 0.5 * add
         assert (MATRICES[bits](tensors, outputs)(x, add, 0.5) - expected).norm() / expected.norm() < (
-            1e-5 if bits == 32 else 0.01
+            {32: 1e-5, 16: 0.01, 8: 0.005, 4: 0.005}[bits]
         )
 
 
