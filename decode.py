@@ -39,6 +39,7 @@ from model import Block, Diagonal, LanguageModel, Lifting, MultiBasis, RunningMe
 from packed import Weights, Widths, round_up
 from state import State
 
+CAN_COMPILE = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # keeps two decoders' programs apart
 GIVEN = re.compile(r"(L\['?)?(ids|parts)\b|$")  # names of what a compiled step is given; the empty one is of torch's own state
 ROOM = 64  # positions that a tape holds beyond its window at the least: it is copied once in so many steps
 
@@ -604,10 +605,10 @@ class Decoder:
         """Has torch.compile make one program of the step of one token in `rows` texts, which may take a minute; steps of other
         numbers of rows stay as they are. stream: as in `start`; for the other kind a program is made when it is wanted.
 
-        Raises `InputError` where torch is too old for it (programs of two decoders were not kept apart) or a memory writes,
+        Raises `InputError` where torch is too old for it or a memory writes,
         which is not one program, and RuntimeError for what torch cannot compile: for want of a C++ compiler, say, or bf16
         weights on a CPU that multiplies them."""
-        if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        if not CAN_COMPILE:
             raise InputError(f"compile: torch {torch.__version__} is too old for it; take 2.13")
         if any(isinstance(memory, WrittenMemory) for block in self.blocks for memory in block.memories):
             raise InputError("compile: not with fwpkm_inference_updates; leave one of the two out")

@@ -39,9 +39,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if kind == grad_w.dtype:
                     grad_w.addmm_(error.T, part)  # in place: a product of its own would be as large as the weight
                 else:
-                    for words in range(0, weight.size(0), WORDS_AT_A_TIME):
-                        span = slice(words, words + WORDS_AT_A_TIME)
-                        grad_w[span] += error[:, span].T @ part
+                    for grad, wrong in zip(grad_w.split(WORDS_AT_A_TIME), error.split(WORDS_AT_A_TIME, dim=1), strict=True):
+                        grad.add_(wrong.T @ part)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.tokens = h.size(0)
         return total / h.size(0)

@@ -96,10 +96,15 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     FROM_ONEDNN on where there is AVX-512. Both are up to three times as fast as F.linear."""
     if x.dtype == torch.float32 and x.device.type == "cpu":
         if x.size(0) >= FROM_ONEDNN and onednn_is_faster() and not torch.compiler.is_compiling():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            return onednn_product(x, weight)
         if x.size(0) <= FEW_FLOAT:
             return (weight @ x.T).T
     return F.linear(x, weight)
+
+
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ by oneDNN, of a weight as it lies or in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def onednn_is_faster() -> bool:
@@ -113,7 +118,8 @@ def plus(y: Tensor, add: Tensor | None, beta: float) -> Tensor:
 
 class FloatMatrix:
     """fp32, by the products that read memory fastest on a CPU (MKL's on AMD; its plain one reaches a quarter of that). One
-    row: W is cut into row blocks, filled up with zeros to a whole number of them, and multiplied as a batch. A few: W xᵀ."""
+    row: W is cut into row blocks, filled up with zeros to a whole number of them, and multiplied as a batch. More
+    rows: `product`."""
 
     kind = torch.float32  # of what is multiplied, as the same name below
     BLOCKS = 8
@@ -168,7 +174,7 @@ class HalfMatrix:
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, None, "none", [], "")
+            y = onednn_product(x.to(torch.bfloat16), self.weight)
         elif x.size(0) <= FEW_HALF or self.wide == torch.bfloat16:
             y = F.linear(x.to(torch.bfloat16), self.weight)
         else:

@@ -45,17 +45,17 @@ def interleaved(
     `seconds` are over (twice at least). If `twice`, each is made once more before it is timed: a text is written step after
     step, so that a step finds of its weights what the caches could keep of them, not what another call has left there."""
     times: dict = {name: [] for name in calls}
-    for i in range(rounds + 1):  # the first round warms up, and compiles
-        if i == 1:
-            end = time.perf_counter() + seconds
+    for call in calls.values():  # warms up, and compiles
+        call()
+    end = time.perf_counter() + seconds
+    for i in range(rounds):
         for name, call in calls.items():
             if twice:
                 call()
             start = time.perf_counter()
             call()
-            if i:
-                times[name].append(time.perf_counter() - start)
-        if i > 1 and time.perf_counter() > end:
+            times[name].append(time.perf_counter() - start)
+        if i > 0 and time.perf_counter() > end:
             break
     return {name: middle(values) for name, values in times.items()}
 
@@ -146,7 +146,7 @@ def decoding(args: argparse.Namespace) -> dict:
     compiled = {f"{NAMES[bits]} compiled": Decoder(model, bits) for bits in ((32, 8, 4) if args.compile else ())}
     for decoder in compiled.values():
         decoder.compile()
-    width = {name: bits for bits, kind in NAMES.items() for name in (kind, f"{kind} compiled")}
+    read = {f"{NAMES[bits]}{how}": size for bits, (_, size) in sizes.items() for how in ("", " compiled")}
     states = states_at(decoders["bf16"], args.contexts, args.vocab_size)
     window = {n: torch.randint(args.vocab_size, (1, n)) for n in (256, 1024)}
     calls: dict = {("recompute", n): lambda ids=ids: recompute(model, ids) for n, ids in window.items()}
@@ -164,10 +164,6 @@ def decoding(args: argparse.Namespace) -> dict:
             _, state = decoder(piece, state)
 
     prefill = interleaved({name: lambda d=d: first_token(d) for name, d in decoders.items()}, 1) if args.prefill else {}
-
-    def gb_per_s(name: str, seconds: float) -> float:
-        return sizes[width[name]][1] / seconds / 1e9
-
     return {
         "threads": torch.get_num_threads(), "statistic": "fastest" if args.fastest else "median",
         "C": args.C, "vocab_size": args.vocab_size, "memories": args.memories,
@@ -177,8 +173,8 @@ def decoding(args: argparse.Namespace) -> dict:
             {
                 "weights": name, "context": context, "batch": rows,
                 "ms": 1e3 * seconds[name, context, rows], "tokens_per_s": rows / seconds[name, context, rows],
-                "gb_per_s": gb_per_s(name, seconds[name, context, rows]),
-                "share_of_bandwidth": gb_per_s(name, seconds[name, context, rows]) * 1e9 / bandwidth,
+                "gb_per_s": read[name] / seconds[name, context, rows] / 1e9,
+                "share_of_bandwidth": read[name] / seconds[name, context, rows] / bandwidth,
                 **{f"times_recompute_{n}": seconds["recompute", n] / seconds[name, context, rows] * rows for n in window},
             }
             for name, context, rows in (key for key in calls if key[0] != "recompute")
