@@ -36,6 +36,7 @@ from torch import nn
 from checkpoint import written_whole
 from config import Config, InputError, Parser, load_config, make_config, read_json, run_command, save_config
 from data import Corpus, Windows, prepare
+from features import fill_features
 from model import build_model
 from optimizers import clipped_step, make_optimizers
 from tables import markdown_table, mean_deviation, put_first
@@ -101,6 +102,7 @@ def step_timer(build: Callable[[Config, int], nn.Module], config: Config, corpus
     def seconds(rounds: int = 3) -> float:
         torch.manual_seed(0)
         model, times = build(config, corpus.vocab_size), []
+        fill_features(model, corpus.tokenizer)
         optimizers, windows = make_optimizers(model, config), Windows(corpus.train, config.block_size, batch, 0)
         for step in range(rounds + 1):  # the first warms up
             began = time.process_time()

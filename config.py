@@ -107,8 +107,10 @@ class Config(BaseModel):
     loop_iterations: int = option(1, "passes through the whole stack; the loss averages over them", ge=1)
 
     # Network: lifting wavelet
-    wavelet_mode: Literal["lifting", "diagonal", "haar"] = option(
-        "lifting", "learned lifting by networks (lifting), by a gain per channel (diagonal), or the fixed Haar wavelet"
+    wavelet_mode: Literal["lifting", "diagonal", "haar", "packets"] = option(
+        "lifting",
+        "learned lifting by networks (lifting), by a gain per channel (diagonal), the fixed Haar wavelet, or its packets: "
+        "2^levels scales",
     )
     shared_lifting_weights: bool = option(True, "one lifting for all blocks", "off: −0.024 (untied lifting)")
     untied_reconstruction: bool = option(False, "reconstruction has Update networks of its own")
@@ -116,8 +118,12 @@ class Config(BaseModel):
     lifting_hidden_mult: int = option(1, "hidden width of Predict and Update in units of P", ge=1)
     lifting_init: Basis = option("haar", "initial lifting: haar, zero (last layers 0) or random")
     lifting_dropout: float = option(0.0, "dropout inside Predict and Update", ge=0, lt=1)
+    lifting_block_rank: int = option(
+        0, "rank of each block's own changes to the shared networks, with its own lags; 0 = none", ge=0
+    )
     wavelet_crawl: bool = option(True, "learn each level's lag as a mixture of wavelet_crawl_k neighbours", "off: +0.018")
     wavelet_crawl_k: int = option(3, "lags in the mixture, odd", "3→33: −0.013", ge=1)
+    lifting_gate: bool = option(False, "each level's lagged input is gated per channel by the current one")
     scale_norm: bool = option(False, "RMSNorm of each scale's coefficients, before the mixers and after them", "on: −0.003")
     multi_basis_lifting: bool = option(False, "several liftings, blended per scale (wavelet_mode lifting)")
     multi_basis_inits: Bases = option(("haar", "random"), "initial lifting of each basis", min_length=1)
@@ -129,11 +135,14 @@ class Config(BaseModel):
         False, "training carries the state from one window to the next: windows in order, reset where a document ends"
     )
     per_layer_embedding: bool = option(True, "each block adds the token's embedding again, gated per channel")
+    token_features: bool = option(False, "what a token's text looks like (features.py), by a learned map, joins its embedding")
 
     # Network: mixers
-    mixer_transform: Literal["hadamard", "dct", "identity"] = option(
-        "hadamard", "orthonormal transform of the channels around the mixers", "identity: −0.0024"
+    mixer_transform: Literal["hadamard", "dct", "identity", "butterfly"] = option(
+        "hadamard", "transform of the channels around the mixers; butterfly is learned", "identity: −0.0024"
     )
+    mixer_top_k: int = option(0, "coefficients that a mixer takes of each scale, the largest; 0 = all", ge=0)
+    coarse_modulation: bool = option(False, "each scale's coefficients are modulated, per channel, by the next coarser scale's")
     use_mixer_gate: bool = option(True, "SwiGLU-like gate in the mixers", "off: +0.026")
     mixer_gate_activation: Literal["silu", "sigmoid", "gelu", "relu"] = option("silu", "activation of the gate")
     cross_scale_gating: bool = option(True, "each scale's gate reads a learned blend of all scales")
@@ -158,6 +167,11 @@ class Config(BaseModel):
     fwpkm_inference_updates: bool = option(False, "at inference each sequence writes into its fast weights")
     fwpkm_update_lr: float = option(0.01, "step of a fast-weight update", gt=0)
     fwpkm_chunk_size: int = option(64, "tokens between two fast-weight updates", ge=2)
+
+    pkm_query_norm: bool = option(False, "RMSNorm on the halves of PKM's and FwPKM's queries")
+    pkm_gate: bool = option(False, "what PKM and FwPKM read is gated by their input")
+    pkm_shared: bool = option(False, "one table of PKM's values for all blocks")
+    pkm_lr_scale: float = option(1.0, "learning rate of PKM's and FwPKM's values in units of the schedule's", gt=0)
 
     recall_heads: int = option(0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0)
     recall_dim: int = option(32, "width of its keys and values", ge=1)
@@ -268,8 +282,8 @@ class Config(BaseModel):
 
     @property
     def scales(self) -> int:
-        """S = levels + 1, the number of scales."""
-        return self.levels + 1
+        """S = levels + 1, the number of scales; of packets 2^levels."""
+        return 2**self.levels if self.wavelet_mode == "packets" else self.levels + 1
 
     @property
     def applications(self) -> int:
@@ -294,7 +308,10 @@ def _contradictions(c: Config):
     padded = 1 << (width - 1).bit_length()
     widths = c.per_scale_mixer_widths
     if widths is not None and len(widths) != c.scales:
-        yield f"per_scale_mixer_widths: {len(widths)} widths, but levels {c.levels} make {c.scales} scales (null = full width)"
+        yield (
+            f"per_scale_mixer_widths: {len(widths)} widths, but levels {c.levels} of wavelet_mode {c.wavelet_mode} make "
+            f"{c.scales} scales (null = full width)"
+        )
     if widths is not None and not all(w > 0 and int(padded * w) >= 1 for w in widths):
         yield f"per_scale_mixer_widths: {list(widths)} has a width of no channel at P = {padded}"
     for memory in ("pkm", "fwpkm"):
@@ -322,8 +339,16 @@ def _contradictions(c: Config):
         yield "parallel: fsdp has no decompose_bypass_cross_window, multinodal_enabled or spectral norm; take ddp"
     if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
         yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
-    if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode == "haar"):
+    if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode in ("haar", "packets")):
         yield "untied_reconstruction: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
+    if c.lifting_block_rank and (c.multi_basis_lifting or c.wavelet_mode in ("haar", "packets")):
+        yield "lifting_block_rank: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
+    if c.lifting_block_rank and not c.shared_lifting_weights:
+        yield "lifting_block_rank: needs shared_lifting_weights; without it each block has a lifting of its own already"
+    if c.pkm_shared and (c.parallel == "fsdp" or not c.pkm_enabled):
+        yield "pkm_shared: needs pkm_enabled, and a parallel other than fsdp, which holds each block's weights apart"
+    if c.lifting_gate and c.wavelet_mode == "packets":
+        yield "lifting_gate: wavelet_mode packets has none; take another mode"
     if not c.decompose_bypass and c.decompose_bypass_ema:
         yield "decompose_bypass_ema: needs decompose_bypass"
     if c.multinodal_enabled and c.multinodal_cross_cell_gating and c.multinodal_num_cells < 2:

@@ -17,9 +17,9 @@ The same numbers as the model's, from fewer and larger products, read at full ba
 - A step is a function of tensors (`Decoder.run`) between reading tapes and writing them, so that torch.compile can make one
   program of it: `decoder.compile()`.
 
-What cannot be folded (mixers in a row, several bases, a wavelet without matrices, norms per scale, fast weights, the moving
-average) is the model's own module, chosen here when the decoder is built. A step of one token and a chunk of many share all
-but the way through time. Nothing here was ever run on a GPU.
+What cannot be folded is the model's own module, chosen here when the decoder is built: mixers in a row or of the largest
+coefficients, several bases, packets, a wavelet without matrices or with more than matrices, norms per scale, fast weights, the
+moving average. A step of one token and a chunk of many share all but the way through time. Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
 """
@@ -33,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bypass import RunningMean
 from config import InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from model import Block, Diagonal, LanguageModel, Lifting, MultiBasis, RunningMean, ScaleNorm
+from model import Block, Changed, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
 from packed import Weights, Widths, round_up
 from state import State
 
@@ -197,9 +198,10 @@ class FoldedLifting:
 
 
 class OwnWavelet:
-    """The decomposition by the model's own module: without matrices, or of several bases."""
+    """The decomposition by the model's own module: without matrices, gated or with
+    changes of its own, of several bases, or into packets."""
 
-    def __init__(self, wavelet: Lifting | MultiBasis, name: str, weights: Weights):
+    def __init__(self, wavelet: Lifting | MultiBasis | HaarPackets, name: str, weights: Weights):
         self.wavelet = weights.module(name, wavelet)
         self.names = list(wavelet.start(0, torch.empty(0)))
         self.longest: list[int] = []
@@ -213,8 +215,9 @@ class OwnWavelet:
 
 
 def has_matrices(wavelet: nn.Module) -> bool:
-    """Whether its decomposition is products of matrices, that others can be folded into."""
-    return isinstance(wavelet, Lifting) and not wavelet.fixed and not isinstance(wavelet.predict_nets[0], Diagonal)
+    """Whether its decomposition is products of matrices alone, that others can be folded into."""
+    learned = isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
+    return learned and not isinstance(wavelet.predict_nets[0], Diagonal | Changed)
 
 
 def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear | Diagonal]:
@@ -269,20 +272,19 @@ class FoldedMixers:
 def transforms(block: Block) -> tuple[Tensor, Tensor]:
     """The channels' transform before the mixers and its inverse behind them, as matrices (P, P)."""
     identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
-    return block.transform(identity).T, block.inverse_transform(identity).T
+    return block.mixers.transform(identity).T, block.mixers.transform.inverse(identity).T
 
 
 class OwnMixers:
-    """Several banks in a row, by the model's own modules."""
+    """Several banks in a row, or of the largest coefficients alone, by the model's own modules."""
 
     def __init__(self, block: Block, name: str, weights: Weights):
-        self.transform, self.inverse = block.transform, block.inverse_transform
         self.mixers = weights.module(f"{name}.own", block.mixers)
         identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
         self.after = [weight * identity for weight in block.scale_weights]
 
     def __call__(self, c: Tensor) -> Tensor:
-        return self.inverse(self.mixers(self.transform(c)))
+        return self.mixers(c)
 
 
 def projection(block: Block) -> tuple[Tensor, Tensor]:
@@ -332,7 +334,8 @@ class FoldedReconstruction:
 
 
 class OwnReconstruction:
-    """The reconstruction by the model's own module: of several bases, or with a norm of each scale before it."""
+    """The reconstruction by the model's own module: of several bases or of packets, of networks with changes, or with a norm of
+    each scale before it."""
 
     def __init__(self, block: Block, wavelet: nn.Module, after: list[Tensor], name: str, weights: Weights):
         matrix, bias = projection(block)
@@ -418,9 +421,14 @@ def without_modules(memory: nn.Module) -> nn.Module:
 class Memory:
     """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
-    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights):
+    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights, values: str = ""):
+        """values: the name of the table, where blocks share one."""
         self.alpha = weights.number(f"{name}.alpha", alpha)
-        self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
+        self.values = weights.table(values or f"{name}.values", memory.values.weight, "memory")
+        self.gate = None
+        if memory.gate is not None:
+            self.gate = weights.matrix(f"{name}.gate", memory.gate.weight, "query")
+            self.gate_bias = weights.bias(f"{name}.gate.bias", memory.gate.bias, self.gate)
         query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
         keys = weights.module(f"{name}.keys", without_modules(memory))
         keys.query_proj = lambda h: query(h).float()
@@ -428,7 +436,8 @@ class Memory:
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         slot, weight = self.lookup(h)
-        return self.alpha * self.values.weighted(slot, weight), {}
+        read = self.alpha * self.values.weighted(slot, weight)
+        return read if self.gate is None else read * F.silu(self.gate(h, self.gate_bias).float()), {}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         return {}
@@ -488,9 +497,12 @@ class DecoderBlock:
             self.below = weights.matrix(f"{name}.below", block.bypass.cross_layer_mix.weight, "bypass")
             self.gains = weights.keep(f"{name}.gains", F.pad(block.bypass.history_gains, (0, self.pad)))[:, None]  # (S, 1, P)
         self.norms = [weights.norm(f"{name}.{n}", norm) for n, norm in (("ln1", block.ln1), ("ln2", block.ln2))]
-        self.mixers = (FoldedMixers if len(block.mixers.banks) == 1 else OwnMixers)(block, f"{name}.mixers", weights)
+        plain_mixers = len(block.mixers.banks) == 1 and not block.mixers.top_k
+        self.mixers = (FoldedMixers if plain_mixers else OwnMixers)(block, f"{name}.mixers", weights)
         self.norm_in = weights.module(f"{name}.scale_norm", block.scale_norm_in)
-        folds = isinstance(source, Lifting) and not isinstance(block.scale_norm_out, ScaleNorm)
+        self.modulation = weights.module(f"{name}.coarse_modulation", block.coarse_modulation)
+        changed = hasattr(source, "update_nets") and isinstance(source.update_nets[0], Changed)
+        folds = isinstance(source, Lifting) and not isinstance(block.scale_norm_out, ScaleNorm) and not changed
         self.reconstruction = (FoldedReconstruction if folds else OwnReconstruction)(
             block, source, self.mixers.after, f"{name}.reconstruction", weights
         )
@@ -502,7 +514,8 @@ class DecoderBlock:
             self.mlp = MLP(block, f"{name}.mlp", weights)
         self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
-            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
+            shared = name.rpartition("layers.")[0] + "pkm.values" if block.pkm.shared else ""
+            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, shared))
         if block.fwpkm is not None:
             kind = WrittenMemory if block.fwpkm.writes else Memory
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
@@ -541,7 +554,7 @@ class DecoderBlock:
         new |= lags
         if self.average is not None:
             c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
-        c = self.norm_in(c[:, None])[:, 0]
+        c = self.modulation(self.norm_in(c[:, None]))[:, 0]
         x = self.reconstruction(self.mixers(c), x, self.alphas[0], length)
         h = F.layer_norm(x, *self.norms[1])
         x = self.alphas[1] * x if self.mlp is None else self.mlp(h, x, self.alphas[1])
@@ -558,7 +571,8 @@ class DecoderCell:
     """One network of the model, prepared: the embedding, the blocks in the order in which they are applied, the last norm."""
 
     def __init__(self, cell, name: str, weights: Weights):
-        self.embedding = weights.table(f"{name}embedding", cell.token_embedding.weight * cell.embed_scale, "embedding")
+        table = cell.token_embedding.whole() if cell.config.token_features else cell.token_embedding.weight
+        self.embedding = weights.table(f"{name}embedding", table * cell.embed_scale, "embedding")
         prepared = [
             (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
@@ -590,7 +604,8 @@ class Decoder:
         self.blocks = [b for cell in self.cells for _ in range(self.config.loop_iterations) for b in cell.blocks]
         self.gates = None if model.gates is None else weights.module("gates", model.gates)
         heads = [cell.lm_head.weight for cell in model.cells]
-        tied = len(heads) == 1 and model.config.tie_embedding_to_lm_head and model.embed_scale == 1.0
+        plain_embedding = model.config.tie_embedding_to_lm_head and not model.config.token_features
+        tied = len(heads) == 1 and plain_embedding and model.embed_scale == 1.0
         joined = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share
         self.head = weights.matrix("embedding" if tied else "head", joined, "embedding" if tied else "head")
         self.device = self.cells[0].norm[1].device

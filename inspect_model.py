@@ -19,9 +19,11 @@ from checkpoint import load_model, written_whole
 from config import InputError, Parser, run_command
 from decode import PackedModel
 from evaluate import read_tokens
+from features import NAMES, FeatureEmbedding
 from model import Lifting, Mixers
 from tables import markdown_table
 
+MOST = 12  # token features that are listed
 QUIET = 0.01  # a gate's output below this counts as closed
 
 
@@ -72,7 +74,7 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
 
     def mixers(name: str):
         def hook(module: Mixers, inputs: tuple[Tensor, ...]) -> None:
-            z = inputs[0]  # (S, N, P)
+            z = module.kept(module.transform(inputs[0]))  # (S, N, P)
             _add(activity.energy, name, z.square().mean(-1).sum(-1))
             sums = gate_sums(module.banks[-1], module.routed(z)) if len(module.banks) == 1 else None
             if sums is not None:
@@ -147,6 +149,10 @@ def page(model: nn.Module, activity: Activity, about: str) -> str:
         for level, (lags, weights) in enumerate(levels)
     ]
     parts.append("## Lag filters\n\n" + markdown_table(["wavelet", "level", "lag: weight"], rows))
+    for embedding in (module for module in model.modules() if isinstance(module, FeatureEmbedding)):
+        strength, typical = embedding.feature_map.detach().norm(dim=1), embedding.weight.detach().norm(dim=1).mean()
+        rows = [[NAMES[i], f"{strength[i] / typical:.3g}"] for i in strength.argsort(descending=True)[:MOST].tolist()]
+        parts.append("## Token features, by their size over an embedding's\n\n" + markdown_table(["feature", "size"], rows))
     rows = [[name, *numbers(weights)] for name, weights in per_block(model, "scale_weights").items()]
     parts.append("## Scale weights\n\n" + markdown_table(["block", *scales], rows))
     for name, matrix in per_block(model, "scale_routing").items():

@@ -25,62 +25,13 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+from bypass import Bypass
 from config import Config
+from features import FeatureEmbedding
 from loss import linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from state import BlockState, State, remember
-
-# ===== Walsh–Hadamard transform
-
-
-def hadamard(n: int) -> Tensor:
-    """The orthonormal Sylvester–Hadamard matrix (n, n), n a power of two: H_2n = [[H, H], [H, −H]] / √2, H_1 = [1]."""
-    h = torch.ones(1, 1, device="cpu")  # a constant even where weights are built on the meta device
-    while h.size(0) < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    return h / math.sqrt(n)
-
-
-class WalshHadamard(nn.Module):
-    """The orthonormal Walsh–Hadamard transform of the last dimension, in natural order; its own inverse.
-
-    H_P = H_a ⊗ H_b for P = a·b, so two small matrix products do it: 2·√P multiplications per channel in place of P, and
-    on every device faster than log₂P butterfly passes over memory.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        a = 1 << (width.bit_length() - 1) // 2
-        self.register_buffer("left", hadamard(a), persistent=False)
-        self.register_buffer("right", hadamard(width // a), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., P)
-        grid = x.reshape(-1, self.right.size(0)) @ self.right  # (N·a, b)
-        return (self.left @ grid.view(-1, self.left.size(0), self.right.size(0))).view_as(x)
-
-
-class CosineTransform(nn.Module):
-    """The orthonormal discrete cosine transform (DCT-II) of the last dimension, or its inverse, as one matrix product."""
-
-    def __init__(self, width: int, inverse: bool):
-        super().__init__()
-        n = torch.arange(width, device="cpu", dtype=torch.float64)
-        matrix = torch.cos(math.pi / width * (n[:, None] + 0.5) * n) * math.sqrt(2 / width)  # (position, frequency)
-        matrix[:, 0] /= math.sqrt(2)
-        self.register_buffer("matrix", (matrix.T if inverse else matrix).float().contiguous(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.to(x.dtype)
-
-
-def build_transforms(config: Config) -> tuple[nn.Module, nn.Module]:
-    """The channels' transform before the mixers and its inverse behind them."""
-    width = config.padded_width
-    if config.mixer_transform == "dct":
-        return CosineTransform(width, inverse=False), CosineTransform(width, inverse=True)
-    transform = WalshHadamard(width) if config.mixer_transform == "hadamard" else nn.Identity()
-    return transform, transform
-
+from transform import Identity, build_transform
 
 # ===== Lifting wavelet
 
@@ -124,16 +75,29 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
     return net
 
 
+class Changed(nn.Module):
+    """A network that blocks share, with a block's own change of low rank: net(x) + B A x, B zero at first."""
+
+    def __init__(self, net: nn.Module, width: int, rank: int):
+        super().__init__()
+        self.net, self.A, self.B = net, nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.B(self.A(x))
+
+
 class Lifting(nn.Module):
     """A causal, undecimated lifting wavelet: at level l each position is paired with the one 2^l before it.
 
-    odd = lagged cur, detail = (odd − Predict(cur)) / √2, approx = (cur + Update(detail)) / √2, cur ← approx
+    odd = lagged cur [⊙ 2σ(Gate(cur))], detail = (odd − Predict(cur)) / √2, approx = (cur + Update(detail)) / √2, cur ← approx
     (after Sweldens, "The lifting scheme", 1998; here without subsampling, so that every position has its coefficients).
     wavelet_mode "diagonal" has a gain per channel for each network; "haar" is the fixed wavelet detail = (cur − odd) / √2,
-    approx = (cur + odd) / √2, without weights.
+    approx = (cur + odd) / √2, without weights. Gate: lifting_gate, a linear map per level, zero at first.
     """
 
-    def __init__(self, config: Config, init: str):
+    def __init__(self, config: Config, init: str, shared: "Lifting | None" = None):
+        """shared: the lifting whose networks this one has too, with its own lags, and changes of rank lifting_block_rank."""
         super().__init__()
         levels = range(config.levels)
         self.fixed = config.wavelet_mode == "haar"
@@ -146,9 +110,19 @@ class Lifting(nn.Module):
         if crawls:
             for level in levels:
                 self.dilation_logits.data[level, 2**level - self.first_lag[level]] = 5.0
+        self.odd_gates = None
+        if config.lifting_gate:
+            self.odd_gates = nn.ModuleList(nn.Linear(self.width, self.width) for _ in levels)
+            for gate in self.odd_gates:
+                nn.init.zeros_(gate.weight)
+                nn.init.zeros_(gate.bias)
         if not self.fixed:
             self.predict_nets = nn.ModuleList(lifting_net(config, init, 1.0, level) for level in levels)
             self.update_nets = nn.ModuleList(lifting_net(config, init, 0.5, level) for level in levels)
+        if rank := config.lifting_block_rank:
+            for name in ("predict_nets", "update_nets"):
+                nets = getattr(self, name) if shared is None else [changed.net for changed in getattr(shared, name)]
+                setattr(self, name, nn.ModuleList(Changed(net, self.width, rank) for net in nets))
 
     def start(self, rows: int, like: Tensor) -> BlockState:
         return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in enumerate(self.longest_lag)}
@@ -168,6 +142,8 @@ class Lifting(nn.Module):
         for level in range(len(self.longest_lag)):
             joined, new_state[f"lag{level}"] = remember(state[f"lag{level}"], cur)
             odd = self.lagged(joined, level, cur.size(1))
+            if self.odd_gates is not None:
+                odd = odd * (2 * torch.sigmoid(self.odd_gates[level](cur)))
             if self.fixed:
                 detail, cur = (cur - odd) / math.sqrt(2), (cur + odd) / math.sqrt(2)
             else:
@@ -219,82 +195,35 @@ class MultiBasis(nn.Module):
         return sum(w * wavelet.reconstruct(u) for w, wavelet in zip(blend, self.wavelets, strict=True))
 
 
-def build_wavelet(config: Config) -> Lifting | MultiBasis:
+class HaarPackets(nn.Module):
+    """Haar's wavelet packets, undecimated: every band is split at each level, details too, into 2^J bands of equal width. They
+    are a Walsh–Hadamard transform of the last 2^J positions; the first band is their mean, times 2^(J/2)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.levels, self.width = config.levels, config.padded_width
+
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        return {f"lag{i}": like.new_zeros(rows, 2**i, 2**i, self.width) for i in range(self.levels)}  # (B, lag, bands, P)
+
+    def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        bands, new_state = cur[:, :, None], {}
+        for level in range(self.levels):
+            joined, new_state[f"lag{level}"] = remember(state[f"lag{level}"], bands)
+            odd = joined[:, : cur.size(1)]
+            bands = torch.cat([bands + odd, bands - odd], dim=2) / math.sqrt(2)
+        return bands.movedim(2, 0), new_state
+
+    def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
+        return u.sum(0) / math.sqrt(u.size(0))
+
+
+def build_wavelet(config: Config, shared: Lifting | None = None) -> Lifting | MultiBasis | HaarPackets:
+    """A block's wavelet; `shared`: the first block's, where each has changes of its own."""
+    if config.wavelet_mode == "packets":
+        return HaarPackets(config)
     several = config.multi_basis_lifting and config.wavelet_mode == "lifting"
-    return MultiBasis(config) if several else Lifting(config, config.lifting_init)
-
-
-# ===== Bypass: a summary of all the text so far, added to every scale
-
-
-class RunningMean(nn.Module):
-    """m_t = mean(x_0 … x_t), in fp32. A stream's state also has a ring of the last block_size inputs, and then the mean
-    is over those: a model has never seen the mean of more positions than a training window has."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.window, self.width = config.block_size, config.C
-
-    def start(self, rows: int, like: Tensor, stream: bool) -> BlockState:
-        state = {"count": like.new_zeros(rows, dtype=torch.int64)}
-        if stream:  # entries join and leave the sum for ever: fp64 keeps their rounding errors from adding up
-            state["ring"] = like.new_zeros(rows, self.window, self.width, dtype=torch.float32)
-        state["sum"] = like.new_zeros(rows, self.width, dtype=torch.float64 if stream else torch.float32)
-        return state
-
-    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        length, new_state = x.size(1), {"count": state["count"] + x.size(1)}
-        change, n = x.float(), state["count"][:, None] + torch.arange(1, length + 1, device=x.device)  # n: (B, T)
-        if "ring" in state:
-            joined, new_state["ring"] = remember(state["ring"], change)
-            change, n = change.double() - joined[:, :length], n.clamp(max=self.window)
-        total = state["sum"][:, None] + change.cumsum(1)
-        new_state["sum"] = total[:, -1].clone()
-        return (total / n[..., None]).to(x.dtype), new_state
-
-
-class MovingAverage(nn.Module):
-    """m_t = f_t·m_{t−1} + (1 − f_t)·x_t with f_t = σ(ema_gate(x_t)) per channel, in fp32."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.ema_gate = nn.Linear(config.C, config.C)
-        nn.init.zeros_(self.ema_gate.weight)
-        nn.init.zeros_(self.ema_gate.bias)
-
-    def start(self, rows: int, like: Tensor, stream: bool) -> BlockState:
-        return {"mean": like.new_zeros(rows, self.ema_gate.in_features, dtype=torch.float32)}
-
-    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        with torch.autocast(x.device.type, enabled=False):
-            forget = torch.sigmoid(F.linear(x.float(), self.ema_gate.weight.float(), self.ema_gate.bias.float()))
-        mean = (1 - forget) * x.float()
-        mean = torch.cat([mean[:, :1] + forget[:, :1] * state["mean"][:, None], mean[:, 1:]], dim=1)
-        # Hillis–Steele scan: after the pass with shift d, `mean` sums the last 2d terms and `forget` is their product.
-        shift = 1
-        while shift < x.size(1):
-            mean = mean + forget * F.pad(mean, (0, 0, shift, 0))[:, : x.size(1)]
-            forget = forget * F.pad(forget, (0, 0, shift, 0))[:, : x.size(1)]
-            shift *= 2
-        return mean.to(x.dtype), {"mean": mean[:, -1].clone()}
-
-
-class Bypass(nn.Module):
-    """Adds context = m + M·m₋ to each scale's coefficients, weighted per channel; m₋ is the block below's mean."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.average = MovingAverage(config) if config.decompose_bypass_ema else RunningMean(config)
-        self.history_gains = nn.Parameter(torch.zeros(config.scales, config.C))
-        # The first block has nothing below it: its M is used (and trained) only when loop_iterations > 1.
-        self.cross_layer_mix = nn.Linear(config.C, config.C, bias=False)
-        nn.init.eye_(self.cross_layer_mix.weight).data.mul_(0.5)
-
-    def forward(self, x: Tensor, below: Tensor | None, state: BlockState) -> tuple[Tensor, Tensor, BlockState]:
-        """Returns the biases (S, B, T, C), this block's mean (B, T, C) for the block above, and the new state."""
-        mean, state = self.average(x, state)
-        context = mean if below is None else mean + self.cross_layer_mix(below)
-        return context * self.history_gains[:, None, None], mean, state
+    return MultiBasis(config) if several else Lifting(config, config.lifting_init, shared)
 
 
 # ===== Mixers: per scale, y = (W z) ⊙ act(G r) + U (Vᵀ z)
@@ -347,7 +276,11 @@ class Mixer(nn.Module):
 
 
 class MixerBank(nn.ModuleList):
-    """One `Mixer` per scale. Neighbouring scales of one width are computed by one batched product."""
+    """One `Mixer` per scale. Neighbouring scales of one width are computed by one batched product.
+
+    The transform H before them and its inverse behind may be given with what is not yet transformed. H is then applied to the
+    weights, W (H c) = (W H) c, which are fewer than the positions; only behind a mixer of full width it is applied to those.
+    """
 
     def __init__(self, config: Config, depth: int):
         shares = config.per_scale_mixer_widths or (1.0,) * config.scales
@@ -359,38 +292,44 @@ class MixerBank(nn.ModuleList):
             config.mixer_gate_activation
         ]
 
-    def forward(self, z: Tensor, r: Tensor) -> Tensor:
-        """z: what is mixed, r: what the gate reads; all (S, N, P)."""
-        mixers = list(self)
-        return torch.cat([self._mix(mixers[run], z[run], r[run]) for run in self.runs])
+    def forward(self, z: Tensor, r: Tensor, transform: nn.Module | None = None) -> Tensor:
+        """z: what is mixed, r: what the gate reads, `transform`: what both still want; all (S, N, P)."""
+        mixers, transform = list(self), Identity() if transform is None else transform
+        return torch.cat([self._mix(mixers[run], z[run], r[run], transform) for run in self.runs])
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor) -> Tensor:
-        def product(x: Tensor, weights: list[Tensor]) -> Tensor:  # (n, N, in) by n matrices (out, in)
-            return torch.bmm(x, torch.stack(weights).mT.to(x.dtype))
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
+        def product(x: Tensor, weights: list[Tensor], of_transformed: bool = False) -> Tensor:  # by n matrices (out, in)
+            weight = torch.stack(weights)
+            return torch.bmm(x, (transform.inverse(weight) if of_transformed else weight).mT.to(x.dtype))
 
         first = mixers[0]
-        if first.proj_in is not None:
+        narrow = first.proj_in is not None
+        if narrow:
             same = r is z
-            z = product(z, [m.proj_in.weight for m in mixers])
-            r = z if same else product(r, [m.proj_in.weight for m in mixers])
-        y = product(z, [m.mixer.weight for m in mixers])
+            z = product(z, [m.proj_in.weight for m in mixers], True)
+            r = z if same else product(r, [m.proj_in.weight for m in mixers], True)
+        y = product(z, [m.mixer.weight for m in mixers], not narrow)
         if first.gate is not None:
-            y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
+            y = y * self.activation(product(r, [m.gate.weight for m in mixers], not narrow))
         if hasattr(first, "U"):
-            y = y + product(product(z, [m.V.mT for m in mixers]), [m.U for m in mixers])
+            y = y + product(product(z, [m.V.mT for m in mixers], not narrow), [m.U for m in mixers])
         if first.bias is not None:
             y = y + torch.stack([m.bias for m in mixers])[:, None]
-        if first.proj_out is not None:
-            y = product(y, [m.proj_out.weight for m in mixers])
-        return y
+        if not narrow:
+            return transform.inverse(y)
+        return torch.bmm(y, transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers])).to(y.dtype))
 
 
 class Mixers(nn.Module):
-    """`mixer_depth` banks in a row; all but the last with a LayerNorm before, and if asked a residual and scalars."""
+    """The transform of the channels, `mixer_depth` banks in a row, and the transform back. All banks but the last have a
+    LayerNorm before them, and if asked a residual and scalars."""
+
+    FOLDS_FROM = 4  # positions per channel from which the transform is cheaper on the weights than on the positions
 
     def __init__(self, config: Config):
         super().__init__()
         depth = config.mixer_depth
+        self.transform = build_transform(config)
         self.banks = nn.ModuleList(MixerBank(config, d) for d in range(depth))
         self.norms = nn.ModuleList(
             nn.ModuleList(nn.LayerNorm(config.padded_width) for _ in range(config.scales)) for _ in range(depth - 1)
@@ -401,6 +340,14 @@ class Mixers(nn.Module):
             self.alphas = nn.ParameterList(nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1))
             self.betas = nn.ParameterList(nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1))
         self.scale_routing = nn.Parameter(torch.eye(config.scales)) if config.cross_scale_gating else None
+        self.top_k = config.mixer_top_k
+
+    def kept(self, z: Tensor) -> Tensor:
+        """What is mixed: with mixer_top_k the largest coefficients of each scale and position, the others zero."""
+        if not 0 < self.top_k < z.size(-1):
+            return z
+        largest = z.abs().topk(self.top_k).indices
+        return torch.zeros_like(z).scatter(-1, largest, z.gather(-1, largest))
 
     def routed(self, z: Tensor) -> Tensor:
         """What the gates read: z itself, or with cross_scale_gating r_s = Σ_s' R[s, s'] z_s'."""
@@ -408,7 +355,10 @@ class Mixers(nn.Module):
             return z
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
 
-    def forward(self, z: Tensor) -> Tensor:  # (S, N, P)
+    def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
+        if len(self.banks) == 1 and not self.top_k and c.size(1) >= self.FOLDS_FROM * c.size(2):
+            return self.banks[0](c, self.routed(c), self.transform)
+        z = self.kept(self.transform(c))
         for d, norms in enumerate(self.norms):
             normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
             if self.alphas is not None:
@@ -417,7 +367,7 @@ class Mixers(nn.Module):
             if self.betas is not None:
                 mixed = self.betas[d] * mixed
             z = z + mixed if self.residuals else mixed
-        return self.banks[-1](z, self.routed(z))
+        return self.transform.inverse(self.banks[-1](z, self.routed(z)))
 
 
 # ===== The wide MLP
@@ -450,6 +400,17 @@ class ScaleNorm(nn.Module):
         return F.rms_norm(c, c.shape[-1:], eps=1e-5) * self.gains[:, None, None]
 
 
+class CoarseModulation(nn.Module):
+    """Coarse modulates fine: c_s ← c_s ⊙ (1 + tanh(a_s ⊙ c_{s−1})); scale s − 1 is the next coarser one, a is zero at first."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gains = nn.Parameter(torch.zeros(config.scales - 1, config.padded_width))
+
+    def forward(self, c: Tensor) -> Tensor:  # (S, B, T, P)
+        return torch.cat([c[:1], c[1:] * (1 + torch.tanh(self.gains[:, None, None] * c[:-1]))])
+
+
 class Block(nn.Module):
     """One block: a wavelet branch that mixes positions, then a position-wise memory branch, both added to the stream."""
 
@@ -461,10 +422,10 @@ class Block(nn.Module):
         self.bypass = Bypass(config) if config.decompose_bypass else None
         self.embedding_residual_gamma = nn.Parameter(torch.zeros(width)) if config.per_layer_embedding else None
         self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transform, self.inverse_transform = build_transforms(config)
         self.scale_norm_in = self.scale_norm_out = nn.Identity()
         if config.scale_norm:
             self.scale_norm_in, self.scale_norm_out = ScaleNorm(config), ScaleNorm(config)
+        self.coarse_modulation = CoarseModulation(config) if config.coarse_modulation else nn.Identity()
         self.mixers = Mixers(config)
         self.dropout_mixer = nn.Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.scales))
@@ -507,8 +468,7 @@ class Block(nn.Module):
 
     def mix(self, c: Tensor) -> Tensor:
         """The coefficients (S, B, T, P) mixed over channels, in the Hadamard domain."""
-        z = self.transform(self.scale_norm_in(c)).flatten(1, 2)
-        y = self.dropout_mixer(self.inverse_transform(self.mixers(z)))
+        y = self.dropout_mixer(self.mixers(self.coarse_modulation(self.scale_norm_in(c)).flatten(1, 2)))
         return self.scale_norm_out((y * self.scale_weights[:, None, None]).view_as(c))
 
     def remember_and_think(self, h: Tensor, state: BlockState) -> tuple[Tensor | float, BlockState]:
@@ -614,12 +574,17 @@ class WaveletLM(LanguageModel):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.embed_scale = math.sqrt(config.C) if config.stab("embed_scaling") else 1.0
-        self.token_embedding = nn.Embedding(vocab_size, config.C)
+        self.token_embedding = (FeatureEmbedding if config.token_features else nn.Embedding)(vocab_size, config.C)
         nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
         count = 1 if config.looped_blocks else config.layers
         self.layers = nn.ModuleList(Block(config, after) for after in reversed(range(count)))
-        self.wavelets = nn.ModuleList(build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count))
+        if config.pkm_shared:
+            for block in self.layers[1:]:
+                block.pkm.values = self.layers[0].pkm.values
+        self.wavelets = nn.ModuleList([build_wavelet(config)])
+        for _ in range(count - 1 if config.lifting_block_rank or not config.shared_lifting_weights else 0):
+            self.wavelets.append(build_wavelet(config, self.wavelets[0] if config.shared_lifting_weights else None))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
         self.lm_head = nn.Linear(config.C, vocab_size, bias=False)

@@ -18,6 +18,7 @@ from checkpoint import own_tensors, save_plain
 from config import Config, InputError
 from data import Corpus, training_order
 from distributed import World, load_shards, remove_other_shards, save_shards, saved_shapes
+from features import fill_features
 from model import build_model
 from optimizers import (
     WeightAverage,
@@ -45,7 +46,9 @@ class Trainer:
         self.config, self.record, self.corpus, self.world = config, record, corpus, world
         self.device = world.device
         torch.manual_seed(config.seed)
-        self.model = world.place(build_model(config, corpus.vocab_size))
+        model = build_model(config, corpus.vocab_size)
+        fill_features(model, corpus.tokenizer)
+        self.model = world.place(model)
         self.optimizers = make_optimizers(self.model, config)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         batch = config.micro_batch_size * config.grad_accum

@@ -42,6 +42,7 @@ from checkpoint import written_whole  # noqa: E402
 from config import Config, InputError, Parser, load_config, run_command  # noqa: E402
 from data import Corpus, Windows, prepare  # noqa: E402
 from evaluate import figures, score  # noqa: E402
+from features import fill_features  # noqa: E402
 from model import build_model  # noqa: E402
 from optimizers import clipped_step, learning_rate, make_optimizers, rates  # noqa: E402
 from record import environment  # noqa: E402
@@ -204,6 +205,7 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
     torch.manual_seed(spec.seed)
     config = entrant.config.model_copy(update=rates(entrant.config, spec.lr))
     model = entrant.build(config, corpus.vocab_size)
+    fill_features(model, corpus.tokenizer)
     model.block_size = config.block_size
     optimizers = make_optimizers(model, config)
     windows = Windows(corpus.train, config.block_size, batch, spec.seed)

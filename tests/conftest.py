@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from checkpoint import save_model
 from config import Config, make_config, save_config
+from features import FeatureEmbedding
 from model import build_model
 from tokenizer import ByteTokenizer
 
@@ -52,6 +53,15 @@ def tiny(**overrides: Any) -> Config:
     return make_config(values, "tiny")
 
 
+def new_model(config: Config) -> torch.nn.Module:
+    """A network as it begins. Where it has token features they are random: there is no tokenizer to take them from."""
+    model = build_model(config, VOCAB)
+    for module in model.modules():
+        if isinstance(module, FeatureEmbedding):
+            module.basis.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Moves every parameter away from its initial value, so that zero-initialised gains count and no matrix is special.
 
@@ -73,7 +83,7 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
     """A network with randomised weights, in eval mode."""
     torch.manual_seed(seed)
-    return randomised(build_model(config, VOCAB), seed).eval()
+    return randomised(new_model(config), seed).eval()
 
 
 def random_ids(rows: int = 2, length: int = 40, seed: int = 0) -> torch.Tensor:

@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, random_model, tiny
+from conftest import random_ids, random_model, randomised, tiny
 
 import curves
 import inspect_model
 from checkpoint import save_model
 from config import InputError, save_config
+from features import fill_features
+from model import build_model
 from tokenizer import ByteTokenizer
 
 
@@ -28,11 +30,11 @@ def test_activity_is_the_same_in_pieces_of_any_size_and_energy_that_of_the_coeff
     small, large = (inspect_model.watch(model, ids[0].numpy(), piece) for piece in (7, 60))
     block = model.layers[0]
     seen = []
-    handle = block.transform.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = block.mixers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(ids, model.start(1, stream=True))
     handle.remove()
-    expected = seen[0].square().mean(-1).sum((1, 2))  # of the coefficients (S, 1, T, P), before the transform
+    expected = seen[0].square().mean(-1).sum(1)  # of the coefficients (S, T, P), before the transform
     assert torch.allclose(large.energy["layers.0"].float(), expected, rtol=1e-4)
     assert torch.allclose(small.energy["layers.1"], large.energy["layers.1"], rtol=1e-4)
     assert torch.allclose(small.slots["layers.0.pkm"], large.slots["layers.0.pkm"], atol=1e-3)
@@ -45,13 +47,14 @@ def test_slots_in_use_tells_one_from_all():
     assert inspect_model.slots_in_use(torch.ones(8)) == pytest.approx((1.0, 8.0))
 
 
-@pytest.mark.parametrize("overrides", [{}, {"wavelet_mode": "haar", "use_mixer_gate": False, "pkm_enabled": False}])
+PLAIN = {"wavelet_mode": "haar", "use_mixer_gate": False, "pkm_enabled": False}
+
+
+@pytest.mark.parametrize("overrides", [{}, {"token_features": True}, PLAIN])
 def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatch):
-    from conftest import randomised
-
-    from model import build_model
-
-    model = randomised(build_model(tiny(**overrides), 256)).eval()
+    model = build_model(tiny(**overrides), 256)
+    fill_features(model, ByteTokenizer())
+    randomised(model).eval()
     save_model(model, tmp_path / "best_model.safetensors")
     save_config(model.config, tmp_path / "config.json")
     ByteTokenizer().save(tmp_path)
@@ -60,7 +63,8 @@ def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", command)
     inspect_model.main()
     page = (tmp_path / "inspection.md").read_text(encoding="utf-8")
-    assert "## Lag filters" in page and ("## Gates" in page) == (not overrides)
+    assert "## Lag filters" in page and ("## Gates" in page) == (overrides != PLAIN)
+    assert ("## Token features" in page) == bool(overrides.get("token_features"))
     assert (tmp_path / "inspection.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from scipy.fft import dct
 from scipy.linalg import hadamard as scipy_hadamard
 
-from checkpoint import load_state, save_model, save_state
+from bypass import MovingAverage, RunningMean
+from checkpoint import load_state, own_tensors, save_model, save_state
 from config import Config, InputError, load_config
 from loss import LinearCrossEntropy
 from memory import AssociativeMemory
 from model import (
-    CosineTransform,
     FastWeightMemory,
+    HaarPackets,
     Lifting,
-    MovingAverage,
     MultiBasis,
     ProductKeyMemory,
-    RunningMean,
-    WalshHadamard,
     build_model,
 )
+from optimizers import make_optimizers
+from transform import Butterfly, CosineTransform, WalshHadamard
 
 AROUND_POWERS_OF_TWO = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 UPDATES = {"fwpkm_inference_updates": True, "fwpkm_update_lr": 0.5}
@@ -35,6 +35,8 @@ KINDS = {  # the ways of looking back
     "no bypass, no crawl": {"decompose_bypass": False, "wavelet_crawl": False},
     "moving average": {"decompose_bypass_ema": True},
     "haar": {"wavelet_mode": "haar"},
+    "packets": {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
+    "gated lags": {"lifting_gate": True},
     "diagonal": {"wavelet_mode": "diagonal"},
     "two bases": {"multi_basis_lifting": True},
     "untied": {"untied_reconstruction": True, "shared_lifting_weights": False},
@@ -138,12 +140,15 @@ def test_two_equal_bases_are_one():
     torch.testing.assert_close(two.reconstruct(blended), one.reconstruct(expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"pkm_query_norm": True, "pkm_gate": True}])
 @pytest.mark.parametrize("heads, keys, top_k", [(1, 16, 1), (1, 64, 8), (2, 64, 5), (4, 25, 25), (2, 16, 40), (1, 100, 32)])
-def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k):
-    memory = randomised(ProductKeyMemory(tiny(), keys, top_k, heads))
+def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k, options):
+    memory = randomised(ProductKeyMemory(tiny(**options), keys, top_k, heads))
     h = torch.randn(2, 9, 16)
     side, half = math.isqrt(keys), 16 // heads // 2
     query = (h @ memory.query_proj.weight.T).view(2, 9, heads, 2, half)
+    if options:
+        query = query / (query.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     expected = torch.zeros(2, 9, 16)
     for head in range(heads):
         every_key = torch.cat(  # slot a·side + b has the key (a, b)
@@ -156,7 +161,21 @@ def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k):
         score, slot = (query[:, :, head].flatten(2) @ every_key.T).topk(min(top_k, keys))
         values = memory.values.weight[head * keys : (head + 1) * keys][slot]
         expected = expected + (score.softmax(-1)[..., None] * values).sum(2)
+    if options:
+        expected = expected * F.silu(h @ memory.gate.weight.T + memory.gate.bias)
     torch.testing.assert_close(memory(h), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_share_values_have_one_table_and_its_rate():
+    config = tiny(pkm_shared=True, pkm_lr_scale=3.0, optimizer="AdamW")
+    model = random_model(config)
+    first, second = (block.pkm for block in model.layers)
+    assert first.values.weight is second.values.weight and first.keys_a is not second.keys_a
+    assert sum(name.endswith(".pkm.values.weight") for name in own_tensors(model)) == 1
+    (optimizer,) = make_optimizers(model, config)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert scales[id(parameter)] == (3.0 if name.endswith("pkm.values.weight") else 1.0), name
 
 
 # ===== Averages
@@ -685,6 +704,56 @@ def test_associative_memory_finds_what_followed_a_token(monkeypatch):
 @pytest.mark.parametrize("width", [1, 8, 64])
 def test_cosine_transform_equals_scipy_and_its_inverse_undoes_it(width):
     x = torch.randn(3, width)
-    transformed = CosineTransform(width, inverse=False)(x)
+    transform = CosineTransform(width)
+    transformed = transform(x)
     torch.testing.assert_close(transformed, torch.from_numpy(dct(x.numpy(), norm="ortho")), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(CosineTransform(width, inverse=True)(transformed), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(transform.inverse(transformed), x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 8, 64])
+def test_butterfly_begins_as_walsh_hadamard_and_is_the_product_of_its_factors(width):
+    transform, x = Butterfly(width), torch.randn(3, width)
+    torch.testing.assert_close(transform(x), WalshHadamard(width)(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(transform.inverse(transform(x)), x, atol=1e-5, rtol=1e-5)
+    torch.nn.init.normal_(transform.factors)
+    expected = x
+    for i, factor in enumerate(transform.factors):
+        out = torch.empty_like(x)
+        for pair in range(width // 2):
+            low = pair // 2**i * 2 ** (i + 1) + pair % 2**i
+            out[:, [low, low + 2**i]] = expected[:, [low, low + 2**i]] @ factor[pair]
+        expected = out
+    torch.testing.assert_close(transform(x), expected, atol=1e-4, rtol=1e-4)
+
+
+# ===== Other ways for coefficients
+
+
+def test_packets_are_walsh_hadamard_transforms_of_the_last_positions():
+    packets, x = HaarPackets(tiny(wavelet_mode="packets", per_scale_mixer_widths=None)), torch.randn(2, 20, 16)
+    bands, _ = packets.decompose(x, packets.start(2, x))
+    past = F.pad(x, (0, 0, 7, 0)).unfold(1, 8, 1).flip(-1)  # (B, T, P, 8): from the position itself backwards
+    matrix = torch.tensor(scipy_hadamard(8) / math.sqrt(8), dtype=torch.float32)
+    expected = (past @ matrix).movedim(-1, 0)
+    as_sets = [sorted(map(tuple, t.flatten(1).mul(1e4).round().int()[:, :8].tolist())) for t in (bands, expected)]
+    assert as_sets[0] == as_sets[1]  # the same bands; their order is another
+    torch.testing.assert_close(bands[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packets.reconstruct(bands), x, atol=1e-5, rtol=1e-5)
+
+
+def test_mixers_take_the_largest_coefficients():
+    mixers, z = random_model(tiny(mixer_top_k=5)).layers[0].mixers, torch.randn(4, 7, 16)
+    kept = mixers.kept(z)
+    assert ((kept != 0).sum(-1) == 5).all() and torch.equal(kept[kept != 0], z[kept != 0])
+    assert (kept.abs().sum(-1) >= z.abs().topk(5).values.sum(-1) - 1e-6).all()
+    torch.testing.assert_close(mixers(mixers.transform(z)), mixers(mixers.transform(kept)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "dct", "butterfly", "identity"])
+@pytest.mark.parametrize("widths", [None, (0.25, 1.0, 1.0, 0.5)])
+def test_a_transform_in_the_weights_of_the_mixers_is_one_of_the_coefficients(kind, widths, monkeypatch):
+    mixers = random_model(tiny(mixer_transform=kind, per_scale_mixer_widths=widths)).layers[0].mixers
+    c = torch.randn(4, 70, 16)  # more than four positions for each channel
+    folded = mixers(c)
+    monkeypatch.setattr(type(mixers), "FOLDS_FROM", 1000)
+    torch.testing.assert_close(mixers(c), folded, atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, random_ids, random_model, randomised, run_in_chunks, tiny
+from conftest import VOCAB, new_model, random_ids, random_model, randomised, run_in_chunks, tiny
 
 from checkpoint import fill, load_tensors, save_model
 from config import Config, InputError
@@ -29,7 +29,10 @@ OPTIONS: dict[str, list[dict]] = {
     "wavelet": [
         {}, {"multi_basis_lifting": True}, {"untied_reconstruction": True}, {"wavelet_mode": "haar"},
         {"wavelet_mode": "diagonal"}, {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
+        {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
     ],
+    "lifting_gate": [{}, {"lifting_gate": True}],
+    "lifting_block_rank": [{}, {"lifting_block_rank": 3}],
     "lifting_linear_only": [{}, {"lifting_linear_only": True}],
     "lifting_hidden_mult": [{}, {"lifting_hidden_mult": 2}],
     "lifting_init": [{}, {"lifting_init": "zero"}, {"lifting_init": "random"}],
@@ -61,9 +64,15 @@ OPTIONS: dict[str, list[dict]] = {
         {}, {"fwpkm_inference_updates": True, "fwpkm_chunk_size": 5, "fwpkm_update_lr": 0.5, "fwpkm_num_keys": 25},
         {"fwpkm_enabled": False}, {"fwpkm_heads": 2, "fwpkm_top_k": 1}, {"fwpkm_inference_updates": True},
     ],
+    "memories": [{}, {"pkm_query_norm": True, "pkm_gate": True, "pkm_shared": True}],
     "recall": [{}, {"recall_heads": 2, "recall_dim": 4}, {"recall_heads": 1, "recall_dim": 8, "recall_every": 2}],
     "scale_norm": [{}, {"scale_norm": True}],
-    "mixer_transform": [{}, {"mixer_transform": "dct"}, {"mixer_transform": "identity"}],
+    "mixer_transform": [
+        {}, {"mixer_transform": "dct"}, {"mixer_transform": "butterfly"}, {"mixer_transform": "identity"},
+    ],
+    "mixer_top_k": [{}, {"mixer_top_k": 6}],
+    "coarse_modulation": [{}, {"coarse_modulation": True}],
+    "token_features": [{}, {"token_features": True}],
     "stochastic_depth_rate": [{}, {"stochastic_depth_rate": 0.4}],
     **{f"stab_{name}": [{}, {f"stab_{name}": True}] for name in (
         "ff_scaling", "embed_scaling", "proj_out_scaling", "mixer_eps_scaling", "lifting_level_scaling",
@@ -72,7 +81,9 @@ OPTIONS: dict[str, list[dict]] = {
         "lifting_dropout", "dropout_embedding", "dropout_projection", "dropout_mixer", "dropout_mlp", "dropout_lm_head",
     )},
     "cells": [
-        {}, {**CELLS, "multinodal_cross_cell_gating": True, "multinodal_features_per_cell": 5},
+        {}, {  # with the default 1e-6 for the other columns, a step of any size leaves where the gradient holds
+            **CELLS, "multinodal_cross_cell_gating": True, "multinodal_features_per_cell": 5, "multinodal_bagged_eps": 0.01,
+        },
         {**CELLS, "multinodal_combination": "sum", "multinodal_num_cells": 3, "multinodal_seeds": (1, 2, 3)}, CELLS,
         {**CELLS, "multinodal_cross_cell_gating": True, "multinodal_cross_cell_gate_interval": 2},
     ],
@@ -185,7 +196,7 @@ def loss_in_training(model):
 @every_case
 def test_a_step_down_the_gradient_lowers_the_loss_of_its_batch(case):
     torch.manual_seed(0)
-    model = build_model(tiny(**CASES[case]), VOCAB).train()  # as a run starts, not randomised
+    model = new_model(tiny(**CASES[case])).train()  # as a run starts, not randomised
     before = loss_in_training(model)
     before.backward()
     length = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -315,6 +326,8 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
         ("fwpkm_update_lr", 5.0), ("fwpkm_chunk_size", 5),
     )},
     "mixer_transform": ({}, {"mixer_transform": "dct"}),
+    "mixer_top_k": ({}, {"mixer_top_k": 6}),
+    "lifting_block_rank": ({}, {"lifting_block_rank": 2}),
     "recall_heads": ({}, {"recall_heads": 2}),
     "recall_dim": ({"recall_heads": 2}, {"recall_heads": 2, "recall_dim": 8}),
     "recall_every": ({"recall_heads": 2}, {"recall_heads": 2, "recall_every": 2}),
@@ -335,7 +348,9 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
         {**CELLS, "multinodal_features_per_cell": 5, "multinodal_bagged_eps": 0.1},
     ),
 }  # fmt: skip
-READ_BY_TRAINING = {"decompose_bypass_cross_window"}  # shapes how windows follow each other, not the network
+READ_BY_TRAINING = {  # how windows follow each other, and how fast values learn
+    "decompose_bypass_cross_window", "pkm_lr_scale",
+}  # fmt: skip
 
 
 def change_of(key: str) -> tuple[dict, dict]:
@@ -349,7 +364,7 @@ def change_of(key: str) -> tuple[dict, dict]:
 def behaviour(config: Config) -> list:
     """What there is to see of a network: its tensors as they begin, its outputs in use and in training, its work."""
     torch.manual_seed(0)
-    model, ids = build_model(config, VOCAB), random_ids(1, 33)
+    model, ids = new_model(config), random_ids(1, 33)
     seen: list = [list(model.state_dict()), *(tensor.clone().flatten() for tensor in model.state_dict().values())]
     randomised(model).eval()
     with torch.no_grad():
