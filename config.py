@@ -98,7 +98,7 @@ class Config(BaseModel):
     # Network: size
     C: int = option(2048, "channels of the residual stream", ge=2)
     layers: int = option(2, "blocks", "depth 2→10 at equal parameters, without MLP: −0.03 to −0.05", ge=1)
-    levels: int = option(5, "levels of the wavelet; there are levels + 1 scales", "5→7: −0.031", ge=1, le=20)
+    levels: int = option(5, "levels of the wavelet, with levels + 1 scales (packets: 2^levels)", "5→7: −0.031", ge=1, le=20)
     mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0)
     mlp_layers: int = option(2, "linear layers of the MLP", ge=2)
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
@@ -118,9 +118,6 @@ class Config(BaseModel):
     lifting_hidden_mult: int = option(1, "hidden width of Predict and Update in units of P", ge=1)
     lifting_init: Basis = option("haar", "initial lifting: haar, zero (last layers 0) or random")
     lifting_dropout: float = option(0.0, "dropout inside Predict and Update", ge=0, lt=1)
-    lifting_block_rank: int = option(
-        0, "rank of each block's own changes to the shared networks, with its own lags; 0 = none", ge=0
-    )
     wavelet_crawl: bool = option(True, "learn each level's lag as a mixture of wavelet_crawl_k neighbours", "off: +0.018")
     wavelet_crawl_k: int = option(3, "lags in the mixture, odd", "3→33: −0.013", ge=1)
     lifting_gate: bool = option(False, "each level's lagged input is gated per channel by the current one")
@@ -170,7 +167,7 @@ class Config(BaseModel):
 
     pkm_query_norm: bool = option(False, "RMSNorm on the halves of PKM's and FwPKM's queries")
     pkm_gate: bool = option(False, "what PKM and FwPKM read is gated by their input")
-    pkm_shared: bool = option(False, "one table of PKM's values for all blocks")
+    pkm_shared: bool = option(False, "one table of PKM's values for all blocks (FwPKM's stay apart)")
     pkm_lr_scale: float = option(1.0, "learning rate of PKM's and FwPKM's values in units of the schedule's", gt=0)
 
     recall_heads: int = option(0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0)
@@ -302,10 +299,15 @@ def _contradictions(c: Config):
             f"levels: {c.levels} levels look back {2 ** (c.levels - 1)} tokens, block_size is {c.block_size}; "
             f"at most {int(math.log2(c.block_size - 1)) + 1} levels fit"
         )
+    if c.wavelet_mode == "packets" and c.levels > 8:
+        yield f"levels: {c.levels} levels of packets are {2**c.levels} scales; at most 8 levels, 256 scales"
+        return
     if c.wavelet_crawl_k % 2 == 0:
         yield f"wavelet_crawl_k: {c.wavelet_crawl_k} is even; lags are centred, so it must be odd"
     width = c.multinodal_cell_dim if c.multinodal_enabled else c.C
     padded = 1 << (width - 1).bit_length()
+    if c.mixer_top_k >= padded:
+        yield f"mixer_top_k: {c.mixer_top_k} is not below P, {padded}; 0 takes all coefficients"
     widths = c.per_scale_mixer_widths
     if widths is not None and len(widths) != c.scales:
         yield (
@@ -341,10 +343,6 @@ def _contradictions(c: Config):
         yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
     if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode in ("haar", "packets")):
         yield "untied_reconstruction: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
-    if c.lifting_block_rank and (c.multi_basis_lifting or c.wavelet_mode in ("haar", "packets")):
-        yield "lifting_block_rank: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
-    if c.lifting_block_rank and not c.shared_lifting_weights:
-        yield "lifting_block_rank: needs shared_lifting_weights; without it each block has a lifting of its own already"
     if c.pkm_shared and (c.parallel == "fsdp" or not c.pkm_enabled):
         yield "pkm_shared: needs pkm_enabled, and a parallel other than fsdp, which holds each block's weights apart"
     if c.lifting_gate and c.wavelet_mode == "packets":

@@ -18,8 +18,9 @@ The same numbers as the model's, from fewer and larger products, read at full ba
   program of it: `decoder.compile()`.
 
 What cannot be folded is the model's own module, chosen here when the decoder is built: mixers in a row or of the largest
-coefficients, several bases, packets, a wavelet without matrices or with more than matrices, norms per scale, fast weights, the
-moving average. A step of one token and a chunk of many share all but the way through time. Nothing here was ever run on a GPU.
+coefficients, several bases, packets, a wavelet without matrices or with gated lags, norms of each scale and what coarse ones
+do to fine ones, fast weights, the moving average. A step of one token and a chunk of many share all but the way through time.
+Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
 """
@@ -34,81 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bypass import RunningMean
-from config import InputError
+from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from model import Block, Changed, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
-from packed import Weights, Widths, round_up
+from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
+from packed import Table, Weights, Widths, round_up
 from state import State
+from tape import DecoderState, Tape, plain
 
 CAN_COMPILE = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # keeps two decoders' programs apart
 GIVEN = re.compile(r"(L\['?)?(ids|parts)\b|$")  # names of what a compiled step is given; the empty one is of torch's own state
-ROOM = 64  # positions that a tape holds beyond its window at the least: it is copied once in so many steps
-
-
-# ===== State
-
-
-class Tape:
-    """The last `length` entries of each row, (B, length, …), as a window on a longer buffer: a step writes one entry.
-
-    A buffer is only ever written past its end, so earlier tapes on it stay what they were, and a tape that is not the
-    newest goes on in a copy of its own. When a buffer is full the window moves to a new one: amortised, a step is O(1).
-    """
-
-    def __init__(self, buffer: Tensor, length: int, end: int | None = None, filled: list[int] | None = None):
-        self.buffer, self.length, self.end = buffer, length, buffer.size(1) if end is None else end
-        self.filled = [self.end] if filled is None else filled  # of the buffer; one list for all tapes on it
-
-    @property
-    def window(self) -> Tensor:
-        return self.buffer[:, self.end - self.length : self.end]
-
-    def then(self, entry: Tensor | list[Tensor]) -> "Tape":
-        """The tape one entry on: (B, …), or the list of its parts along the first of these dimensions."""
-        buffer, end, filled = self.buffer, self.end, self.filled
-        if filled[0] != end or end == buffer.size(1):
-            room = self.length + max(ROOM, self.length)
-            buffer = self.buffer.new_empty(self.buffer.size(0), room, *self.buffer.shape[2:])
-            buffer[:, : self.length] = self.window
-            end, filled = self.length, [self.length]
-        filled[0] = end + 1
-        if isinstance(entry, list):
-            torch.stack(entry, dim=1, out=buffer[:, end])
-        else:
-            buffer[:, end] = entry
-        return Tape(buffer, self.length, end + 1, filled)
-
-
-class DecoderState(State):
-    """A model's state, kept on tapes: `blocks` shows it as the model lays it out."""
-
-    def __init__(self, parts: list[dict[str, Tensor | Tape]], lags: list[list[int]]):
-        self.parts, self.lags = parts, lags  # lags: of each block application, the longest of each level
-
-    def _map(self, function) -> "DecoderState":
-        def mapped(part: Tensor | Tape) -> Tensor | Tape:
-            return Tape(function(part.window), part.length) if isinstance(part, Tape) else function(part)
-
-        return DecoderState([{name: mapped(part) for name, part in block.items()} for block in self.parts], self.lags)
-
-    @property
-    def blocks(self) -> list[dict[str, Tensor]]:
-        return [self._shown(block, lags) for block, lags in zip(self.parts, self.lags, strict=True)]
-
-    @staticmethod
-    def _shown(block: dict[str, Tensor | Tape], lags: list[int]) -> dict[str, Tensor]:
-        # Copies where a tensor may be shared, as blocks share their count: files hold each tensor once.
-        shown = {name: part.window if isinstance(part, Tape) else part.clone() for name, part in block.items()}
-        if "lags" in shown:
-            window = shown.pop("lags")  # (B, longest, J, P)
-            shown |= {f"lag{level}": window[:, window.size(1) - n :, level] for level, n in enumerate(lags)}
-        return shown
-
-
-def plain(x: Tensor) -> Tensor:
-    """x with the strides of a new tensor: a program is compiled anew for others, those of dimensions of size 1 too."""
-    strides = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
-    return x if list(x.stride()) == strides else x.contiguous().as_strided(x.shape, strides)
 
 
 # ===== The wavelet, one way
@@ -198,8 +133,7 @@ class FoldedLifting:
 
 
 class OwnWavelet:
-    """The decomposition by the model's own module: without matrices, gated or with
-    changes of its own, of several bases, or into packets."""
+    """The decomposition by the model's own module: without matrices, with gated lags, of several bases, or into packets."""
 
     def __init__(self, wavelet: Lifting | MultiBasis | HaarPackets, name: str, weights: Weights):
         self.wavelet = weights.module(name, wavelet)
@@ -217,7 +151,7 @@ class OwnWavelet:
 def has_matrices(wavelet: nn.Module) -> bool:
     """Whether its decomposition is products of matrices alone, that others can be folded into."""
     learned = isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
-    return learned and not isinstance(wavelet.predict_nets[0], Diagonal | Changed)
+    return learned and not isinstance(wavelet.predict_nets[0], Diagonal)
 
 
 def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear | Diagonal]:
@@ -272,7 +206,8 @@ class FoldedMixers:
 def transforms(block: Block) -> tuple[Tensor, Tensor]:
     """The channels' transform before the mixers and its inverse behind them, as matrices (P, P)."""
     identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
-    return block.mixers.transform(identity).T, block.mixers.transform.inverse(identity).T
+    transform = block.mixers.transform.prepared()
+    return transform(identity).T, transform.inverse(identity).T
 
 
 class OwnMixers:
@@ -334,8 +269,7 @@ class FoldedReconstruction:
 
 
 class OwnReconstruction:
-    """The reconstruction by the model's own module: of several bases or of packets, of networks with changes, or with a norm of
-    each scale before it."""
+    """The reconstruction by the model's own module: of several bases or packets, or with a norm of each scale before it."""
 
     def __init__(self, block: Block, wavelet: nn.Module, after: list[Tensor], name: str, weights: Weights):
         matrix, bias = projection(block)
@@ -421,10 +355,10 @@ def without_modules(memory: nn.Module) -> nn.Module:
 class Memory:
     """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
-    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights, values: str = ""):
-        """values: the name of the table, where blocks share one."""
+    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights, values: Table | None = None):
+        """values: the table of values, where blocks share one."""
         self.alpha = weights.number(f"{name}.alpha", alpha)
-        self.values = weights.table(values or f"{name}.values", memory.values.weight, "memory")
+        self.values = values or weights.table(f"{name}.values", memory.values.weight, "memory")
         self.gate = None
         if memory.gate is not None:
             self.gate = weights.matrix(f"{name}.gate", memory.gate.weight, "query")
@@ -484,8 +418,12 @@ class WrittenMemory:
 
 
 class DecoderBlock:
-    def __init__(self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights):
-        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share."""
+    def __init__(
+        self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights,
+        values: Table | None,
+    ):  # fmt: skip
+        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share, as they may a
+        table of values."""
         self.pad, self.wavelet = block.pad, wavelet
         self.gamma = self.average = self.below = self.mlp = None
         if block.embedding_residual_gamma is not None:
@@ -501,8 +439,7 @@ class DecoderBlock:
         self.mixers = (FoldedMixers if plain_mixers else OwnMixers)(block, f"{name}.mixers", weights)
         self.norm_in = weights.module(f"{name}.scale_norm", block.scale_norm_in)
         self.modulation = weights.module(f"{name}.coarse_modulation", block.coarse_modulation)
-        changed = hasattr(source, "update_nets") and isinstance(source.update_nets[0], Changed)
-        folds = isinstance(source, Lifting) and not isinstance(block.scale_norm_out, ScaleNorm) and not changed
+        folds = isinstance(source, Lifting) and not isinstance(block.scale_norm_out, ScaleNorm)
         self.reconstruction = (FoldedReconstruction if folds else OwnReconstruction)(
             block, source, self.mixers.after, f"{name}.reconstruction", weights
         )
@@ -514,8 +451,7 @@ class DecoderBlock:
             self.mlp = MLP(block, f"{name}.mlp", weights)
         self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
-            shared = name.rpartition("layers.")[0] + "pkm.values" if block.pkm.shared else ""
-            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, shared))
+            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, values))
         if block.fwpkm is not None:
             kind = WrittenMemory if block.fwpkm.writes else Memory
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
@@ -577,12 +513,21 @@ class DecoderCell:
             (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
         ]
+        values = None
+        if cell.config.pkm_shared:
+            values = weights.table(f"{name}pkm.values", cell.layers[0].pkm.values.weight, "memory")
         blocks = [
-            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights)
+            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights, values)
             for i, b in enumerate(cell.layers)
         ]
         self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]
         self.norm = weights.norm(f"{name}final_ln", cell.final_ln)
+
+
+def head_is_embedding(config: Config) -> bool:
+    """Whether the head's matrix is the table that tokens are looked up in, with nothing done to it."""
+    changed = config.stab("embed_scaling") or config.token_features or config.multinodal_enabled
+    return config.tie_embedding_to_lm_head and not changed
 
 
 class Decoder:
@@ -604,8 +549,7 @@ class Decoder:
         self.blocks = [b for cell in self.cells for _ in range(self.config.loop_iterations) for b in cell.blocks]
         self.gates = None if model.gates is None else weights.module("gates", model.gates)
         heads = [cell.lm_head.weight for cell in model.cells]
-        plain_embedding = model.config.tie_embedding_to_lm_head and not model.config.token_features
-        tied = len(heads) == 1 and plain_embedding and model.embed_scale == 1.0
+        tied = head_is_embedding(self.config)
         joined = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1) * model.share
         self.head = weights.matrix("embedding" if tied else "head", joined, "embedding" if tied else "head")
         self.device = self.cells[0].norm[1].device

@@ -80,8 +80,9 @@ class World:
         """`loss`, whose backward pass averages the gradients over the processes."""
         if self.kind != "ddp":
             return loss  # FSDP's blocks do it by themselves
-        # The first block's M (see Bypass) has no gradient, so some parameters are always unused.
-        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        # The first block's M (see Bypass) has no gradient, so some parameters are always unused. Buffers follow from config,
+        # tokens and weights: they are the same everywhere and need not be sent.
+        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True, "broadcast_buffers": False}
         self.wrapped.append(DistributedDataParallel(LossModule(model, loss), **options))
         return self.wrapped[-1]
 

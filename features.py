@@ -16,7 +16,7 @@ from tokenizer import Tokenizer
 
 LETTERS = string.ascii_lowercase
 SUFFIXES = ("s", "ed", "ing", "ly", "er", "est", "ion", "al", "ous", "ful", "ness", "ment", "ive", "able", "'s", "n't")
-KINDS = {  # of the text without the spaces around it
+KINDS = {  # of the text, and of the word that it is without the space around it
     "begins with a space": lambda text, word: text.startswith(" "),
     "has a line end": lambda text, word: "\n" in text,
     "is space alone": lambda text, word: not word,
@@ -24,7 +24,7 @@ KINDS = {  # of the text without the spaces around it
     "is all capitals": lambda text, word: len(word) > 1 and word.isupper(),
     "is letters": lambda text, word: word.isalpha(),
     "is digits": lambda text, word: word.isdecimal(),
-    "is punctuation": lambda text, word: bool(word) and not any(c.isalnum() for c in word),
+    "has no letter or digit": lambda text, word: bool(word) and not any(c.isalnum() for c in word),
     "is not ASCII": lambda text, word: not text.isascii(),
     **{f"is {n} long": lambda text, word, n=n: len(word) == n for n in range(1, 6)},
     "is longer than 5": lambda text, word: len(word) > 5,
@@ -79,5 +79,6 @@ class FeatureEmbedding(nn.Embedding):
 def fill_features(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Gives each embedding of `model` that has a basis the features of the tokenizer's tokens."""
     embeddings = [module for module in model.modules() if isinstance(module, FeatureEmbedding)]
+    basis = token_features(tokenizer) if embeddings else None
     for embedding in embeddings:
-        embedding.basis.copy_(token_features(tokenizer))
+        embedding.basis.copy_(basis)

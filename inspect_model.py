@@ -19,7 +19,7 @@ from checkpoint import load_model, written_whole
 from config import InputError, Parser, run_command
 from decode import PackedModel
 from evaluate import read_tokens
-from features import NAMES, FeatureEmbedding
+from features import NAMES
 from model import Lifting, Mixers
 from tables import markdown_table
 
@@ -148,11 +148,15 @@ def page(model: nn.Module, activity: Activity, about: str) -> str:
         for name, levels in lag_filters(model).items()
         for level, (lags, weights) in enumerate(levels)
     ]
-    parts.append("## Lag filters\n\n" + markdown_table(["wavelet", "level", "lag: weight"], rows))
-    for embedding in (module for module in model.modules() if isinstance(module, FeatureEmbedding)):
-        strength, typical = embedding.feature_map.detach().norm(dim=1), embedding.weight.detach().norm(dim=1).mean()
-        rows = [[NAMES[i], f"{strength[i] / typical:.3g}"] for i in strength.argsort(descending=True)[:MOST].tolist()]
-        parts.append("## Token features, by their size over an embedding's\n\n" + markdown_table(["feature", "size"], rows))
+    if rows:
+        parts.append("## Lag filters\n\n" + markdown_table(["wavelet", "level", "lag: weight"], rows))
+    rows = [
+        [name, NAMES[i], f"{size:.3g}"]
+        for name, sizes in per_block(model, "feature_map").items()
+        for i, size in sorted(enumerate(np.linalg.norm(sizes, axis=1)), key=lambda row: -row[1])[:MOST]
+    ]
+    if rows:
+        parts.append("## Token features of the largest vectors\n\n" + markdown_table(["", "feature", "length"], rows))
     rows = [[name, *numbers(weights)] for name, weights in per_block(model, "scale_weights").items()]
     parts.append("## Scale weights\n\n" + markdown_table(["block", *scales], rows))
     for name, matrix in per_block(model, "scale_routing").items():

@@ -27,7 +27,7 @@ class ProductKeyMemory(nn.Module):
         super().__init__()
         self.heads, self.slots = heads, keys
         side, half = math.isqrt(keys), config.C // heads // 2
-        self.query_norm, self.shared = config.pkm_query_norm, config.pkm_shared
+        self.query_norm = config.pkm_query_norm
         self.best_per_half = min(top_k, side)
         self.top_k = min(top_k, self.best_per_half**2)
         self.query_proj = nn.Linear(config.C, config.C, bias=False)

@@ -16,7 +16,7 @@ V vocabulary. Tensors are (B, T, channels), with the scales in front, (S, B, T, 
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -31,7 +31,7 @@ from features import FeatureEmbedding
 from loss import linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from state import BlockState, State, remember
-from transform import Identity, build_transform
+from transform import Transform, build_transform, hadamard
 
 # ===== Lifting wavelet
 
@@ -75,18 +75,6 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
     return net
 
 
-class Changed(nn.Module):
-    """A network that blocks share, with a block's own change of low rank: net(x) + B A x, B zero at first."""
-
-    def __init__(self, net: nn.Module, width: int, rank: int):
-        super().__init__()
-        self.net, self.A, self.B = net, nn.Linear(width, rank, bias=False), nn.Linear(rank, width, bias=False)
-        nn.init.zeros_(self.B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) + self.B(self.A(x))
-
-
 class Lifting(nn.Module):
     """A causal, undecimated lifting wavelet: at level l each position is paired with the one 2^l before it.
 
@@ -96,8 +84,7 @@ class Lifting(nn.Module):
     approx = (cur + odd) / √2, without weights. Gate: lifting_gate, a linear map per level, zero at first.
     """
 
-    def __init__(self, config: Config, init: str, shared: "Lifting | None" = None):
-        """shared: the lifting whose networks this one has too, with its own lags, and changes of rank lifting_block_rank."""
+    def __init__(self, config: Config, init: str):
         super().__init__()
         levels = range(config.levels)
         self.fixed = config.wavelet_mode == "haar"
@@ -119,10 +106,6 @@ class Lifting(nn.Module):
         if not self.fixed:
             self.predict_nets = nn.ModuleList(lifting_net(config, init, 1.0, level) for level in levels)
             self.update_nets = nn.ModuleList(lifting_net(config, init, 0.5, level) for level in levels)
-        if rank := config.lifting_block_rank:
-            for name in ("predict_nets", "update_nets"):
-                nets = getattr(self, name) if shared is None else [changed.net for changed in getattr(shared, name)]
-                setattr(self, name, nn.ModuleList(Changed(net, self.width, rank) for net in nets))
 
     def start(self, rows: int, like: Tensor) -> BlockState:
         return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in enumerate(self.longest_lag)}
@@ -197,33 +180,32 @@ class MultiBasis(nn.Module):
 
 class HaarPackets(nn.Module):
     """Haar's wavelet packets, undecimated: every band is split at each level, details too, into 2^J bands of equal width. They
-    are a Walsh–Hadamard transform of the last 2^J positions; the first band is their mean, times 2^(J/2)."""
+    are a Walsh–Hadamard transform of the last 2^J positions, by number of sign changes: from coarse to fine."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.levels, self.width = config.levels, config.padded_width
+        self.bands, self.width = config.scales, config.padded_width
+        rows = hadamard(self.bands)
+        order = rows.sign().diff(dim=1).abs().sum(1).argsort()
+        self.register_buffer("matrix", rows[order].flip(1), persistent=False)  # (bands, positions from old to new)
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        return {f"lag{i}": like.new_zeros(rows, 2**i, 2**i, self.width) for i in range(self.levels)}  # (B, lag, bands, P)
+        return {"past": like.new_zeros(rows, self.bands - 1, self.width)}
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        bands, new_state = cur[:, :, None], {}
-        for level in range(self.levels):
-            joined, new_state[f"lag{level}"] = remember(state[f"lag{level}"], bands)
-            odd = joined[:, : cur.size(1)]
-            bands = torch.cat([bands + odd, bands - odd], dim=2) / math.sqrt(2)
-        return bands.movedim(2, 0), new_state
+        joined, past = remember(state["past"], cur)
+        windows = joined.unfold(1, self.bands, 1)  # (B, T, P, positions)
+        return (windows @ self.matrix.mT.to(cur.dtype)).movedim(-1, 0), {"past": past}
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
-        return u.sum(0) / math.sqrt(u.size(0))
+        return u.sum(0) / math.sqrt(self.bands)
 
 
-def build_wavelet(config: Config, shared: Lifting | None = None) -> Lifting | MultiBasis | HaarPackets:
-    """A block's wavelet; `shared`: the first block's, where each has changes of its own."""
+def build_wavelet(config: Config) -> Lifting | MultiBasis | HaarPackets:
     if config.wavelet_mode == "packets":
         return HaarPackets(config)
     several = config.multi_basis_lifting and config.wavelet_mode == "lifting"
-    return MultiBasis(config) if several else Lifting(config, config.lifting_init, shared)
+    return MultiBasis(config) if several else Lifting(config, config.lifting_init)
 
 
 # ===== Mixers: per scale, y = (W z) ⊙ act(G r) + U (Vᵀ z)
@@ -278,8 +260,8 @@ class Mixer(nn.Module):
 class MixerBank(nn.ModuleList):
     """One `Mixer` per scale. Neighbouring scales of one width are computed by one batched product.
 
-    The transform H before them and its inverse behind may be given with what is not yet transformed. H is then applied to the
-    weights, W (H c) = (W H) c, which are fewer than the positions; only behind a mixer of full width it is applied to those.
+    The transform H before them and its inverse behind may be given with what has not been transformed. H is then applied to
+    the weights, W (H c) = (W H) c, which are fewer than the positions; only behind a mixer of full width to the positions.
     """
 
     def __init__(self, config: Config, depth: int):
@@ -292,32 +274,34 @@ class MixerBank(nn.ModuleList):
             config.mixer_gate_activation
         ]
 
-    def forward(self, z: Tensor, r: Tensor, transform: nn.Module | None = None) -> Tensor:
-        """z: what is mixed, r: what the gate reads, `transform`: what both still want; all (S, N, P)."""
-        mixers, transform = list(self), Identity() if transform is None else transform
-        return torch.cat([self._mix(mixers[run], z[run], r[run], transform) for run in self.runs])
+    def forward(self, z: Tensor, r: Tensor, transform: Transform | None = None) -> Tensor:
+        """z: what is mixed, r: what the gate reads, both (S, N, P); transform: that which neither has had yet."""
+        mixers, same = list(self), r is z
+        return torch.cat([self._mix(mixers[run], z[run], None if same else r[run], transform) for run in self.runs])
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
-        def product(x: Tensor, weights: list[Tensor], of_transformed: bool = False) -> Tensor:  # by n matrices (out, in)
-            weight = torch.stack(weights)
-            return torch.bmm(x, (transform.inverse(weight) if of_transformed else weight).mT.to(x.dtype))
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor | None, transform: Transform | None) -> Tensor:
+        def plain(weight: Tensor) -> Tensor:
+            return weight
 
-        first = mixers[0]
-        narrow = first.proj_in is not None
-        if narrow:
-            same = r is z
-            z = product(z, [m.proj_in.weight for m in mixers], True)
-            r = z if same else product(r, [m.proj_in.weight for m in mixers], True)
-        y = product(z, [m.mixer.weight for m in mixers], not narrow)
+        def product(x: Tensor, weights: list[Tensor], prepared: Callable = plain) -> Tensor:  # by n matrices (out, in)
+            return torch.bmm(x, prepared(torch.stack(weights)).mT.to(x.dtype))
+
+        first, inverse = mixers[0], plain if transform is None else transform.inverse
+        projected = first.proj_in is not None
+        if projected:
+            into = inverse(torch.stack([m.proj_in.weight for m in mixers])).mT.to(z.dtype)
+            z, r = torch.bmm(z, into), None if r is None else torch.bmm(r, into)
+        inside = plain if projected else inverse  # what the first matrices still need
+        y = product(z, [m.mixer.weight for m in mixers], inside)
         if first.gate is not None:
-            y = y * self.activation(product(r, [m.gate.weight for m in mixers], not narrow))
+            y = y * self.activation(product(z if r is None else r, [m.gate.weight for m in mixers], inside))
         if hasattr(first, "U"):
-            y = y + product(product(z, [m.V.mT for m in mixers], not narrow), [m.U for m in mixers])
+            y = y + product(product(z, [m.V.mT for m in mixers], inside), [m.U for m in mixers])
         if first.bias is not None:
             y = y + torch.stack([m.bias for m in mixers])[:, None]
-        if not narrow:
-            return transform.inverse(y)
-        return torch.bmm(y, transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers])).to(y.dtype))
+        if not projected:
+            return inverse(y)
+        return torch.bmm(y, inverse(torch.stack([m.proj_out.weight.mT for m in mixers])).to(y.dtype))
 
 
 class Mixers(nn.Module):
@@ -344,7 +328,7 @@ class Mixers(nn.Module):
 
     def kept(self, z: Tensor) -> Tensor:
         """What is mixed: with mixer_top_k the largest coefficients of each scale and position, the others zero."""
-        if not 0 < self.top_k < z.size(-1):
+        if not self.top_k:
             return z
         largest = z.abs().topk(self.top_k).indices
         return torch.zeros_like(z).scatter(-1, largest, z.gather(-1, largest))
@@ -356,9 +340,12 @@ class Mixers(nn.Module):
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
 
     def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
+        transform = self.transform.prepared()
         if len(self.banks) == 1 and not self.top_k and c.size(1) >= self.FOLDS_FROM * c.size(2):
-            return self.banks[0](c, self.routed(c), self.transform)
-        z = self.kept(self.transform(c))
+            if torch.is_autocast_enabled(c.device.type):  # once, in place of once for each product that reads it
+                c = c.to(torch.get_autocast_dtype(c.device.type))
+            return self.banks[0](c, self.routed(c), transform)
+        z = self.kept(transform(c))
         for d, norms in enumerate(self.norms):
             normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
             if self.alphas is not None:
@@ -367,7 +354,7 @@ class Mixers(nn.Module):
             if self.betas is not None:
                 mixed = self.betas[d] * mixed
             z = z + mixed if self.residuals else mixed
-        return self.transform.inverse(self.banks[-1](z, self.routed(z)))
+        return transform.inverse(self.banks[-1](z, self.routed(z)))
 
 
 # ===== The wide MLP
@@ -467,7 +454,7 @@ class Block(nn.Module):
         return state
 
     def mix(self, c: Tensor) -> Tensor:
-        """The coefficients (S, B, T, P) mixed over channels, in the Hadamard domain."""
+        """The coefficients (S, B, T, P) mixed over channels, in the transform's domain."""
         y = self.dropout_mixer(self.mixers(self.coarse_modulation(self.scale_norm_in(c)).flatten(1, 2)))
         return self.scale_norm_out((y * self.scale_weights[:, None, None]).view_as(c))
 
@@ -582,9 +569,7 @@ class WaveletLM(LanguageModel):
         if config.pkm_shared:
             for block in self.layers[1:]:
                 block.pkm.values = self.layers[0].pkm.values
-        self.wavelets = nn.ModuleList([build_wavelet(config)])
-        for _ in range(count - 1 if config.lifting_block_rank or not config.shared_lifting_weights else 0):
-            self.wavelets.append(build_wavelet(config, self.wavelets[0] if config.shared_lifting_weights else None))
+        self.wavelets = nn.ModuleList(build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
         self.lm_head = nn.Linear(config.C, vocab_size, bias=False)

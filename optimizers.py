@@ -12,7 +12,12 @@ from config import Config
 
 # Two-dimensional, but gains and logits rather than matrices: decay would pull them towards a mixture nobody asked for.
 NOT_MATRICES = ("history_gains", "scale_routing", "dilation_logits", "basis_weights", "original", "taps", "gains", "factors")
-TABLES = ("token_embedding.weight", "lm_head.weight", "values.weight")  # rows to look up, not maps between channels
+TABLES = (
+    "token_embedding.weight",
+    "feature_map",
+    "lm_head.weight",
+    "values.weight",
+)  # rows to look up, not maps between channels
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

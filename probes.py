@@ -155,6 +155,8 @@ def recall_accuracy(model: nn.Module, rows: int) -> float:
 def recall_config(path: Path, lr: float | None = None, seed: int | None = None) -> Config:
     """The config for the task: windows of its length, no dropout; with another learning rate or seed."""
     config = load_config(path)
+    if config.token_features:
+        raise InputError(f"{path}: token_features: the task's tokens have no text; set it to false")
     places = ("embedding", "projection", "mixer", "mlp", "lm_head")
     changes = {"block_size": LENGTH} | {f"dropout_{place}": 0.0 for place in places}
     if lr is not None:

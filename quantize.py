@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
 from config import Config, InputError, Parser, run_command, save_config
-from decode import Decoder, PackedModel
+from decode import Decoder, PackedModel, head_is_embedding
 from model import LanguageModel
 from packed import Weights, Widths
 from tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def main() -> None:
     model, config, tokenizer = load_model(args.checkpoint)
     if isinstance(model, PackedModel):
         raise InputError(f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made from")
-    if config.tie_embedding_to_lm_head and args.head is not None:
+    if head_is_embedding(config) and args.head is not None:
         raise InputError("head: its weight is the embedding's in this run; give --embedding")
     own = {field.name: getattr(args, field.name) for field in fields(Widths)}
     widths = replace(Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None})

@@ -22,7 +22,15 @@ def hadamard(n: int) -> Tensor:
     return h / math.sqrt(n)
 
 
-class WalshHadamard(nn.Module):
+class Transform(nn.Module):
+    """A linear transform of the last dimension, with an `inverse` that is its transpose."""
+
+    def prepared(self) -> "Transform | Matrix":
+        """What does the same, when several products in a row want it."""
+        return self
+
+
+class WalshHadamard(Transform):
     """The orthonormal Walsh–Hadamard transform of the last dimension, in natural order; its own inverse.
 
     H_P = H_a ⊗ H_b for P = a·b, so two small matrix products do it: 2·√P multiplications per channel in place of P, and
@@ -42,7 +50,7 @@ class WalshHadamard(nn.Module):
     inverse = forward
 
 
-class CosineTransform(nn.Module):
+class CosineTransform(Transform):
     """The orthonormal discrete cosine transform (DCT-II) of the last dimension, as one matrix product."""
 
     def __init__(self, width: int):
@@ -59,7 +67,20 @@ class CosineTransform(nn.Module):
         return x @ self.matrix.T.to(x.dtype)
 
 
-class Butterfly(nn.Module):
+class Matrix:
+    """A transform by its matrix (P, P)."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.to(x.dtype)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.mT.to(x.dtype)
+
+
+class Butterfly(Transform):
     """A learned butterfly (Dao et al., "Learning fast algorithms for linear transforms using butterfly factorizations", 2019):
     log₂P factors, of which the i-th mixes the channels 2^i apart in pairs, each by a 2×2 matrix of its own. It starts as the
     Walsh–Hadamard transform; its "inverse" is its transpose, the true inverse while it is orthogonal, as it starts.
@@ -72,27 +93,33 @@ class Butterfly(nn.Module):
         self.factors = nn.Parameter(torch.empty(width.bit_length() - 1, width // 2, 2, 2))
         self.factors.data.copy_(hadamard(2))
 
-    def matrix(self) -> Tensor:
+    def prepared(self) -> Matrix:
         matrix = torch.eye(2 * self.factors.size(1), device=self.factors.device)
         for i, factor in enumerate(self.factors):
             pairs = matrix.unflatten(-1, (-1, 2, 2**i))  # (P, P / 2^(i+1), 2, 2^i)
             matrix = torch.einsum("nagb,abgh->nahb", pairs, factor.view(-1, 2**i, 2, 2)).flatten(1)
-        return matrix
+        return Matrix(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix().to(x.dtype)
+        return self.prepared()(x)
 
     def inverse(self, x: Tensor) -> Tensor:
-        return x @ self.matrix().mT.to(x.dtype)
+        return self.prepared().inverse(x)
 
 
-class Identity(nn.Identity):
+class Identity(Transform):
     """No transform."""
 
-    inverse = nn.Identity.forward
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    inverse = forward
 
 
-def build_transform(config: Config) -> nn.Module:
+def build_transform(config: Config) -> Transform:
     """The transform that `config` asks for."""
     kinds = {"hadamard": WalshHadamard, "dct": CosineTransform, "butterfly": Butterfly, "identity": Identity}
     return kinds[config.mixer_transform](config.padded_width)

@@ -119,7 +119,7 @@ class Contestant:
 
 
 ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
-MUON = ADAMW | {"optimizer": "Muon"}
+MUON = ADAMW | {"optimizer": "Muon", "schedule": "trapezoid", "warmup_fraction": 0.05, "cooldown_fraction": 0.95}
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
 FOREIGN = {  # builder, optimizer; about 1 or 4 million parameters besides embedding and head, like RELEASED
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config, Parser, load_config  # noqa: E402
 from decode import Decoder  # noqa: E402
+from features import FeatureEmbedding  # noqa: E402
 from model import LanguageModel, WaveletLM, build_model  # noqa: E402
 from packed import MATRICES, Weights, Widths, quantised  # noqa: E402
 
@@ -225,6 +226,9 @@ def recipes(args: argparse.Namespace) -> dict:
         config = load_config(file)
         torch.manual_seed(0)
         model = build_model(config, args.vocab_size).eval()
+        for module in model.modules():
+            if isinstance(module, FeatureEmbedding):
+                module.basis.zero_()  # there are no tokens to describe
         tables = {p for cell in model.cells for p in (cell.token_embedding.weight, cell.lm_head.weight)}
         result[file] = {"parameters_besides_embeddings": sum(p.numel() for p in model.parameters() if p not in tables)}
         for bits in NAMES:

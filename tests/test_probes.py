@@ -8,7 +8,7 @@ import torch
 from conftest import tiny
 
 import probes
-from config import InputError
+from config import InputError, save_config
 
 
 class Known(torch.nn.Module):
@@ -86,3 +86,9 @@ def test_training_on_recall_repeats_itself():
 def test_too_short_a_text_is_a_clear_error():
     with pytest.raises(InputError, match="needs 32"):
         probes.loss_by_position(Ignorant(), np.zeros(10, np.int64), 32, 4)
+
+
+def test_a_network_with_token_features_has_no_recall_task(tmp_path):
+    save_config(tiny(token_features=True), tmp_path / "config.json")
+    with pytest.raises(InputError, match="token_features"):
+        probes.recall_config(tmp_path / "config.json")

@@ -20,6 +20,7 @@ from checkpoint import load_tensors
 from config import Config, InputError, make_config
 from data import FORMAT, HEADER_BYTES, TokenFile, Windows, prepare
 from distributed import World
+from features import token_features
 from model import build_model
 from optimizers import check_groups, is_decayed, learning_rate, make_optimizers
 from record import Record
@@ -205,6 +206,13 @@ def test_carried_state_enters_the_next_window_and_is_cut_from_the_gradient(tmp_p
     assert state.blocks[0]["count"].tolist() == [16] * 4
     ids, targets, _ = trainer.micro_batch(0)
     assert trainer.model.loss(ids, targets, state)[0] != trainer.model.loss(ids, targets)[0]
+
+
+def test_a_run_with_token_features_has_those_of_its_tokenizer(tmp_path, text):
+    trainer = trainer_of(tmp_path, text, token_features=True)
+    loss, norm = trainer.take_step()
+    assert loss.isfinite() and norm.isfinite()
+    assert torch.equal(trainer.model.token_embedding.basis, token_features(trainer.corpus.tokenizer))
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
