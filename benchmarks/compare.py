@@ -123,10 +123,10 @@ MUON = ADAMW | {"optimizer": "Muon", "schedule": "trapezoid", "warmup_fraction":
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
 FOREIGN = {  # builder, optimizer; about 1 or 4 million parameters besides embedding and head, like RELEASED
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
-    "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON | {"lr": 8e-3, "muon_lr": 0.01}),
+    "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON | {"lr": 32e-3, "muon_lr": 0.02}),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
     "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
-    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 6e-3, "muon_lr": 0.01}),
+    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 16e-3, "muon_lr": 0.01}),
     "mamba2-4m": (partial(build_mamba2, width=256, layers=10), ADAMW | {"lr": 12e-3}),
 }
 
