@@ -1,4 +1,9 @@
-"""Where a training step spends its time: a table by part and by operation, and a trace for chrome://tracing or Perfetto."""
+"""Where time goes: a training step's parts and operations, in a table and a trace for chrome://tracing or Perfetto; calls timed in
+turn, for the benchmarks."""
+
+import statistics
+import time
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -32,3 +37,25 @@ def profile_steps(trainer: Trainer) -> None:
     with written_whole(trainer.record.folder / "trace.json") as beside:
         profiler.export_chrome_trace(str(beside))
     trainer.record.say(table)
+
+
+def interleaved(
+    calls: dict, rounds: int, seconds: float = 1e9, middle: Callable = statistics.median, twice: bool = False
+) -> dict:
+    """The median seconds of each call (or what `middle` makes of all its times), all called in turn, `rounds` times or until
+    `seconds` are over (twice at least). If `twice`, each is made once more before it is timed: a text is written step after
+    step, so that a step finds of its weights what the caches could keep of them, not what another call has left there."""
+    times: dict = {name: [] for name in calls}
+    for call in calls.values():  # warms up, and compiles
+        call()
+    end = time.perf_counter() + seconds
+    for i in range(rounds):
+        for name, call in calls.items():
+            if twice:
+                call()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        if i > 0 and time.perf_counter() > end:
+            break
+    return {name: middle(values) for name, values in times.items()}

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from decode import Decoder  # noqa: E402
 from features import FeatureEmbedding  # noqa: E402
 from model import LanguageModel, WaveletLM, build_model  # noqa: E402
 from packed import MATRICES, Weights, Widths, quantised  # noqa: E402
+from profiling import interleaved  # noqa: E402
 
 NAMES = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
 VIEWS = (  # and allocations
@@ -37,28 +37,6 @@ VIEWS = (  # and allocations
     "transpose unbind unflatten unsqueeze view view_as"
 )
 COPIES = "contiguous float reshape to"  # views or nothing, unless a copy is made inside
-
-
-def interleaved(
-    calls: dict, rounds: int, seconds: float = 1e9, middle: Callable = statistics.median, twice: bool = False
-) -> dict:
-    """The median seconds of each call (or what `middle` makes of all its times), all called in turn, `rounds` times or until
-    `seconds` are over (twice at least). If `twice`, each is made once more before it is timed: a text is written step after
-    step, so that a step finds of its weights what the caches could keep of them, not what another call has left there."""
-    times: dict = {name: [] for name in calls}
-    for call in calls.values():  # warms up, and compiles
-        call()
-    end = time.perf_counter() + seconds
-    for i in range(rounds):
-        for name, call in calls.items():
-            if twice:
-                call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-        if i > 0 and time.perf_counter() > end:
-            break
-    return {name: middle(values) for name, values in times.items()}
 
 
 def read_bandwidth(rounds: int = 5) -> float:

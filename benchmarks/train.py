@@ -13,10 +13,8 @@ matrix product in the same type.
 
 import json
 import math
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from loss import linear_cross_entropy
 from model import Block, Lifting, ProductKeyMemory, WaveletLM
 from optimizers import make_optimizers
 from packed import cpu_multiplies_bf16
+from profiling import interleaved
 
 VOCAB = 50257
 BARE = {
@@ -184,18 +183,6 @@ def check_same(values: dict) -> None:
 
 
 # ===== Measures
-
-
-def interleaved(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each action over rounds in which they take turns, the first of which is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for i in range(rounds + 1):
-        for name, action in actions.items():
-            began = time.perf_counter()
-            action()
-            if i:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def resident() -> int:
