@@ -1,5 +1,5 @@
-"""Where time goes: a training step's parts and operations, in a table and a trace for chrome://tracing or Perfetto; calls timed in
-turn, for the benchmarks."""
+"""Where time goes: the parts and operations of a training step, as a table and a trace for chrome://tracing or Perfetto; and
+calls timed in turn, for the benchmarks."""
 
 import statistics
 import time
