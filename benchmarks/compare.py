@@ -323,7 +323,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=256, help="tokens in a window (default 256)")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step (default 8)")
     parser.add_argument("--minutes", type=float, default=5.0, help="CPU time of a final run (default 5)")
-    parser.add_argument("--choice_minutes", type=float, default=1.5, help="CPU time of a run to choose lr by (default 1.5)")
+    parser.add_argument(
+        "--choice_minutes", type=float, default=1.5, help="CPU time of a run to choose lr by (default 1.5); 0 = its own"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each contestant (default 3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each (default 1)")
     parser.add_argument("--runs", metavar="FILE", help="put the table into this Markdown file too, such as runs.md")
@@ -333,8 +335,8 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    if args.minutes <= 0 or args.choice_minutes <= 0 or args.seeds < 1 or args.jobs < 1 or args.batch < 1:
-        raise InputError("minutes, choice_minutes, seeds, jobs and batch must be above 0")
+    if args.minutes <= 0 or args.choice_minutes < 0 or args.seeds < 1 or args.jobs < 1 or args.batch < 1:
+        raise InputError("minutes, seeds, jobs and batch must be above 0, choice_minutes not below")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data = Config(
@@ -368,7 +370,9 @@ def make_table(
     def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
         return make_missing(runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:])
 
-    tried, best = choose_rates(entrants, lambda rates: make(runs(rates, 0, args.choice_minutes, False)))
+    tried, best = {}, {model: entrant.config.lr for model, entrant in entrants.items()}
+    if args.choice_minutes:
+        tried, best = choose_rates(entrants, lambda rates: make(runs(rates, 0, args.choice_minutes, False)))
     results = []
     for seed in range(1, args.seeds + 1):
         results += make(runs(list(best.items()), seed, args.minutes, True)).values()
@@ -405,6 +409,12 @@ def describe(args, entrants: dict[str, Contestant], tried: dict[Run, dict], best
         [entrants[r.model].name, f"{r.lr:g}", f"{tried[r]['chosen_by']:.4f}", "chosen" if best[r.model] == r.lr else ""]
         for r in sorted(tried, key=lambda r: (args.models.index(r.model), r.lr))
     ]
+    chosen = "Each has its own learning rate."
+    if choices:
+        chosen = (
+            f"A learning rate was chosen for each by runs of {args.choice_minutes:g} minutes on {CURVE_TOKENS:,} tokens of "
+            "validation; Muon's rate for matrices goes along with it."
+        )
     command = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
     return (
         f"## Equal CPU time: {' '.join(entrant.name for entrant in entrants.values())} ({machine['date'][:10]})\n\n"
@@ -412,9 +422,8 @@ def describe(args, entrants: dict[str, Contestant], tried: dict[Run, dict], best
         f"{args.minutes:g} minutes of CPU time each, as steps that were timed in turn, one thread, fp32; "
         f"SentencePiece {args.vocab_size}, windows of "
         f"{args.block_size}, {args.batch} in a step; measured in such windows side by side over whole splits. "
-        f"Mean ± sample standard deviation (runs). A learning rate was chosen for each by runs of {args.choice_minutes:g} "
-        f"minutes on {CURVE_TOKENS:,} tokens of validation; Muon's rate for matrices goes along with it.\n\n"
-        f"{table(results)}\n{markdown_table(['model', 'lr tried', 'validation bits/byte', ''], choices)}"
+        f"Mean ± sample standard deviation (runs). {chosen}\n\n{table(results)}\n"
+        + (markdown_table(["model", "lr tried", "validation bits/byte", ""], choices) if choices else "")
     )
 
 

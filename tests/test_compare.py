@@ -86,6 +86,11 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
     made.clear()
     compare.make_table(args, tmp_path, entrants, "data", {"released": 1.5})
     assert [spec.seed for spec in made] == [2]
+    made.clear()
+    args.choice_minutes, args.minutes = 0, 2.5
+    compare.make_table(args, tmp_path, entrants, "data", {"released": 1.5})
+    assert [(spec.lr, spec.final, spec.steps) for spec in made] == 3 * [(0.02, True, 100)]  # its own rate, none tried
+    assert "its own learning rate" in capsys.readouterr().out
 
 
 def test_the_chosen_rate_lies_between_two_that_are_worse():
