@@ -16,7 +16,7 @@ V vocabulary. Tensors are (B, T, channels), with the scales in front, (S, B, T, 
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -31,7 +31,7 @@ from features import FeatureEmbedding
 from loss import linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from state import BlockState, State, remember
-from transform import Transform, build_transform, hadamard
+from transform import NO_TRANSFORM, Matrix, Transform, build_transform, hadamard
 
 # ===== Lifting wavelet
 
@@ -274,34 +274,32 @@ class MixerBank(nn.ModuleList):
             config.mixer_gate_activation
         ]
 
-    def forward(self, z: Tensor, r: Tensor, transform: Transform | None = None) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, transform: Transform | Matrix = NO_TRANSFORM) -> Tensor:
         """z: what is mixed, r: what the gate reads, both (S, N, P); transform: that which neither has had yet."""
         mixers, same = list(self), r is z
         return torch.cat([self._mix(mixers[run], z[run], None if same else r[run], transform) for run in self.runs])
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor | None, transform: Transform | None) -> Tensor:
-        def plain(weight: Tensor) -> Tensor:
-            return weight
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor | None, transform: Transform | Matrix) -> Tensor:
+        def product(x: Tensor, weights: list[Tensor], before: Transform | Matrix = NO_TRANSFORM) -> Tensor:
+            """x (n, N, in), still without the transform `before`, by n matrices (out, in)."""
+            return torch.bmm(x, before.inverse(torch.stack(weights)).mT.to(x.dtype))
 
-        def product(x: Tensor, weights: list[Tensor], prepared: Callable = plain) -> Tensor:  # by n matrices (out, in)
-            return torch.bmm(x, prepared(torch.stack(weights)).mT.to(x.dtype))
-
-        first, inverse = mixers[0], plain if transform is None else transform.inverse
+        first = mixers[0]
         projected = first.proj_in is not None
         if projected:
-            into = inverse(torch.stack([m.proj_in.weight for m in mixers])).mT.to(z.dtype)
+            into = transform.inverse(torch.stack([m.proj_in.weight for m in mixers])).mT.to(z.dtype)
             z, r = torch.bmm(z, into), None if r is None else torch.bmm(r, into)
-        inside = plain if projected else inverse  # what the first matrices still need
-        y = product(z, [m.mixer.weight for m in mixers], inside)
+        before = NO_TRANSFORM if projected else transform
+        y = product(z, [m.mixer.weight for m in mixers], before)
         if first.gate is not None:
-            y = y * self.activation(product(z if r is None else r, [m.gate.weight for m in mixers], inside))
+            y = y * self.activation(product(z if r is None else r, [m.gate.weight for m in mixers], before))
         if hasattr(first, "U"):
-            y = y + product(product(z, [m.V.mT for m in mixers], inside), [m.U for m in mixers])
+            y = y + product(product(z, [m.V.mT for m in mixers], before), [m.U for m in mixers])
         if first.bias is not None:
             y = y + torch.stack([m.bias for m in mixers])[:, None]
         if not projected:
-            return inverse(y)
-        return torch.bmm(y, inverse(torch.stack([m.proj_out.weight.mT for m in mixers])).to(y.dtype))
+            return transform.inverse(y)
+        return torch.bmm(y, transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers])).to(y.dtype))
 
 
 class Mixers(nn.Module):

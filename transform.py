@@ -50,23 +50,6 @@ class WalshHadamard(Transform):
     inverse = forward
 
 
-class CosineTransform(Transform):
-    """The orthonormal discrete cosine transform (DCT-II) of the last dimension, as one matrix product."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        n = torch.arange(width, device="cpu", dtype=torch.float64)
-        matrix = torch.cos(math.pi / width * (n[:, None] + 0.5) * n) * math.sqrt(2 / width)  # (position, frequency)
-        matrix[:, 0] /= math.sqrt(2)
-        self.register_buffer("matrix", matrix.float(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.to(x.dtype)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        return x @ self.matrix.T.to(x.dtype)
-
-
 class Matrix:
     """A transform by its matrix (P, P)."""
 
@@ -80,7 +63,31 @@ class Matrix:
         return x @ self.matrix.mT.to(x.dtype)
 
 
-class Butterfly(Transform):
+class MatrixTransform(Transform):
+    """A transform that is one matrix product; `prepared` makes the matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prepared()(x)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return self.prepared().inverse(x)
+
+
+class CosineTransform(MatrixTransform):
+    """The orthonormal discrete cosine transform (DCT-II) of the last dimension."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        n = torch.arange(width, device="cpu", dtype=torch.float64)
+        matrix = torch.cos(math.pi / width * (n[:, None] + 0.5) * n) * math.sqrt(2 / width)  # (position, frequency)
+        matrix[:, 0] /= math.sqrt(2)
+        self.register_buffer("matrix", matrix.float(), persistent=False)
+
+    def prepared(self) -> Matrix:
+        return Matrix(self.matrix)
+
+
+class Butterfly(MatrixTransform):
     """A learned butterfly (Dao et al., "Learning fast algorithms for linear transforms using butterfly factorizations", 2019):
     log₂P factors, of which the i-th mixes the channels 2^i apart in pairs, each by a 2×2 matrix of its own. It starts as the
     Walsh–Hadamard transform; its "inverse" is its transpose, the true inverse while it is orthogonal, as it starts.
@@ -100,12 +107,6 @@ class Butterfly(Transform):
             matrix = torch.einsum("nagb,abgh->nahb", pairs, factor.view(-1, 2**i, 2, 2)).flatten(1)
         return Matrix(matrix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.prepared()(x)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        return self.prepared().inverse(x)
-
 
 class Identity(Transform):
     """No transform."""
@@ -117,6 +118,9 @@ class Identity(Transform):
         return x
 
     inverse = forward
+
+
+NO_TRANSFORM = Identity(1)
 
 
 def build_transform(config: Config) -> Transform:
