@@ -133,6 +133,9 @@ class Config(BaseModel):
     )
     per_layer_embedding: bool = option(True, "each block adds the token's embedding again, gated per channel")
     token_features: bool = option(False, "what a token's text looks like (features.py), by a learned map, joins its embedding")
+    ngram_slots: int = option(0, "slots of a table that is read by a hash of the last ngram_n tokens; 0 = none", ge=0)
+    ngram_n: int = option(2, "tokens that are hashed together", ge=2)
+    ngram_width: int = option(32, "width of the table's values, which a learned map adds to the embedding", ge=1)
 
     # Network: mixers
     mixer_transform: Literal["hadamard", "dct", "identity", "butterfly"] = option(

@@ -38,6 +38,7 @@ from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
+from ngrams import NgramEmbedding
 from packed import Table, Weights, Widths, round_up
 from state import State
 from tape import DecoderState, Tape, plain
@@ -503,12 +504,27 @@ class DecoderBlock:
 # ===== The network
 
 
+class Ngrams:
+    """A table of n-grams: the model's own hash, a packed table and map."""
+
+    def __init__(self, ngrams: NgramEmbedding, name: str, weights: Weights):
+        self.values = weights.table(f"{name}.values", ngrams.values.weight, "embedding")
+        self.up = weights.matrix(f"{name}.up", ngrams.up.weight, "embedding")
+        self.slots = without_modules(ngrams).slots
+
+    def __call__(self, ids: Tensor, e: Tensor, part: dict) -> tuple[Tensor, dict]:
+        """ids (B, T), their embedding e (N, C) → e + what the table adds to it, and what to remember."""
+        slots, past = self.slots(ids, part)
+        return self.up(self.values(slots.flatten()), e), past
+
+
 class DecoderCell:
     """One network of the model, prepared: the embedding, the blocks in the order in which they are applied, the last norm."""
 
     def __init__(self, cell, name: str, weights: Weights):
         table = cell.token_embedding.whole() if cell.config.token_features else cell.token_embedding.weight
         self.embedding = weights.table(f"{name}embedding", table * cell.embed_scale, "embedding")
+        self.ngrams = None if cell.ngrams is None else Ngrams(cell.ngrams, f"{name}ngrams", weights)
         prepared = [
             (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
@@ -522,6 +538,11 @@ class DecoderCell:
         ]
         self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]
         self.norm = weights.norm(f"{name}final_ln", cell.final_ln)
+
+    def embed(self, ids: Tensor, part: dict) -> tuple[Tensor, dict]:
+        """The embedding of ids (B, T), (N, C), and what of them to remember, which lies with the first block."""
+        e = self.embedding(ids.flatten())
+        return (e, {}) if self.ngrams is None else self.ngrams(ids, e, part)
 
 
 def head_is_embedding(config: Config) -> bool:
@@ -586,6 +607,9 @@ class Decoder:
     def adopt(self, state: State) -> DecoderState:
         """A state of the model's as this decoder keeps it."""
         parts = [block.adopt(shown) for block, shown in zip(self.blocks, state.blocks, strict=True)]
+        for part, shown in zip(parts, state.blocks, strict=True):
+            if "ids" in shown:
+                part["ids"] = shown["ids"]
         return DecoderState(parts, [block.wavelet.longest for block in self.blocks])
 
     def counts(self, seen: list[dict]) -> tuple[Tensor, Tensor] | None:
@@ -623,7 +647,7 @@ class Decoder:
         before = [iter(parts[c * each : (c + 1) * each]) for c in range(len(cells))]
         after: list[list[dict]] = [[] for _ in cells]
         counts = self.counts(parts) if length == 1 else None
-        es = [cell.embedding(ids.flatten()) for cell in cells]
+        es, remembered = zip(*(cell.embed(ids, parts[c * each]) for c, cell in enumerate(cells)), strict=True)
         xs, means = list(es), [None] * len(cells)
         for _ in range(self.config.loop_iterations):
             for i in range(self.applications):
@@ -632,6 +656,8 @@ class Decoder:
                     after[c].append(new)
                 if self.gates is not None and i % self.config.multinodal_cross_cell_gate_interval == 0:
                     xs = self.gates[i // self.config.multinodal_cross_cell_gate_interval](xs)
+        for blocks, past in zip(after, remembered, strict=True):
+            blocks[0] |= past
         if last_only and length > 1:
             xs = [x.view(rows, length, -1)[:, -1] for x in xs]
         hs = [F.layer_norm(x, *cell.norm) for x, cell in zip(xs, cells, strict=True)]

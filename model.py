@@ -6,9 +6,9 @@
             x → LayerNorm → lifting wavelet → + → Hadamard → gated mixers → Hadamard → inverse lifting → + x
             x → LayerNorm → MLP + memories (memory.py) → + x
 
-Nothing here attends and nothing has a position. Only three things look back: the lags of the lifting wavelet, the running
-mean, and (if asked) the memories that a text writes. What they need of the past is a `State` of fixed size (state.py), so one
-code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
+Nothing here attends and nothing has a position. Only these look back: the lags of the lifting wavelet, the running mean, and
+(if asked) the memories that a text writes and the table of n-grams (ngrams.py). What they need of the past is a `State` of
+fixed size (state.py), so one code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
 
 Letters: B batch, T positions, C channels, P the next power of two ≥ C, J levels, S = J + 1 scales (index 0 the coarsest),
 V vocabulary. Tensors are (B, T, channels), with the scales in front, (S, B, T, P), between decomposition and reconstruction.
@@ -30,6 +30,7 @@ from config import Config
 from features import FeatureEmbedding
 from loss import linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
+from ngrams import NgramEmbedding
 from state import BlockState, State, remember
 from transform import NO_TRANSFORM, Matrix, Transform, build_transform, hadamard
 
@@ -507,6 +508,8 @@ class LanguageModel(nn.Module):
             for i in range(applications * self.config.loop_iterations):
                 block, wavelet = cell.block(i % applications)
                 blocks.append(block.start(wavelet, rows, cell.token_embedding.weight.detach(), stream))
+                if i == 0 and cell.ngrams is not None:  # what an embedding remembers lies with the first block
+                    blocks[-1] |= cell.ngrams.start(rows, cell.token_embedding.weight)
         return State(blocks)
 
     def head_inputs(self, ids: Tensor, state: State | None) -> tuple[list[list[Tensor]], State]:
@@ -516,7 +519,7 @@ class LanguageModel(nn.Module):
         each = config.applications * config.loop_iterations
         before = [iter(state.blocks[c * each : (c + 1) * each]) for c in range(len(cells))]
         after: list[list[BlockState]] = [[] for _ in cells]
-        es = [cell.token_embedding(ids) * cell.embed_scale for cell in cells]
+        es, remembered = zip(*(cell.embed(ids, state.blocks[c * each]) for c, cell in enumerate(cells)), strict=True)
         xs = [cell.dropout_embedding(e) for cell, e in zip(cells, es, strict=True)]
         means: list[Tensor | None] = [None] * len(cells)
         hidden = []
@@ -528,6 +531,8 @@ class LanguageModel(nn.Module):
                 if self.gates is not None and i % config.multinodal_cross_cell_gate_interval == 0:
                     xs = self.gates[i // config.multinodal_cross_cell_gate_interval](xs)
             hidden.append([cell.dropout_lm_head(cell.final_ln(x)) for cell, x in zip(cells, xs, strict=True)])
+        for blocks, past in zip(after, remembered, strict=True):
+            blocks[0] |= past
         return hidden, State([block for blocks in after for block in blocks])
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -561,6 +566,7 @@ class WaveletLM(LanguageModel):
         self.embed_scale = math.sqrt(config.C) if config.stab("embed_scaling") else 1.0
         self.token_embedding = (FeatureEmbedding if config.token_features else nn.Embedding)(vocab_size, config.C)
         nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))
+        self.ngrams = NgramEmbedding(config) if config.ngram_slots else None
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
         count = 1 if config.looped_blocks else config.layers
         self.layers = nn.ModuleList(Block(config, after) for after in reversed(range(count)))
@@ -577,6 +583,14 @@ class WaveletLM(LanguageModel):
     @property
     def cells(self) -> list["WaveletLM"]:
         return [self]
+
+    def embed(self, ids: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The embedding of ids (B, T), (B, T, C), and what of them is to be remembered."""
+        e = self.token_embedding(ids) * self.embed_scale
+        if self.ngrams is None:
+            return e, {}
+        read, past = self.ngrams(ids, state)
+        return e + read, past
 
     def block(self, i: int) -> tuple[Block, nn.Module]:
         """The block that is applied i-th and its wavelet; looped blocks and shared wavelets are applied repeatedly."""

@@ -44,6 +44,7 @@ from data import Corpus, Windows, prepare  # noqa: E402
 from evaluate import figures, score  # noqa: E402
 from features import fill_features  # noqa: E402
 from model import build_model  # noqa: E402
+from ngrams import NgramEmbedding  # noqa: E402
 from optimizers import clipped_step, learning_rate, make_optimizers, rates  # noqa: E402
 from record import environment  # noqa: E402
 from tables import markdown_table, mean_deviation, put_first  # noqa: E402
@@ -57,14 +58,18 @@ MOST_RATES = 6  # tried for one contestant
 class Foreign(nn.Module):
     """A causal language model of `transformers` with the interface of ours: forward → (logits, state), loss → (loss, state)."""
 
-    def __init__(self, network: nn.Module, vocab_size: int):
+    def __init__(self, network: nn.Module, vocab_size: int, ngrams: NgramEmbedding | None = None):
+        """ngrams: a table beside its embedding, as a WaveletLM may have."""
         super().__init__()
         # First and under our names, by which Muon's optimizers tell tables from matrices.
         self.token_embedding, self.lm_head = network.get_input_embeddings(), network.get_output_embeddings()
-        self.network, self.vocab_size = network, vocab_size
+        self.network, self.vocab_size, self.ngrams = network, vocab_size, ngrams
 
     def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
-        return self.network(input_ids=ids, use_cache=False).logits, None
+        e = self.token_embedding(ids)
+        if self.ngrams is not None:
+            e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids))[0]
+        return self.network(inputs_embeds=e, use_cache=False).logits, None
 
     def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
         return F.cross_entropy(self(ids)[0].flatten(0, 1), targets.flatten()), None
@@ -80,7 +85,7 @@ def transformers_library():
 
 
 def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner: int) -> Foreign:
-    """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels."""
+    """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels. With a table of n-grams, if config asks."""
     library = transformers_library()
     return Foreign(
         library.LlamaForCausalLM(
@@ -91,6 +96,7 @@ def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner:
             )
         ),
         vocab_size,
+        NgramEmbedding(config.model_copy(update={"C": width})) if config.ngram_slots else None,
     )  # fmt: skip
 
 
@@ -121,9 +127,14 @@ class Contestant:
 ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
 MUON = ADAMW | {"optimizer": "Muon", "schedule": "trapezoid", "warmup_fraction": 0.05, "cooldown_fraction": 0.95}
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
-FOREIGN = {  # builder, optimizer; about 1 or 4 million parameters besides embedding and head, like RELEASED
+# Builder, and keys of its config; about 1 or 4 million parameters besides embedding and head, like RELEASED.
+FOREIGN = {
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
     "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON | {"lr": 32e-3, "muon_lr": 0.02}),
+    "llama-muon-ngrams": (
+        partial(build_llama, width=128, layers=5, inner=88),
+        MUON | {"lr": 32e-3, "muon_lr": 0.02, "ngram_slots": 16900},
+    ),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
     "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
     "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 16e-3, "muon_lr": 0.01}),
@@ -135,8 +146,8 @@ def contestant(model: str, block_size: int) -> Contestant:
     """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a config file."""
     name, _, file = model.partition("=")
     if not file and name in FOREIGN:
-        build, optimizer = FOREIGN[name]
-        return Contestant(name, Config(block_size=block_size, min_lr=0.02 * optimizer["lr"], **optimizer), build)
+        build, keys = FOREIGN[name]
+        return Contestant(name, Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys), build)
     if not file and name not in RELEASED:
         known = ", ".join([*RELEASED, *FOREIGN])
         raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")

@@ -72,6 +72,9 @@ OPTIONS: dict[str, list[dict]] = {
     "mixer_top_k": [{}, {"mixer_top_k": 6}],
     "coarse_modulation": [{}, {"coarse_modulation": True}],
     "token_features": [{}, {"token_features": True}],
+    "ngrams": [
+        {}, {"ngram_slots": 11, "ngram_width": 6}, {"ngram_slots": 40, "ngram_n": 4, "ngram_width": 16},
+    ],
     "stochastic_depth_rate": [{}, {"stochastic_depth_rate": 0.4}],
     **{f"stab_{name}": [{}, {f"stab_{name}": True}] for name in (
         "ff_scaling", "embed_scaling", "proj_out_scaling", "mixer_eps_scaling", "lifting_level_scaling",
@@ -326,6 +329,9 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     )},
     "mixer_transform": ({}, {"mixer_transform": "dct"}),
     "mixer_top_k": ({}, {"mixer_top_k": 6}),
+    "ngram_slots": ({}, {"ngram_slots": 11}),
+    "ngram_n": ({"ngram_slots": 11}, {"ngram_slots": 11, "ngram_n": 3}),
+    "ngram_width": ({"ngram_slots": 11}, {"ngram_slots": 11, "ngram_width": 4}),
     "recall_heads": ({}, {"recall_heads": 2}),
     "recall_dim": ({"recall_heads": 2}, {"recall_heads": 2, "recall_dim": 8}),
     "recall_every": ({"recall_heads": 2}, {"recall_heads": 2, "recall_every": 2}),
