@@ -192,7 +192,7 @@ class Config(BaseModel):
     stable_parametrization: bool = option(False, "all six stab_ options")
     stab_spectral_norm: bool = option(False, "spectral norm on the mixers' weight W")
     stab_ff_scaling: bool = option(False, "last MLP weight ×1/√(mlp_expansion·C) at init")
-    stab_embed_scaling: bool = option(False, "embedding ×√C")
+    stab_embed_scaling: bool = option(False, "token embedding ×√C")
     stab_proj_out_scaling: bool = option(False, "projection ×1/√(C·layers) at init")
     stab_mixer_eps_scaling: bool = option(False, "noise of the mixers' identity init ÷√P")
     stab_lifting_level_scaling: bool = option(False, "last Predict/Update weight of level l ×1/(1+0.1·l) at init")

@@ -13,7 +13,8 @@ The same numbers as the model's, from fewer and larger products, read at full ba
 - Factors of √2, the scale weights and the alphas are multiplied into matrices. (The affine parts of LayerNorms are not: torch's
   kernel applies them in the pass that it makes anyhow.)
 - All projections into an associative memory are one matrix.
-- What looks back is a `Tape`, so a step writes one position and copies nothing.
+- A table of n-grams stays narrow: its map to the channels is a product of one row.
+- What looks back far is a `Tape`, so a step writes one position and copies nothing.
 - A step is a function of tensors (`Decoder.run`) between reading tapes and writing them, so that torch.compile can make one
   program of it: `decoder.compile()`.
 
@@ -38,8 +39,8 @@ from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
-from ngrams import NgramEmbedding
-from packed import Table, Weights, Widths, round_up
+from ngrams import NgramEmbedding, read_slots
+from packed import GROUP, Table, Weights, Widths, round_up
 from state import State
 from tape import DecoderState, Tape, plain
 
@@ -462,6 +463,8 @@ class DecoderBlock:
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as this decoder keeps it."""
         part = self.wavelet.adopt(block)
+        if "ids" in block:  # which the n-grams' table remembers, with the first block
+            part["ids"] = block["ids"]
         for keeper in (self.average, *self.memories):
             if keeper is not None:
                 part |= keeper.adopt(block)
@@ -505,16 +508,17 @@ class DecoderBlock:
 
 
 class Ngrams:
-    """A table of n-grams: the model's own hash, a packed table and map."""
+    """The table of n-grams, packed, and its map; the hash is the model's own."""
 
     def __init__(self, ngrams: NgramEmbedding, name: str, weights: Weights):
-        self.values = weights.table(f"{name}.values", ngrams.values.weight, "embedding")
+        group = min(GROUP, round_up(ngrams.up.in_features, 2))  # narrow rows are not filled up: they are most of a file
+        self.values = weights.table(f"{name}.values", ngrams.values.weight, "embedding", group)
         self.up = weights.matrix(f"{name}.up", ngrams.up.weight, "embedding")
-        self.slots = without_modules(ngrams).slots
+        self.n, self.size = ngrams.n, ngrams.size
 
     def __call__(self, ids: Tensor, e: Tensor, part: dict) -> tuple[Tensor, dict]:
         """ids (B, T), their embedding e (N, C) → e + what the table adds to it, and what to remember."""
-        slots, past = self.slots(ids, part)
+        slots, past = read_slots(ids, part, self.n, self.size)
         return self.up(self.values(slots.flatten()), e), past
 
 
@@ -607,9 +611,6 @@ class Decoder:
     def adopt(self, state: State) -> DecoderState:
         """A state of the model's as this decoder keeps it."""
         parts = [block.adopt(shown) for block, shown in zip(self.blocks, state.blocks, strict=True)]
-        for part, shown in zip(parts, state.blocks, strict=True):
-            if "ids" in shown:
-                part["ids"] = shown["ids"]
         return DecoderState(parts, [block.wavelet.longest for block in self.blocks])
 
     def counts(self, seen: list[dict]) -> tuple[Tensor, Tensor] | None:

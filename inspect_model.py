@@ -20,7 +20,9 @@ from config import InputError, Parser, run_command
 from decode import PackedModel
 from evaluate import read_tokens
 from features import NAMES
+from memory import ProductKeyMemory
 from model import Lifting, Mixers
+from ngrams import NgramEmbedding, read_slots
 from tables import markdown_table
 
 MOST = 12  # token features that are listed
@@ -34,7 +36,7 @@ class Activity:
     tokens: int = 0
     energy: dict[str, Tensor] = field(default_factory=dict)  # block -> (S,), sum over positions of the mean square
     gates: dict[str, Tensor] = field(default_factory=dict)  # block -> (S, 2), sums of |gate| and of gates that are closed
-    slots: dict[str, Tensor] = field(default_factory=dict)  # memory -> (slots,), sums of softmax weights
+    slots: dict[str, Tensor] = field(default_factory=dict)  # memory -> (slots,), sums of the weights of reading
 
 
 def lag_filters(model: nn.Module) -> dict[str, list[tuple[list[int], list[float]]]]:
@@ -82,9 +84,13 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
 
         return hook
 
-    def memory(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            slot, weight = module.lookup(inputs[0].flatten(0, 1))
+    def slots(name: str):
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            if isinstance(module, NgramEmbedding):
+                slot, _ = read_slots(*inputs, module.n, module.size)
+                weight = torch.ones(slot.shape)
+            else:
+                slot, weight = module.lookup(inputs[0].flatten(0, 1))
             used = torch.zeros(module.values.num_embeddings, dtype=torch.float64)
             _add(activity.slots, name, used.index_add(0, slot.flatten(), weight.flatten().double()))
 
@@ -94,8 +100,8 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
     for name, module in model.named_modules():
         if isinstance(module, Mixers):
             hooks.append(module.register_forward_pre_hook(mixers(name.rpartition(".")[0])))
-        elif hasattr(module, "lookup") and hasattr(module, "keys_a"):
-            hooks.append(module.register_forward_pre_hook(memory(name)))
+        elif isinstance(module, ProductKeyMemory | NgramEmbedding):
+            hooks.append(module.register_forward_pre_hook(slots(name)))
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """The whole WaveletLM network, from its leaves to its root.
 
-    ids → embedding → [ block ]×layers → LayerNorm → head → logits
+    ids → embedding (+ n-grams) → [ block ]×layers → LayerNorm → head → logits
 
     block:  running mean of x ──────────────┐ (bypass)
             x → LayerNorm → lifting wavelet → + → Hadamard → gated mixers → Hadamard → inverse lifting → + x
@@ -505,11 +505,12 @@ class LanguageModel(nn.Module):
         applications = self.config.applications
         blocks = []
         for cell in self.cells:
+            like = cell.token_embedding.weight.detach()
             for i in range(applications * self.config.loop_iterations):
                 block, wavelet = cell.block(i % applications)
-                blocks.append(block.start(wavelet, rows, cell.token_embedding.weight.detach(), stream))
+                blocks.append(block.start(wavelet, rows, like, stream))
                 if i == 0 and cell.ngrams is not None:  # what an embedding remembers lies with the first block
-                    blocks[-1] |= cell.ngrams.start(rows, cell.token_embedding.weight)
+                    blocks[-1] |= cell.ngrams.start(rows, like)
         return State(blocks)
 
     def head_inputs(self, ids: Tensor, state: State | None) -> tuple[list[list[Tensor]], State]:

@@ -32,10 +32,10 @@ def round_up(n: int, multiple: int) -> int:
 # ===== Quantising
 
 
-def to_int8(weight: Tensor) -> dict[str, Tensor]:
+def to_int8(weight: Tensor, group: int = GROUP) -> dict[str, Tensor]:
     """Rows (out, in) as int8 with one bf16 scale each: w ≈ q·scale. Inputs are filled up with zeros to whole groups, since
     torch's kernel reads them in such steps."""
-    weight = F.pad(weight.float(), (0, -weight.size(1) % GROUP))
+    weight = F.pad(weight.float(), (0, -weight.size(1) % group))
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30).bfloat16()
     q = (weight / scale.float()).round_().clamp_(-127, 127).to(torch.int8)
     return {"int8": q, "scale": scale[:, 0].contiguous()}
@@ -74,12 +74,12 @@ def from_int4(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 
-def quantised(weight: Tensor, bits: int) -> dict[str, Tensor]:
-    """The tensors that hold `weight` (out, in) at this width, as they lie in a file."""
+def quantised(weight: Tensor, bits: int, group: int = GROUP) -> dict[str, Tensor]:
+    """The tensors that hold `weight` (out, in) at this width, as they lie in a file; its inputs fill whole groups."""
     if bits == 8:
-        return to_int8(weight)
+        return to_int8(weight, group)
     if bits == 4:
-        return to_int4(weight)
+        return to_int4(weight, group)
     return {f"float{bits}": weight.to(torch.float32 if bits == 32 else torch.bfloat16)}
 
 
@@ -418,8 +418,9 @@ class Weights:
         packed = [self.matrix(f"{name}.{s}", w, c) for s, (w, c) in enumerate(zip(matrices, components, strict=True))]
         return PackedStack(packed, [w.size(0) for w in matrices], [w.size(1) for w in matrices])
 
-    def table(self, name: str, weight: Tensor, component: str) -> Table:
-        return Table(self._tensors(name, lambda: quantised(weight.float(), self.widths[component])), weight.size(1))
+    def table(self, name: str, weight: Tensor, component: str, group: int = GROUP) -> Table:
+        """group: numbers of a row that are quantised together, even; GROUP where the table is multiplied by, too."""
+        return Table(self._tensors(name, lambda: quantised(weight.float(), self.widths[component], group)), weight.size(1))
 
     def module(self, name: str, module: nn.Module) -> nn.Module:
         """A module of the model's own, in fp32."""

@@ -26,7 +26,7 @@ COMPONENTS = {
     "mlp": "the MLP",
     "memory": "values of the product-key memories, output of the associative memory",
     "query": "what the memories make of their input: queries, and an associative memory's keys, values and gates",
-    "embedding": "the token embedding",
+    "embedding": "the token embedding, and the table of n-grams with its map",
     "head": "the head",
 }
 

@@ -85,7 +85,7 @@ def transformers_library():
 
 
 def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner: int) -> Foreign:
-    """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels. With a table of n-grams, if config asks."""
+    """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels; with a table of n-grams where the config has one."""
     library = transformers_library()
     return Foreign(
         library.LlamaForCausalLM(
@@ -206,8 +206,8 @@ def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | No
 
 
 def embedding_parameters(model: nn.Module) -> int:
-    """Of the token embedding and the head: every tensor with a row per token of the vocabulary."""
-    return sum(p.numel() for p in model.parameters() if p.dim() == 2 and p.size(0) == model.vocab_size)
+    """Of the token embedding and the head."""
+    return sum(p.numel() for p in {model.token_embedding.weight, model.lm_head.weight})
 
 
 def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str, Any]:

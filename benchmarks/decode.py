@@ -64,11 +64,13 @@ def kernels_per_token(decoder: Decoder, state) -> Counter:
 
 
 def weight_bytes(model: LanguageModel, bits: int) -> tuple[int, int]:
-    """Bytes of a decoder's weights as they lie in a file, and of those that a step reads (all but the embedding's table)."""
+    """Bytes of a decoder's weights as they lie in a file, and of those that a step reads (all but tables that are looked
+    up)."""
     weights = Weights(Widths.of(bits), saving=True)
     Decoder(model, weights=weights)
     total = sum(tensor.nbytes for tensor in weights.saved.values())
-    return total, total - sum(t.nbytes for name, t in weights.saved.items() if name.startswith("embedding/"))
+    tables = ("embedding/", "ngrams.values/")
+    return total, total - sum(t.nbytes for name, t in weights.saved.items() if name.startswith(tables))
 
 
 def bytes_per_token(config: Config, vocab_size: int, bytes_each: int = 2) -> int:
@@ -77,6 +79,8 @@ def bytes_per_token(config: Config, vocab_size: int, bytes_each: int = 2) -> int
     with torch.device("meta"):
         model = WaveletLM(config, vocab_size)
     numbers = model.lm_head.weight.numel() + config.C
+    if model.ngrams is not None:
+        numbers += model.ngrams.up.weight.numel() + config.ngram_width
     for i in range(config.applications * config.loop_iterations):
         block, wavelet = model.block(i % config.applications)
         numbers += sum(p.numel() for name, p in block.named_parameters() if not name.endswith("values.weight"))

@@ -121,7 +121,7 @@ def test_same_seed_same_text_whatever_the_batch(decoder):
 
 STEPS = {
     "released": ({}, None), "4 bits": ({}, 4), "moving average": ({"decompose_bypass_ema": True}, None),
-    "associative memory": ({"recall_heads": 2, "recall_dim": 8, "wavelet_mode": "haar"}, 8),
+    "associative memory": ({"recall_heads": 2, "recall_dim": 8, "wavelet_mode": "haar"}, 8), "ngrams": ({"ngram_slots": 11}, 8),
     "cells": ({"multinodal_enabled": True, "multinodal_cell_dim": 32, "multinodal_cross_cell_gating": True}, None),
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ def test_slots_in_use_tells_one_from_all():
 PLAIN = {"wavelet_mode": "haar", "use_mixer_gate": False, "pkm_enabled": False}
 
 
-@pytest.mark.parametrize("overrides", [{}, {"token_features": True}, PLAIN])
+@pytest.mark.parametrize("overrides", [{}, {"token_features": True}, PLAIN, PLAIN | {"ngram_slots": 11}])
 def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatch):
     model = build_model(tiny(**overrides), 256)
     fill_features(model, ByteTokenizer())
@@ -63,8 +63,9 @@ def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", command)
     inspect_model.main()
     page = (tmp_path / "inspection.md").read_text(encoding="utf-8")
-    assert "## Lag filters" in page and ("## Gates" in page) == (overrides != PLAIN)
+    assert "## Lag filters" in page and ("## Gates" in page) == overrides.get("use_mixer_gate", True)
     assert ("## Token features" in page) == bool(overrides.get("token_features"))
+    assert ("| ngrams | 11 |" in page) == bool(overrides.get("ngram_slots"))
     assert (tmp_path / "inspection.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -267,9 +267,9 @@ COMPILED = {
         "decompose_bypass_ema": True, "multi_basis_lifting": True, "looped_blocks": True, "looped_blocks_count": 1,
         "loop_iterations": 2, "levels": 1, "mlp_expansion": 0,
     },
-    "haar, deep mixers": {
+    "haar, deep mixers, n-grams": {
         "wavelet_mode": "haar", "mixer_depth": 2, "mixer_depth_stabilizers": True, "exp_parametrization": True,
-        "per_scale_mixer_widths": None, "layers": 1,
+        "per_scale_mixer_widths": None, "layers": 1, "ngram_slots": 11,
     },
     "cells": {
         **CELLS, "multinodal_cross_cell_gating": True, "tie_embedding_to_lm_head": True, "untied_reconstruction": True,

@@ -55,7 +55,7 @@ def test_a_quantised_checkpoint_gives_the_decoders_logits(run_folder, packed, bi
 
 KEPT_APART = (  # words of the options by which a decoder keeps or shares its tensors otherwise
     "basis", "untied", "wavelet_mode", "shared", "linear_only", "ema", "stabilizers", "scale_norm", "transform", "inference",
-    "recall", "tie_", "loop", "combination", "lifting_gate", "modulation", "features", "top_k",
+    "recall", "tie_", "loop", "combination", "lifting_gate", "modulation", "features", "top_k", "ngram",
 )  # fmt: skip
 
 
