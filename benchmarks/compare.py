@@ -137,7 +137,7 @@ FOREIGN = {
     ),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
     "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
-    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 16e-3, "muon_lr": 0.01}),
+    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 32e-3, "muon_lr": 0.02}),
     "mamba2-4m": (partial(build_mamba2, width=256, layers=10), ADAMW | {"lr": 12e-3}),
 }
 
