@@ -125,19 +125,19 @@ class Contestant:
 
 
 ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
-MUON = ADAMW | {"optimizer": "Muon", "schedule": "trapezoid", "warmup_fraction": 0.05, "cooldown_fraction": 0.95}
+MUON = ADAMW | {
+    "optimizer": "Muon", "schedule": "trapezoid", "warmup_fraction": 0.05, "cooldown_fraction": 0.95,
+    "lr": 32e-3, "muon_lr": 0.02,
+}  # fmt: skip
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
 # Builder, and keys of its config; about 1 or 4 million parameters besides embedding and head, like RELEASED.
 FOREIGN = {
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
-    "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON | {"lr": 32e-3, "muon_lr": 0.02}),
-    "llama-muon-ngrams": (
-        partial(build_llama, width=128, layers=5, inner=88),
-        MUON | {"lr": 32e-3, "muon_lr": 0.02, "ngram_slots": 16900},
-    ),
+    "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON),
+    "llama-muon-ngrams": (partial(build_llama, width=128, layers=5, inner=88), MUON | {"ngram_slots": 16900}),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
     "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
-    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON | {"lr": 32e-3, "muon_lr": 0.02}),
+    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON),
     "mamba2-4m": (partial(build_mamba2, width=256, layers=10), ADAMW | {"lr": 12e-3}),
 }
 
