@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-LOGITS_AT_A_TIME = 2**23  # numbers: 32 MB in fp32
-WORDS_AT_A_TIME = 2**12  # whose gradients are converted and added while a cache still holds them
+# Numbers of logits that are made at a time: on a CPU as many as a cache holds, 32 MB in fp32; on a GPU, whose caches hold no
+# piece worth its launches, 1 GiB of them, which is all of a batch of 5,000 tokens and 50,000 words.
+CPU_LOGITS, GPU_LOGITS = 2**23, 2**28
+CPU_WORDS = 2**12  # whose gradients are converted and added at a time, while a cache still holds them
+
+
+def logits_at_a_time(device: torch.device) -> int:
+    return CPU_LOGITS if device.type == "cpu" else GPU_LOGITS
 
 
 def autocast_type(like: Tensor) -> torch.dtype:
@@ -23,6 +29,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, rows: int, want_gradient: bool) -> Tensor:
         kind = autocast_type(h)
+        words = CPU_WORDS if h.device.type == "cpu" else weight.size(0)
         h_low, w_low = h.to(kind), weight.to(kind)
         total = h.new_zeros((), dtype=torch.float32)
         grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(weight)) if want_gradient else (None, None)
@@ -39,7 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if kind == grad_w.dtype:
                     grad_w.addmm_(error.T, part)  # in place: a product of its own would be as large as the weight
                 else:
-                    for grad, wrong in zip(grad_w.split(WORDS_AT_A_TIME), error.split(WORDS_AT_A_TIME, dim=1), strict=True):
+                    for grad, wrong in zip(grad_w.split(words), error.split(words, dim=1), strict=True):
                         grad.add_(wrong.T @ part)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.tokens = h.size(0)
@@ -54,5 +61,5 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of logits h Wᵀ: h (B, T, C), weight (V, C), targets (B, T) int64."""
-    rows = max(1, LOGITS_AT_A_TIME // weight.size(0))
+    rows = max(1, logits_at_a_time(h.device) // weight.size(0))
     return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), rows, torch.is_grad_enabled())

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config, InputError
-from loss import LOGITS_AT_A_TIME
+from loss import GPU_LOGITS
 from model import build_model
 from optimizers import is_hidden_matrix
 from tokenizer import planned_vocab_size
@@ -89,7 +89,7 @@ def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -
         "gathered": outside + 3 * largest if shards > 1 else 0,
         "activations": activations,
         # a chunk of logits in fp32 and the head's gradient, and under autocast the chunk and the weight in the product's type
-        "loss": (4 * LOGITS_AT_A_TIME + sizes[head]) * (3 if cast else 2) // 2,
+        "loss": (4 * min(GPU_LOGITS, ids.numel() * vocab_size) + sizes[head]) * (3 if cast else 2) // 2,
     }
     figures["total"] = sum(figures.values()) - figures["parameters"]
     figures["tokens_per_step"] = config.micro_batch_size * config.grad_accum * config.block_size

@@ -34,6 +34,9 @@ class State:
     def detach(self) -> "State":
         return self._map(Tensor.detach)
 
+    def clone(self) -> "State":
+        return self._map(Tensor.clone)
+
     def reset(self, rows: Tensor) -> "State":
         """A state in which the rows where `rows` (B,) is True are at the start of a text; every start is all zeros."""
         return self._map(lambda t: t.masked_fill(rows.to(t.device).view(-1, *[1] * (t.dim() - 1)), 0))

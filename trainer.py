@@ -21,15 +21,16 @@ from distributed import World, load_shards, remove_other_shards, save_shards, sa
 from features import fill_features
 from model import build_model
 from optimizers import (
+    LossScale,
     WeightAverage,
+    clipping_divisor,
+    guarded_step,
     learning_rate,
     load_state_tensors,
-    local,
     make_optimizers,
     room_for_state,
     set_rate,
     state_tensors,
-    step_if,
 )
 from packed import cpu_multiplies_bf16
 from record import Record
@@ -58,7 +59,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.tokens_per_step = batch * config.block_size
         self.cast = autocast_type(config, self.device)
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.cast is torch.float16)
+        self.scaler = LossScale(self.device, enabled=self.cast is torch.float16)
         self.carried: list[State | None] = [None] * config.grad_accum  # one lane of texts for each micro batch
         self.unchecked: list[tuple] = []  # (step, names, norms, event) of steps whose gradients nobody has looked at yet
         self.step, self.best, self.seconds, self.skipped, self.bad_in_a_row = 0, math.inf, 0.0, 0, 0
@@ -85,6 +86,8 @@ class Trainer:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step + (self.world.rank << 40))
         set_rate(self.optimizers, learning_rate(self.step, self.total_steps, self.config))
         total = torch.zeros((), device=self.device)
+        # Compiled to CUDA graphs, a pass writes where the last step's did. Gradients live from part to part of a step, not longer.
+        torch.compiler.cudagraph_mark_step_begin()
         for i in range(self.config.grad_accum):
             with record_function("data"):
                 ids, targets, state = self.micro_batch(i)
@@ -92,39 +95,34 @@ class Trainer:
                 with record_function("forward"), self.autocast():
                     loss, state = self.loss(ids, targets, state)
                 with record_function("backward"):
-                    self.scaler.scale(loss * (self.model.loss_weight / self.config.grad_accum)).backward()
+                    (self.scaler.scale * (loss * (self.model.loss_weight / self.config.grad_accum))).backward()
             total += loss.detach() / self.config.grad_accum
             if self.config.decompose_bypass_cross_window:
-                self.carried[i] = state.detach()
+                self.carried[i] = state.detach().clone()  # a CUDA graph's output lives until the next step alone
         with record_function("clipping"):
-            norm = self.clip()
+            norm = self.gradient_norm()
         with record_function("optimizer"):
-            self.apply(norm.isfinite())
+            self.apply(norm)
         self.step += 1
         self.check_steps(late=1 if self.device == "cuda" else 0)
         return total, norm
 
-    def clip(self) -> Tensor:
-        """Scales the gradients down to the norm `grad_clip`, and returns the norm that they had."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradients without the loss scale. Notes each one's, by which a step that was left out is explained."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
-        norms = self.world.gradient_norms([p for _, p in named])
-        norm = torch.linalg.vector_norm(norms)
-        if self.config.grad_clip:
-            factor = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(p.grad) for _, p in named], factor)
+        norms = self.world.gradient_norms([p for _, p in named]) / self.scaler.scale
         event = torch.cuda.Event() if self.device == "cuda" else None
         self.unchecked.append((self.step, [name for name, _ in named], norms.to("cpu", non_blocking=True), event))
         if event:
             event.record()
-        return norm
+        return torch.linalg.vector_norm(norms)
 
-    def apply(self, good: Tensor) -> None:
-        """The optimizers' step where `good`; else weights and optimizers stay, and carried texts start anew."""
-        for optimizer in self.optimizers:
-            step_if(good, optimizer)
-        self.scaler.update()
+    def apply(self, norm: Tensor) -> None:
+        """The optimizers' step, with gradients of this `norm` clipped to grad_clip. Where it is not finite weights and
+        optimizers stay, and carried texts start anew."""
+        good = norm.isfinite()
+        guarded_step(self.optimizers, good, self.scaler.scale * clipping_divisor(norm, self.config.grad_clip))
+        self.scaler.update(good)
         self.model.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.step)
@@ -139,8 +137,8 @@ class Trainer:
                 event.synchronize()
             if torch.linalg.vector_norm(norms).isfinite():
                 self.bad_in_a_row = 0
-            elif self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
-                self.record.say(f"step {step} skipped: fp16 overflow, loss scale lowered to {self.scaler.get_scale():g}")
+            elif self.scaler.enabled and self.scaler.scale >= 1:
+                self.record.say(f"step {step} skipped: fp16 overflow, loss scale lowered to {self.scaler.scale.item():g}")
             else:
                 self.count_bad(
                     step, next((n for n, x in zip(names, norms.tolist(), strict=True) if not math.isfinite(x)), "all")
@@ -255,9 +253,11 @@ def compiled_loss(trainer: Trainer) -> Callable:
     compiled = torch.compile(trainer.model.loss, mode=trainer.config.compile_mode)
     try:
         trainer.model.train()
-        ids, targets, state = trainer.micro_batch(0)
-        with trainer.autocast():
-            compiled(ids, targets, state)[0].backward()
+        torch.compiler.cudagraph_mark_step_begin()
+        for i in range(trainer.config.grad_accum):  # a CUDA graph is made for each part of a step
+            ids, targets, state = trainer.micro_batch(i)
+            with trainer.autocast():
+                compiled(ids, targets, state)[0].backward()
         trainer.record.say(f"compiled in {time.perf_counter() - started:.0f} s")
     except (RuntimeError, OSError, ImportError) as error:  # no compiler, no Triton, an unsupported operation
         trainer.record.say(f"not compiled, training goes on without: {str(error).strip().splitlines()[0]}")
