@@ -215,7 +215,10 @@ class Config(BaseModel):
     compile: bool = option(True, "torch.compile the loss; says so and goes on without where it cannot")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "mode of torch.compile")
     use_amp: bool = option(True, "autocast: on CUDA to amp_dtype, on a CPU with bf16 instructions to bf16, else fp32")
-    amp_dtype: Literal["fp16", "bf16"] = option("fp16", "autocast type on CUDA")
+    amp_dtype: Literal["fp16", "bf16", "fp8"] = option(
+        "fp16",
+        "autocast type on CUDA; fp8: bf16, but the MLP's and the lifting's products in fp8 (needs torchao; Ada and later)",
+    )
     allow_tf32: bool = option(True, "TF32 matrix products on CUDA")
     epochs: float = option(5.0, "passes over the training split", gt=0)
     max_steps: int | None = option(None, "optimizer steps at the most; null = as epochs say", ge=1)
@@ -344,6 +347,8 @@ def _contradictions(c: Config):
         yield "parallel: fsdp has no decompose_bypass_cross_window, multinodal_enabled or spectral norm; take ddp"
     if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
         yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
+    if c.amp_dtype == "fp8" and (c.parallel == "fsdp" or not c.use_amp):
+        yield "amp_dtype: fp8 needs use_amp, and a parallel other than fsdp; take bf16"
     if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode in ("haar", "packets")):
         yield "untied_reconstruction: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
     if c.pkm_shared and (c.parallel == "fsdp" or not c.pkm_enabled):

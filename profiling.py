@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import written_whole
 from trainer import Trainer
@@ -37,6 +38,29 @@ def profile_steps(trainer: Trainer) -> None:
     with written_whole(trainer.record.folder / "trace.json") as beside:
         profiler.export_chrome_trace(str(beside))
     trainer.record.say(table)
+
+
+@torch.no_grad()
+def work_per_token(trainer: Trainer) -> float:
+    """Floating point operations of the products of a training step for each token: three times the forward pass's, since each
+    product has two in the backward pass, by its input and by its weight."""
+    ids, targets, state = trainer.micro_batch(0)
+    with FlopCounterMode(display=False) as counter, trainer.autocast():
+        trainer.model.loss(ids, targets, state)
+    return 3 * counter.get_total_flops() / ids.numel()
+
+
+def matmul_rate(device: str, kind: torch.dtype) -> float:
+    """Floating point operations a second of large products of `kind` on a GPU: the most that a training step could reach."""
+    x, y = torch.randn(2, 8192, 8192, device=device).to(kind)  # large enough that nothing but the products takes time
+    seconds = []
+    for _ in range(5):  # the first ones wake the card up
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        x @ y
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 8192**3 / min(seconds)
 
 
 def interleaved(

@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from evaluate import bigram_nats, figures, score
 from generate import sample_text
 from optimizers import learning_rate, warmup_steps
 from plan import print_plan
-from profiling import profile_steps
+from profiling import matmul_rate, profile_steps, work_per_token
 from record import Record
 from trainer import Trainer
 
@@ -62,6 +63,9 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
     bits = corpus.train.n_tokens / corpus.train.n_bytes / math.log(2)  # nats per token → bits per byte
     held_out = evaluation_slice(corpus.validation, config.eval_tokens + 1)
     held_out_bits = (len(held_out) - 1) / len(corpus.tokenizer.decode_bytes(held_out[1:].tolist())) / math.log(2)
+    work = None  # of a token, as a share of what a GPU multiplies in a second
+    if trainer.device == "cuda":
+        work = work_per_token(trainer) / matmul_rate("cuda", trainer.cast or torch.float32)
     began, before = time.perf_counter(), trainer.seconds
     last, losses = (time.perf_counter(), trainer.step), []
     progress = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=not sys.stderr.isatty(), leave=False)
@@ -76,13 +80,19 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
             speed = (step - last[1]) * trainer.tokens_per_step / (now - last[0])
             left = (trainer.total_steps - step) * trainer.tokens_per_step / speed
             rate = learning_rate(step - 1, trainer.total_steps, config)
+            card, on_the_card = {}, ""
+            if work is not None:
+                ms, memory = 1e3 * trainer.tokens_per_step / speed, torch.cuda.max_memory_allocated() / 2**30
+                mfu = speed * work / trainer.world.size
+                card = {"milliseconds": ms, "mfu": mfu, "memory_gib": memory}
+                on_the_card = f"{ms:.1f} ms  MFU {mfu:.0%}  {memory:.1f} GiB  "
             record.say(
                 f"step {step}/{trainer.total_steps}  loss {nats:.4f}  bits/byte {nats * bits:.4f}  lr {rate:.2e}  "
-                f"norm {norm.item():.2f}  {speed:,.0f} tokens/s  {int(left // 60)}:{int(left % 60):02d} left"
+                f"norm {norm.item():.2f}  {speed:,.0f} tokens/s  {on_the_card}{timedelta(seconds=int(left))} left"
             )
             record.metric(
                 kind="train", step=step, loss=nats, bits_per_byte=nats * bits, lr=rate, gradient_norm=norm.item(),
-                skipped=trainer.skipped, tokens=step * trainer.tokens_per_step, tokens_per_second=speed,
+                skipped=trainer.skipped, tokens=step * trainer.tokens_per_step, tokens_per_second=speed, **card,
             )  # fmt: skip
             last, losses = (now, step), []
         if step % config.eval_interval == 0 or ended:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pickle import UnpicklingError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from checkpoint import own_tensors, save_plain
@@ -50,6 +50,8 @@ class Trainer:
         model = build_model(config, corpus.vocab_size)
         fill_features(model, corpus.tokenizer)
         self.model = world.place(model)
+        if config.amp_dtype == "fp8":
+            multiply_in_fp8(self.model, self.device)
         self.optimizers = make_optimizers(self.model, config)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         batch = config.micro_batch_size * config.grad_accum
@@ -86,7 +88,7 @@ class Trainer:
         torch.manual_seed(self.config.seed * 1_000_003 + self.step + (self.world.rank << 40))
         set_rate(self.optimizers, learning_rate(self.step, self.total_steps, self.config))
         total = torch.zeros((), device=self.device)
-        # Compiled to CUDA graphs, a pass writes where the last step's did. Gradients live from part to part of a step, not longer.
+        # Compiled to CUDA graphs, it writes where the last step did: gradients live from part to part of a step, not longer.
         torch.compiler.cudagraph_mark_step_begin()
         for i in range(self.config.grad_accum):
             with record_function("data"):
@@ -108,7 +110,7 @@ class Trainer:
         return total, norm
 
     def gradient_norm(self) -> Tensor:
-        """The norm of the gradients without the loss scale. Notes each one's, by which a step that was left out is explained."""
+        """The norm of the gradients without the loss scale. Notes each one's, which explains a step that was left out."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         norms = self.world.gradient_norms([p for _, p in named]) / self.scaler.scale
         event = torch.cuda.Event() if self.device == "cuda" else None
@@ -242,6 +244,26 @@ def autocast_type(config: Config, device: str) -> torch.dtype | None:
     if device == "cuda":
         return torch.float16 if config.amp_dtype == "fp16" else torch.bfloat16
     return torch.bfloat16 if cpu_multiplies_bf16() else None
+
+
+def multiply_in_fp8(model: nn.Module, device: str) -> None:
+    """Has the wide maps of MLP and lifting multiply in fp8, their weights kept in fp32 under their own names: inputs, weights
+    and gradients are scaled by their largest number at each product. (The mixers' products are batched, and stay in bf16.)
+
+    Raises `InputError` on a device without fp8's matrix units, and where torchao is missing."""
+    if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):  # 8.9 is Ada, the first that has them
+        raise InputError("amp_dtype: fp8 needs a GPU of the Ada, Hopper or Blackwell generation; take bf16")
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError:
+        raise InputError("amp_dtype: fp8 needs torchao (pip install torchao); or take bf16") from None
+
+    def is_wide(module: nn.Module, name: str) -> bool:
+        wide = any(part in name for part in ("ffwd", "predict_nets", "update_nets"))
+        # Multiples of 16 are what the products take; under a thousand channels scaling costs more than fp8 saves.
+        return wide and all(size % 16 == 0 and size >= 1024 for size in module.weight.shape)
+
+    convert_to_float8_training(model, module_filter_fn=is_wide)
 
 
 def compiled_loss(trainer: Trainer) -> Callable:
