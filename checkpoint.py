@@ -107,6 +107,14 @@ def _some(names: set[str]) -> str:
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
+def chosen_device(device: str) -> str:
+    """What the commands' --device names: "auto" is a GPU where there is one. Raises `InputError` where there is no such."""
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
+    return "cuda" if has_gpu and device != "cpu" else "cpu"
+
+
 def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config, Tokenizer | None]:
     """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has none). Of a quantised
     checkpoint the model is a `PackedModel`, which reads text and has no parameters."""

@@ -27,9 +27,11 @@ Letters as in model.py; N = B·T positions, w a mixer's width.
 """
 
 import copy
-import inspect
+import itertools
 import math
 import re
+import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,6 @@ from packed import GROUP, Table, Weights, Widths, round_up
 from state import State
 from tape import DecoderState, Tape, plain
 
-CAN_COMPILE = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # keeps two decoders' programs apart
 GIVEN = re.compile(r"(L\['?)?(ids|parts)\b|$")  # names of what a compiled step is given; the empty one is of torch's own state
 
 
@@ -555,6 +556,16 @@ def head_is_embedding(config: Config) -> bool:
     return config.tie_embedding_to_lm_head and not changed
 
 
+COPIES = itertools.count()
+
+
+def own_code(function: Callable) -> Callable:
+    """A copy of a function with a code object of its own: by that torch.compile keeps programs, and since ours are not guarded
+    by the decoder that they were made for, each decoder compiles a copy."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(COPIES)}")
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
 class Decoder:
     """`model`, ready to read text and write it: `decoder(ids, state)` gives its logits and its next state.
 
@@ -568,6 +579,8 @@ class Decoder:
         the model, which may be on the meta device, are used."""
         self.config, self.vocab_size = model.config, model.vocab_size
         weights = Weights(Widths.of(bits)) if weights is None else weights
+        if weights.given is None:
+            weights.device = model.cells[0].token_embedding.weight.device
         self.applications = model.config.applications
         names = [""] if len(model.cells) == 1 else [f"cells.{i}." for i in range(len(model.cells))]
         self.cells = [DecoderCell(cell, name, weights) for cell, name in zip(model.cells, names, strict=True)]
@@ -589,18 +602,16 @@ class Decoder:
         """Has torch.compile make one program of the step of one token in `rows` texts, which may take a minute; steps of other
         numbers of rows stay as they are. stream: as in `start`; for the other kind a program is made when it is wanted.
 
-        Raises `InputError` where torch is too old for it or a memory writes,
-        which is not one program, and RuntimeError for what torch cannot compile: for want of a C++ compiler, say, or bf16
-        weights on a CPU that multiplies them."""
-        if not CAN_COMPILE:
-            raise InputError(f"compile: torch {torch.__version__} is too old for it; take 2.13")
+        Raises `InputError` where a memory writes, which is not one program, and RuntimeError for what torch cannot compile: for
+        want of a C++ compiler, say, or bf16 weights on a CPU that multiplies them."""
         if any(isinstance(memory, WrittenMemory) for block in self.blocks for memory in block.memories):
             raise InputError("compile: not with fwpkm_inference_updates; leave one of the two out")
         # A decoder does not change, so nothing of it needs to be checked at each step; what it is given does.
         options: dict = {"guard_filter_fn": lambda guards: [bool(GIVEN.match(guard.name)) for guard in guards]}
         if self.device.type == "cpu":
             options["cpp_wrapper"] = True
-        self.program = torch.compile(self.run, fullgraph=True, dynamic=False, isolate_recompiles=True, options=options)
+        run = types.MethodType(own_code(Decoder.run), self)
+        self.program = torch.compile(run, fullgraph=True, dynamic=False, options=options)
         self.rows = rows
         self(torch.zeros(rows, 1, dtype=torch.int64, device=self.device), self.start(rows, stream))
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_model
+from checkpoint import chosen_device, load_model
 from config import Config, InputError, Parser, run_command
 from corpus import SPLITS, documents, read_text
 from data import encode_documents, prepare
@@ -141,12 +141,13 @@ def main() -> None:
         default="verbatim",
         help="original: the first implementation's text, window and stride (default verbatim)",
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one (default auto)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
-    model, config, tokenizer = load_model(args.checkpoint, args.device)
+    device = chosen_device(args.device)
+    model, config, tokenizer = load_model(args.checkpoint, device)
     if tokenizer is None:
         raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text can be read")
     original = args.protocol == "original"
@@ -160,7 +161,7 @@ def main() -> None:
     if not 1 <= stride <= window:
         raise InputError(f"stride: {stride} must be from 1 to the window, {window}, or tokens would be left out")
     tokens, size, words = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), original)
-    nats = score(model, tokens, window, stride, context, args.device)
+    nats = score(model, tokens, window, stride, context, device)
     result = {"nats": nats, "tokens": len(tokens) - 1, "bytes": size, "words": words}
     result |= figures(nats, len(tokens), size, words)
     result |= {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model
+from checkpoint import chosen_device, load_model
 from config import Config, InputError, Parser, run_command
 from decode import Decoder, PackedModel
 from model import FastWeightMemory
@@ -155,13 +155,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clean_spacing", action="store_true", help="undo WikiText's spacing of punctuation, quotes and contractions")
     add("--metrics", action="store_true", help="mean log-probability, entropy, Distinct-1/2/3 and Rep-4, on stderr")
     width = parser.add_mutually_exclusive_group()
-    width.add_argument("--ptq8", action="store_true", help="quantise the weights to 8 bits while loading")
-    width.add_argument("--ptq4", action="store_true", help="quantise the weights to 4 bits while loading")
+    width.add_argument("--bits", type=int, choices=[32, 16, 8, 4], help=BITS_HELP)
+    width.add_argument("--ptq8", action="store_const", dest="bits", const=8, help="the same as --bits 8")
+    width.add_argument("--ptq4", action="store_const", dest="bits", const=4, help="the same as --bits 4")
     add("--compile", action="store_true", help=COMPILE_HELP)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one (default auto)")
     return parser
 
 
+BITS_HELP = (
+    "width of the weights: 32 = fp32, 16 = bf16, 8 or 4 = quantised while loading (default: as they lie in the checkpoint on a "
+    "CPU, 16 on a GPU, where the time for a token is that of reading the weights)"
+)
 COMPILE_HELP = (
     "compile the step of one token with torch.compile: up to a minute at first, then more tokens per second where the weights "
     "are 8 or 4 bits wide; beside other work on the same cores set OMP_NUM_THREADS to the cores that are free"
@@ -214,11 +219,13 @@ def allow_writes(model: nn.Module) -> None:
 
 
 def build_decoder(model: nn.Module, bits: int | None) -> Decoder:
-    """What reads the text: the network prepared for inference, in fp32 or with weights of `bits` bits."""
+    """What reads the text: the network prepared for inference with weights of `bits` bits; None = as `BITS_HELP` says."""
     if isinstance(model, PackedModel):
         if bits is not None:
-            raise InputError(f"ptq{bits}: this checkpoint is quantised already; leave the option out")
+            raise InputError(f"bits: {bits} (--ptq{bits}): this checkpoint is quantised already; leave the option out")
         return model.decoder
+    if bits is None and next(model.parameters()).device.type == "cuda":
+        bits = 16
     return Decoder(model, bits)
 
 
@@ -337,10 +344,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.interactive and args.prompt is not None:
         raise InputError("prompt: --interactive reads its prompts from stdin; leave one of the two out")
-    has_gpu = torch.cuda.is_available()
-    if args.device == "cuda" and not has_gpu:
-        raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
-    device = "cuda" if has_gpu and args.device != "cpu" else "cpu"
+    device = chosen_device(args.device)
     model, config, tokenizer = load_model(args.checkpoint, device)
     if tokenizer is None:
         raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so it can write no text")
@@ -352,8 +356,7 @@ def main() -> None:
         print("note: chance has no part in lookahead, so all samples will be the same", file=sys.stderr)
     if args.fwpkm_inference_updates:
         allow_writes(model)
-    bits = 8 if args.ptq8 else 4 if args.ptq4 else None
-    decoder, vocab_size = build_decoder(model, bits), model.vocab_size
+    decoder, vocab_size = build_decoder(model, args.bits), model.vocab_size
     if args.compile:
         compile_step(decoder, settings)
     embedding = decoder.cells[0].embedding(torch.arange(vocab_size, device=device)) if settings.wavelet_coherence else None
@@ -362,7 +365,7 @@ def main() -> None:
     session = Session(decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics)
     folder = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
     for prompt in read_prompts(args, config):
-        keep_samples(folder, settings, session.continue_prompt(prompt), f"num_tokens={num_tokens} bits={bits}")
+        keep_samples(folder, settings, session.continue_prompt(prompt), f"num_tokens={num_tokens} bits={args.bits}")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ class Int4Matrix:
             self.kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:  # the CUDA kernel wants the even input in a byte's high half
             self.block = 0
-            self.weight = torch.ops.aten._convert_weight_to_int4pack((packed << 4) | (packed >> 4), 8)
+            tiles = 8 if self.inputs % 128 == 0 else 4  # of 16 inputs, that lie together: inputs are whole groups of 64
+            self.weight = torch.ops.aten._convert_weight_to_int4pack((packed << 4) | (packed >> 4), tiles)
             self.kernel = torch.ops.aten._weight_int4pack_mm
 
     def unpacked(self, first: int, last: int) -> Tensor:
@@ -367,6 +368,8 @@ class Weights:
             name, _, kind = key.rpartition("/")
             self.given.setdefault(name, {})[kind] = tensor
         self.saved: dict[str, Tensor] | None = {} if saving else None
+        # Where all that is prepared goes; of a model's weights `Decoder` says where. Constants are made on the CPU.
+        self.device = next((tensor.device for tensor in (tensors or {}).values()), torch.device("cpu"))
 
     def _tensors(self, name: str, make) -> dict[str, Tensor]:
         """The tensors of `name`: from the file, or made, with their own keys."""
@@ -379,7 +382,7 @@ class Weights:
                 )
             self.used.add(name)
             return {key: own[key] for key in made}
-        tensors = {key: t.detach() for key, t in made.items()}
+        tensors = {key: t.detach().to(self.device) for key, t in made.items()}
         if self.saved is not None:  # copies: two names may be given one tensor, and a file holds each once
             self.saved |= {f"{name}/{key}": t.clone() for key, t in tensors.items()}
         return tensors
@@ -423,11 +426,11 @@ class Weights:
         return Table(self._tensors(name, lambda: quantised(weight.float(), self.widths[component], group)), weight.size(1))
 
     def module(self, name: str, module: nn.Module) -> nn.Module:
-        """A module of the model's own, in fp32."""
+        """A module of the model's own, in fp32, on `device`: its constants are in no file and begin on the CPU."""
         if self.given is not None:
             tensors = {key: self.keep(f"{name}.{key}", tensor) for key, tensor in module.state_dict().items()}
             module.load_state_dict(tensors, assign=True)
         elif self.saved is not None:
             for key, tensor in module.state_dict().items():
                 self.keep(f"{name}.{key}", tensor)
-        return module
+        return module.to(self.device)

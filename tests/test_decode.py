@@ -9,7 +9,7 @@ from test_options import CASES, network
 import packed
 from checkpoint import load_state, save_state
 from config import InputError
-from decode import CAN_COMPILE, Decoder
+from decode import Decoder
 from packed import MATRICES, Table, quantised
 from sampling import Settings, generate
 
@@ -137,7 +137,6 @@ def test_a_step_is_one_graph(name):
     torch.testing.assert_close(logits, expected)
 
 
-@pytest.mark.skipif(not CAN_COMPILE, reason="this torch is too old for decoder.compile()")
 def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(model, monkeypatch):
     programs, compiled = [], torch.compile
 
@@ -166,14 +165,12 @@ def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(model, monkeypat
     assert len(programs) == 2
 
 
-@pytest.mark.skipif(not CAN_COMPILE, reason="this torch is too old for decoder.compile()")
 def test_memories_that_write_are_not_compiled():
     with pytest.raises(InputError, match="fwpkm_inference_updates"):
         Decoder(random_model(tiny(fwpkm_inference_updates=True))).compile()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAN_COMPILE, reason="this torch is too old for decoder.compile()")
 def test_compiled_decoders_give_their_own_logits():
     ids, small = random_ids(1, 6), {"layers": 1, "levels": 1, "mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False}
     for seed in (0, 1):
