@@ -214,6 +214,7 @@ class Config(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
     compile: bool = option(True, "torch.compile the loss; says so and goes on without where it cannot")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "mode of torch.compile")
+    cuda_graph: bool = option(True, "a step of one GPU is one CUDA graph, unless state is carried or blocks are recomputed")
     use_amp: bool = option(True, "autocast: on CUDA to amp_dtype, on a CPU with bf16 instructions to bf16, else fp32")
     amp_dtype: Literal["fp16", "bf16", "fp8"] = option(
         "fp16",

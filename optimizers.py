@@ -132,6 +132,14 @@ def orthogonal(g: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def put_rates_on(device: torch.device, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Has every group's learning rate, and what else a step reads, lie on `device`, so that a CUDA graph can take the step."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
 def _groups(named: dict[str, nn.Parameter], config: Config) -> list[dict]:
     """Groups by decay and rate; scalars apart, since those of a sharded network stay whole and kernels take no mixture."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -198,8 +206,8 @@ class LossScale:
             return
         counted = torch.where(good, self.good_steps + 1, 0)
         grows = counted == self.PATIENCE
-        self.scale *= torch.where(good, 1.0 + grows.float(), 0.5)
-        self.good_steps = torch.where(grows, 0, counted)
+        self.scale.mul_(torch.where(good, 1.0 + grows.float(), 0.5))
+        self.good_steps.copy_(torch.where(grows, 0, counted))
 
     def state_dict(self) -> dict[str, float]:
         """What `load_state_dict` takes, in plain numbers."""
@@ -219,7 +227,10 @@ def local(tensor: Tensor) -> Tensor:
 def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
     """Gives every group the learning rate `rate`, in its own units."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = rate * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):  # a CUDA graph reads it where it lies
+            group["lr"].fill_(rate * group["lr_scale"])
+        else:
+            group["lr"] = rate * group["lr_scale"]
 
 
 def clipped_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, grad_clip: float) -> None:

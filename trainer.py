@@ -28,6 +28,7 @@ from optimizers import (
     learning_rate,
     load_state_tensors,
     make_optimizers,
+    put_rates_on,
     room_for_state,
     set_rate,
     state_tensors,
@@ -37,6 +38,7 @@ from record import Record
 from state import State
 
 LATEST = "latest.pt"  # everything a run needs to go on; our own tensors and numbers, read with weights_only
+EAGER_STEPS = 3  # before a step becomes a CUDA graph: optimizers have made their states by then, kernels have been chosen
 PATIENCE = 10  # steps in a row without a finite gradient before a run gives up
 
 
@@ -67,6 +69,10 @@ class Trainer:
         self.step, self.best, self.seconds, self.skipped, self.bad_in_a_row = 0, math.inf, 0.0, 0, 0
         self.best_average, self.evaluation_seconds, self.saved_step = math.inf, 0.0, -1
         self.loss = world.parallel_loss(self.model, compiled_loss(self) if config.compile else self.model.loss)
+        self.graph: StepGraph | None = None
+        self.eager_steps = EAGER_STEPS if self.may_be_a_graph() else math.inf  # left before the step becomes a CUDA graph
+        if self.may_be_a_graph():
+            put_rates_on(next(self.model.parameters()).device, self.optimizers)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device, self.cast) if self.cast else contextlib.nullcontext()
@@ -87,12 +93,29 @@ class Trainer:
         # Dropout is a function of (seed, step), another one in each process.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step + (self.world.rank << 40))
         set_rate(self.optimizers, learning_rate(self.step, self.total_steps, self.config))
+        parts = []
+        for i in range(self.config.grad_accum):
+            with record_function("data"):
+                parts.append(self.micro_batch(i))
+        if self.eager_steps == 0:
+            self.make_graph(parts)
+        self.eager_steps -= 1
+        total, norms, norm = self.compute(parts) if self.graph is None else self.graph(parts)
+        if self.average:
+            self.average.update(self.step)
+        self.note_gradients(norms)
+        self.step += 1
+        self.check_steps(late=1 if self.device == "cuda" else 0)
+        return total, norm
+
+    def compute(self, parts: list[tuple[Tensor, Tensor, State | None]]) -> tuple[Tensor, Tensor, Tensor]:
+        """All that a step does on the device with its parts, from `micro_batch`: the passes forward and backward, and the
+        optimizers' step. Returns the loss, each parameter's gradient norm (n,) and the whole gradient's. The host waits for
+        nothing in it, and nothing depends on what it finds."""
         total = torch.zeros((), device=self.device)
         # Compiled to CUDA graphs, it writes where the last step did: gradients live from part to part of a step, not longer.
         torch.compiler.cudagraph_mark_step_begin()
-        for i in range(self.config.grad_accum):
-            with record_function("data"):
-                ids, targets, state = self.micro_batch(i)
+        for i, (ids, targets, state) in enumerate(parts):
             with self.world.accumulating(self.loss, last=i == self.config.grad_accum - 1):
                 with record_function("forward"), self.autocast():
                     loss, state = self.loss(ids, targets, state)
@@ -102,22 +125,35 @@ class Trainer:
             if self.config.decompose_bypass_cross_window:
                 self.carried[i] = state.detach().clone()  # a CUDA graph's output lives until the next step alone
         with record_function("clipping"):
-            norm = self.gradient_norm()
+            self.named_gradients = [name for name, p in self.model.named_parameters() if p.grad is not None]
+            gradients = [p for p in self.model.parameters() if p.grad is not None]
+            norms = self.world.gradient_norms(gradients) / self.scaler.scale
+            norm = torch.linalg.vector_norm(norms)
         with record_function("optimizer"):
             self.apply(norm)
-        self.step += 1
-        self.check_steps(late=1 if self.device == "cuda" else 0)
-        return total, norm
+        return total, norms, norm
 
-    def gradient_norm(self) -> Tensor:
-        """The norm of the gradients without the loss scale. Notes each one's, which explains a step that was left out."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
-        norms = self.world.gradient_norms([p for _, p in named]) / self.scaler.scale
+    def may_be_a_graph(self) -> bool:
+        """Whether a step is the same work on the device each time, by one process: then it may become one CUDA graph."""
+        config = self.config
+        changing = config.decompose_bypass_cross_window or config.gradient_checkpointing  # other states; saved random states
+        nested = config.compile and config.compile_mode != "default"  # torch.compile makes graphs of its own then
+        return self.device == "cuda" and config.cuda_graph and self.world.kind == "none" and not (changing or nested)
+
+    def make_graph(self, parts: list[tuple[Tensor, Tensor, State | None]]) -> None:
+        """Makes a CUDA graph of the step; where that fails, says so, and steps go on as before."""
+        try:
+            self.graph = StepGraph(self, parts)
+        except RuntimeError as error:
+            self.record.say(f"no CUDA graph, training goes on without: {str(error).strip().splitlines()[0]}")
+            self.model.zero_grad(set_to_none=True)
+
+    def note_gradients(self, norms: Tensor) -> None:
+        """Keeps the step's gradient norms, by which one that was left out is explained, on their way to the host."""
         event = torch.cuda.Event() if self.device == "cuda" else None
-        self.unchecked.append((self.step, [name for name, _ in named], norms.to("cpu", non_blocking=True), event))
+        self.unchecked.append((self.step, self.named_gradients, norms.to("cpu", non_blocking=True), event))
         if event:
             event.record()
-        return torch.linalg.vector_norm(norms)
 
     def apply(self, norm: Tensor) -> None:
         """The optimizers' step, with gradients of this `norm` clipped to grad_clip. Where it is not finite weights and
@@ -126,8 +162,6 @@ class Trainer:
         guarded_step(self.optimizers, good, self.scaler.scale * clipping_divisor(norm, self.config.grad_clip))
         self.scaler.update(good)
         self.model.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.update(self.step)
         self.carried = [state and state.reset((~good).expand(state.rows)) for state in self.carried]
 
     def check_steps(self, late: int) -> None:
@@ -235,6 +269,27 @@ class Trainer:
             setattr(self, name, values[name])
         self.saved_step = self.step
         self.record.cut_back(values["lengths"])
+
+
+class StepGraph:
+    """A training step as one CUDA graph: thousands of kernels start without Python, which takes longer to launch those of a
+    small network than a GPU to run them. The same kernels in the same order, dropout too: numbers do not change."""
+
+    def __init__(self, trainer: Trainer, parts: list[tuple[Tensor, Tensor, State | None]]):
+        """Captures the step that `trainer.compute` makes of parts like these; nothing is computed yet."""
+        self.parts = [(ids.clone(), targets.clone(), None) for ids, targets, _ in parts]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has memory of its own, and what steps left behind is not for it
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = trainer.compute(self.parts)
+
+    def __call__(self, parts: list[tuple[Tensor, Tensor, State | None]]) -> tuple[Tensor, Tensor, Tensor]:
+        for (ids, targets, _), (own_ids, own_targets, _) in zip(parts, self.parts, strict=True):
+            own_ids.copy_(ids)
+            own_targets.copy_(targets)
+        self.graph.replay()
+        return tuple(result.clone() for result in self.results)  # the next step writes over them
 
 
 def autocast_type(config: Config, device: str) -> torch.dtype | None:
