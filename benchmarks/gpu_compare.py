@@ -105,13 +105,17 @@ class Llama(nn.Module):
         self.register_buffer("cos", turns.cos(), persistent=False)
         self.register_buffer("sin", turns.sin(), persistent=False)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, None]:
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (B, T) → what the head reads, (B, T, C)."""
         x = self.token_embedding(ids)
         if self.ngrams is not None:
             x = x + self.ngrams(ids, self.ngrams.start(ids.size(0), ids))[0]
         for block in self.blocks:
             x = block(x, self.cos[: ids.size(1)], self.sin[: ids.size(1)])
-        return self.lm_head(self.final_norm(x)), None
+        return self.final_norm(x)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, None]:
+        return self.lm_head(self.hidden(ids)), None
 
 
 # Layers and width of the MLP: each has, at 512 channels and with its table, the parameters of configs/best-30m.json.
@@ -119,6 +123,11 @@ LLAMAS = {"llama": (5, 1280), "llama-4": (4, 1792), "llama-6": (6, 960), "llama-
 # compare.py's Muon. A matrix's update has the same norm at any width, so its rate stays; Adam's, chosen at 128 channels, goes
 # with one over the width, as in configs/best-30m.json.
 LLAMA_KEYS = MUON | {"C": 512, "ngram_slots": 500_000, "lr": 8e-3, "block_size": 512}
+
+
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean nats of targets (B, T) under logits h Wᵀ, all of them at once: h (B, T, C), weight (V, C)."""
+    return F.cross_entropy(F.linear(h, weight).float().flatten(0, 1), targets.flatten())
 
 
 class Contestant:
@@ -136,11 +145,20 @@ class Contestant:
         self.model = build_model(self.config, vocab_size) if file else Llama(self.config, vocab_size, *LLAMAS[self.name])
         self.model.to(device)
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.loss: Callable[[Tensor, Tensor], Tensor] = self.plain_loss
+        self.head_loss = head_loss
 
-    def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per token of ids and targets (B, T)."""
-        return F.cross_entropy(self.model(ids)[0].float().flatten(0, 1), targets.flatten())
+        if isinstance(self.model, Llama):
+            return self.head_loss(self.model.hidden(ids), self.model.lm_head.weight, targets)
+        hidden, _ = self.model.head_inputs(ids, None)
+        return self.head_loss(*self.model.one_head(hidden[-1]), targets)
+
+    def compile(self) -> None:
+        """Compiles a block, once for all that are alike, and the loss: minutes less than compiling all of it as one program."""
+        for block in self.model.blocks if isinstance(self.model, Llama) else self.model.layers:
+            block.compile()
+        self.head_loss = torch.compile(head_loss)
 
     def optimizers(self, config: Config) -> list[torch.optim.Optimizer]:
         """New ones, for a network with its initial weights again."""
@@ -253,7 +271,7 @@ def measured_nats(model: nn.Module, tokens: Tensor, block: int, device: str) -> 
     if whole < last:
         pieces.append((tokens[None, whole:last], tokens[None, whole + 1 :]))
     for ids, targets in pieces:
-        with cast(device):
+        with cast(device), torch.compiler.set_stance("force_eager"):  # another program would be for this alone
             logits = model(ids)[0]
         total += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
     return total.item()
@@ -263,7 +281,7 @@ def operations_per_token(entrant: Contestant, batches: Batches, device: str) -> 
     """Floating-point operations of products, forward and backward; attention counts as if it were not causal."""
     with FlopCounterMode(display=False) as counter, cast(device):
         ids, targets = (t[:COUNTED_ROWS] for t in batches(0))
-        entrant.plain_loss(ids, targets).backward()
+        entrant.loss(ids, targets).backward()
     entrant.model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / ids.numel()
 
@@ -363,7 +381,7 @@ def compete(
     embeddings = sum(p.numel() for p in {entrant.model.token_embedding.weight, entrant.model.lm_head.weight})
     operations = operations_per_token(entrant, batches, device)
     if not args.eager:
-        entrant.loss = torch.compile(entrant.plain_loss)
+        entrant.compile()
     speed = warm_up(entrant, batches, device)
     write(
         kind="start", model=entrant.name, parameters=parameters, embedding_parameters=embeddings,
