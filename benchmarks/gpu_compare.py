@@ -41,6 +41,7 @@ from config import Config, InputError, Parser, load_config, run_command  # noqa:
 from model import build_model  # noqa: E402
 from ngrams import NgramEmbedding  # noqa: E402
 from optimizers import clipped_step, learning_rate, make_optimizers, rates  # noqa: E402
+from packed import cpu_multiplies_bf16  # noqa: E402
 from record import environment  # noqa: E402
 from tables import markdown_table  # noqa: E402
 from tokenizer import SentencePieceTokenizer, train_sentencepiece  # noqa: E402
@@ -252,7 +253,8 @@ class Batches:
 
 
 def cast(device: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device, torch.bfloat16)
+    """bf16 autocast, but fp32 on a CPU that would only imitate bf16, at a tenth of the speed."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or cpu_multiplies_bf16())
 
 
 def finish(device: str) -> None:
