@@ -278,7 +278,8 @@ def network_and_split(draw):
     kind = draw(st.sampled_from(sorted(KINDS)))
     levels = draw(st.integers(1, 5))
     overrides = {
-        "C": draw(st.sampled_from([2, 6, 10, 16, 18])),
+        # Not 2: LayerNorm of two channels is a sign, by which a rounding error may become any number.
+        "C": draw(st.sampled_from([4, 6, 10, 16, 18])),
         "levels": levels,
         "layers": draw(st.integers(1, 3)),
         "block_size": draw(st.integers(2 ** (levels - 1) + 1, 40)),
@@ -307,7 +308,7 @@ def test_chunks_equal_whole(case):
     for one, other in zip(end.blocks, state.blocks, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(one[name], other[name], atol=5e-5, rtol=1e-4)  # sums over the text, in another order
 
 
 @every_kind
