@@ -66,7 +66,7 @@ class FoldedLifting:
         self.predict = [self._layers(n, f"{name}.predict.{i}", -1, weights) for i, n in enumerate(wavelet.predict_nets)]
         self.update = [self._layers(n, f"{name}.update.{i}", 1, weights) for i, n in enumerate(wavelet.update_nets)]
         self.predict_bias = torch.stack([bias for *_, bias in self.predict])  # (J, P)
-        self.gathers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @staticmethod
     def _layers(net: nn.Module, name: str, sign: int, weights: Weights):
@@ -95,6 +95,19 @@ class FoldedLifting:
         entry, starts, shares = self.gathers[rows, size]
         entries = tape.buffer.view(-1, self.width)[(tape.end - tape.length) * self.levels :]
         odd = torch.embedding_bag(entries, entry, starts, False, 0, False, shares)[0]
+        return odd.view(rows, self.levels, self.width)
+
+    def lagged_in_ring(self, ring: Tensor, position: Tensor) -> Tensor:
+        """What `lagged` gives, of a ring (B, size, J, P) whose oldest entry is at position (1,) modulo its size."""
+        rows, size = ring.shape[:2]
+        if (rows, 0) not in self.gathers:
+            row = torch.arange(rows)[:, None, None] * size * self.levels + torch.arange(self.levels)[None, :, None]  # (B, J, 1)
+            starts = torch.arange(0, rows * self.levels * self.shares.size(1), self.shares.size(1))
+            parts = row, torch.tensor(self.offsets), starts, self.shares.repeat(rows, 1).flatten()
+            self.gathers[rows, 0] = tuple(t.to(self.shares.device) for t in parts)
+        row, offsets, starts, shares = self.gathers[rows, 0]
+        entry = (row + (position + offsets) % size * self.levels).flatten()
+        odd = torch.embedding_bag(ring.view(-1, self.width), entry, starts, False, 0, False, shares)[0]
         return odd.view(rows, self.levels, self.width)
 
     def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from config import InputError
 
 FEW_FLOAT, FEW_HALF, FEW_INT8, FEW_INT4 = 128, 4, 16, 64  # rows up to which the route for few rows is the faster one
@@ -22,6 +23,7 @@ FEW_STACKED = 4  # the same for several fp32 matrices at once
 FROM_ONEDNN = 8  # rows from which oneDNN is the fastest in fp32, with AVX-512
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
 UNPACKED, LEAST_ROWS = 2**20, 256  # weights that are unpacked at a time; rows of a weight that are, at the least
+UNPACKED_ON_GPU = 2**27  # the same there: 256 MB of bf16
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
 
 
@@ -141,6 +143,12 @@ class FloatMatrix:
         return torch.baddbmm(add.reshape(self.BLOCKS, -1, 1), self.cut, column, beta=beta).view(1, -1)
 
 
+def for_gpu(tensors: dict[str, Tensor]) -> "kernels.Stack | None":
+    """The product of one row on a GPU by our own kernel; None on a CPU, and where there is no Triton."""
+    usable = next(iter(tensors.values())).device.type == "cuda" and kernels.HAS_TRITON
+    return kernels.Stack([tensors]) if usable else None
+
+
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products of bf16; without them they are imitated, slowly."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -151,14 +159,15 @@ def wide_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
 
 
-def at_a_time(inputs: int) -> int:
-    """Rows of a weight with so many inputs that are unpacked at a time: what a cache holds, but enough for a fast product."""
-    return max(LEAST_ROWS, UNPACKED // inputs)
+def at_a_time(inputs: int, device: str = "cpu") -> int:
+    """Rows of a weight with so many inputs that are unpacked at a time: what a cache holds, but enough for a fast product; on
+    a GPU, whose caches hold none of it, what memory can spare."""
+    return max(LEAST_ROWS, (UNPACKED if device == "cpu" else UNPACKED_ON_GPU) // inputs)
 
 
 def product_by_slices(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of a weight of another type, of which a slice at a time is brought to x's."""
-    return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(at_a_time(x.size(1)))], dim=1)
+    return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(at_a_time(x.size(1), x.device.type))], dim=1)
 
 
 class HalfMatrix:
@@ -171,8 +180,11 @@ class HalfMatrix:
         self.wide = wide_type(weight.device)
         self.packed = weight.device.type == "cpu" and self.wide == torch.bfloat16 and torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
+        self.one = for_gpu(tensors)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        if self.one is not None and x.size(0) == 1:
+            return self.one(x, add if add is None else add.view(1, -1), beta)
         if self.packed:
             y = onednn_product(x.to(torch.bfloat16), self.weight)
         elif x.size(0) <= FEW_HALF or self.wide == torch.bfloat16:
@@ -190,9 +202,13 @@ class Int8Matrix:
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         self.weight, self.scale, self.outputs = tensors["int8"], tensors["scale"], outputs
         self.wide = wide_type(self.weight.device)
+        self.one = for_gpu(tensors)
+        self.few = FEW_INT8 if self.one is None else 1
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        if x.size(0) <= FEW_INT8:
+        if self.one is not None and x.size(0) == 1:
+            return self.one(x, add if add is None else add.view(1, -1), beta)[:, : self.outputs]
+        if x.size(0) <= self.few:
             x = filled(x.to(torch.bfloat16), self.weight.size(1))
             y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
         else:
@@ -209,11 +225,15 @@ class Int4Matrix:
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         packed, steps = tensors["int4"], tensors["steps"]
+        self.one, self.tensors = for_gpu(tensors), tensors
         extra = -packed.size(0) % BLOCK
         self.inputs, self.outputs, self.group = packed.size(1) * 2, outputs, packed.size(1) * 2 // steps.size(1)
         packed, steps = F.pad(packed, (0, 0, 0, extra)), F.pad(steps, (0, 0, 0, 0, 0, extra))
         self.steps = steps.transpose(0, 1).contiguous()  # (groups, out, 2)
         self.wide = wide_type(packed.device)
+        if self.one is not None:
+            del self.steps
+            return
         if packed.device.type == "cpu":
             self.block = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(from_int4(packed).int(), 1)
@@ -223,6 +243,12 @@ class Int4Matrix:
             tiles = 8 if self.inputs % 128 == 0 else 4  # of 16 inputs, that lie together: inputs are whole groups of 64
             self.weight = torch.ops.aten._convert_weight_to_int4pack((packed << 4) | (packed >> 4), tiles)
             self.kernel = torch.ops.aten._weight_int4pack_mm
+
+    def whole(self) -> Tensor:
+        """W itself, (out, in), from the bytes of a file: on a GPU, for many rows."""
+        q = (from_int4(self.tensors["int4"]).to(self.wide) - 8).unflatten(1, (-1, self.group))
+        scale, offset = self.tensors["steps"][..., None].unbind(2)  # (out, groups, 1)
+        return torch.addcmul(offset, q, scale).flatten(1)
 
     def unpacked(self, first: int, last: int) -> Tensor:
         """The columns of Wᵀ that are the blocks `first` to `last` − 1: (in, (last − first)·block)."""
@@ -235,6 +261,10 @@ class Int4Matrix:
         return torch.addcmul(offset, q.view(-1, self.group, scale.size(2)), scale).flatten(0, 1)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        if self.one is not None:
+            if x.size(0) == 1:
+                return self.one(x, add if add is None else add.view(1, -1), beta)
+            return plus(F.linear(filled(x.to(self.wide), self.inputs), self.whole()), add, beta)
         if x.size(0) <= FEW_INT4 or not self.block:
             y = self.kernel(filled(x.to(torch.bfloat16), self.inputs), self.weight, self.group, self.steps)
         else:
@@ -268,14 +298,29 @@ class FloatStack:
 
 
 class PackedStack:
-    """S matrices that are not all fp32, of several shapes, a product each: x (S, N, in) → (S, N, out), filled up with zeros."""
+    """S matrices that are not all fp32, of several shapes: x (S, N, in) → (S, N, out), filled up with zeros. A product each;
+    of one row on a GPU a launch for each width."""
 
-    def __init__(self, matrices: list, outputs: list[int], inputs: list[int]):
-        self.matrices, self.outputs, self.inputs, self.width = matrices, outputs, inputs, max(outputs)
-        mixed = any(m.kind == torch.float32 for m in matrices)
-        self.kind = torch.float32 if mixed else torch.bfloat16
+    def __init__(self, tensors: list[dict[str, Tensor]], bits: list[int], outputs: list[int], inputs: list[int]):
+        self.outputs, self.inputs, self.width = outputs, inputs, max(outputs)
+        self.kind = torch.float32 if 32 in bits else torch.bfloat16
+        self.stacks = None
+        if next(iter(tensors[0].values())).device.type == "cuda" and kernels.HAS_TRITON:
+            groups = [[s for s, b in enumerate(bits) if b == width] for width in sorted(set(bits))]
+            self.stacks = [kernels.Stack([tensors[s] for s in group], group) for group in groups]
+            for stack, group in zip(self.stacks, groups, strict=True):  # what holds them one by one for many rows
+                for s, held in zip(group, stack.matrices(), strict=True):
+                    tensors[s] = held
+        self.matrices = [MATRICES[b](t, n) for b, t, n in zip(bits, tensors, outputs, strict=True)]
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if self.stacks is not None and x.size(1) == 1:
+            y = x.new_empty(
+                x.size(0), self.width, dtype=self.kind if add is None else torch.promote_types(self.kind, add.dtype)
+            )
+            for stack in self.stacks:
+                stack(x[:, 0], add, y=y)
+            return y[:, None]
         x = x.to(self.kind)
         parts = [m(part[:, :n]).to(self.kind) for m, part, n in zip(self.matrices, x, self.inputs, strict=True)]
         parts = [F.pad(y, (0, self.width - n)) if n < self.width else y for y, n in zip(parts, self.outputs, strict=True)]
@@ -415,11 +460,14 @@ class Weights:
 
     def stack(self, name: str, matrices: list[Tensor], components: list[str]) -> "FloatStack | PackedStack":
         """One product of several matrices, each (out, in) of its own size and width."""
-        if all(self.widths[c] == 32 for c in components):
-            each = [self._tensors(f"{name}.{s}", lambda w=w: quantised(w.float(), 32)) for s, w in enumerate(matrices)]
-            return FloatStack([tensors["float32"] for tensors in each])
-        packed = [self.matrix(f"{name}.{s}", w, c) for s, (w, c) in enumerate(zip(matrices, components, strict=True))]
-        return PackedStack(packed, [w.size(0) for w in matrices], [w.size(1) for w in matrices])
+        bits = [self.widths[c] for c in components]
+        tensors = [
+            self._tensors(f"{name}.{s}", lambda w=w, b=b: quantised(w.float(), b))
+            for s, (w, b) in enumerate(zip(matrices, bits, strict=True))
+        ]
+        if set(bits) == {32}:
+            return FloatStack([each["float32"] for each in tensors])
+        return PackedStack(tensors, bits, [w.size(0) for w in matrices], [w.size(1) for w in matrices])
 
     def table(self, name: str, weight: Tensor, component: str, group: int = GROUP) -> Table:
         """group: numbers of a row that are quantised together, even; GROUP where the table is multiplied by, too."""

@@ -52,6 +52,8 @@ def read(decoder, ids, pieces, stream: bool = True):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_gives_the_cpus_logits(case):
+    if not computes() and "fwpkm_inference_updates" in str(CASES[case]):
+        pytest.skip("where nothing is computed, what waits for a memory's chunk to be full waits for ever")
     model, ids = network(case), random_ids(2, 37)
     on_gpu = copy.deepcopy(model).to("cuda")
     with torch.no_grad():

@@ -10,6 +10,7 @@ import packed
 from checkpoint import load_state, save_state
 from config import InputError
 from decode import Decoder
+from graphs import GraphedStep
 from packed import MATRICES, Table, quantised
 from sampling import Settings, generate
 
@@ -178,6 +179,40 @@ def test_compiled_decoders_give_their_own_logits():
         expected, _ = read(decoder, ids, [2, *[1] * 4])
         decoder.compile(stream=False)
         torch.testing.assert_close(read(decoder, ids, [2, *[1] * 4])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+# ===== Steps over a state that stays in its place
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "fwpkm_inference_updates" not in str(CASES[case])])
+def test_steps_in_place_give_the_models_logits(case):
+    model, ids = network(case), random_ids(2, 45)
+    decoder = Decoder(model)
+    with torch.no_grad():
+        for stream in (False, True):
+            expected, _ = model(ids, model.start(2, stream=stream))
+            step = GraphedStep(decoder, 2, stream)
+            for _ in range(2):  # the second time after other steps
+                step.load(decoder(ids[:, :3], decoder.start(2, stream=stream))[1])
+                logits = [step(token).clone() for token in ids[:, 3:].split(1, dim=1)]
+                torch.testing.assert_close(torch.stack(logits, 1), expected[:, 3:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_state_in_place_goes_on_elsewhere(model, decoder):
+    ids, step = random_ids(2, 60), GraphedStep(decoder, 2)
+    expected, _ = read(decoder, ids, [60], decoder.start(2, stream=True))
+    for token in ids[:, :50].split(1, dim=1):
+        step(token)
+    state = step.state()
+    step(ids[:, 50:51])  # of no consequence to what was copied
+    torch.testing.assert_close(read(decoder, ids[:, 50:], [1, 1, 8], state)[0], expected[:, 50:], atol=1e-4, rtol=1e-4)
+    step.load(state.select([1, 0]))
+    torch.testing.assert_close(step(ids[[1, 0], 50:51]), expected[[1, 0], 50], atol=1e-4, rtol=1e-4)
+
+
+def test_memories_that_write_have_no_step_in_place():
+    with pytest.raises(ValueError, match="writes"):
+        GraphedStep(Decoder(random_model(tiny(fwpkm_inference_updates=True))), 1)
 
 
 # ===== Quantised weights

@@ -1,0 +1,64 @@
+"""The GPU's kernels against the plain products, by Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+
+import kernels
+from packed import Table, quantised
+
+pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {"one": [(70, 192)], "unaligned": [(5, 100)], "wide": [(9, 4224)], "several": [(12, 128), (40, 64), (7, 192)]}
+
+
+def assert_near(found, expected, tolerance):
+    assert (found.float() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.fixture(autouse=True)
+def scalars_of_numpy(monkeypatch):
+    """Triton's interpreter turns arrays of one number into an int in a way that NumPy 2.4 no longer has."""
+    if DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        def patched(tensor, scope, before=interpreter._patch_lang_tensor):
+            before(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_are_those_of_the_weights_in_a_table(name, bits, kind):
+    shapes = SHAPES[name]
+    most = max(inputs for _, inputs in shapes)
+    weights = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    tensors = [quantised(weight, bits) for weight in weights]
+    held = [Table(t, w.size(1))(torch.arange(len(w), device=DEVICE)) for t, w in zip(tensors, weights, strict=True)]
+    x = (torch.randn(len(shapes), most, device=DEVICE) + 0.5).to(kind)  # of a mean that is not zero: errors add up
+    add = torch.randn(len(shapes), max(outputs for outputs, _ in shapes), device=DEVICE)
+    stack = kernels.Stack(tensors)
+    for given in (None, add, add.bfloat16()):
+        y = stack(x, given, 0.5)
+        assert y.dtype == (torch.float32 if bits == 32 or given is add else torch.bfloat16)
+        for s, (w, row) in enumerate(zip(held, x.float(), strict=True)):
+            row = row.bfloat16().float() if bits == 4 else row
+            expected = w @ row[: w.size(1)] + (0 if given is None else 0.5 * given[s, : len(w)].float())
+            assert_near(y[s, : len(w)], expected, 0.008 if y.dtype == torch.bfloat16 else 1e-4)
+            assert not y[s, len(w) :].any()
+
+
+def test_stacks_of_several_widths_fill_one_result():
+    weights = [torch.randn(10, 64, device=DEVICE) for _ in range(3)]
+    x, y = torch.randn(3, 64, device=DEVICE), torch.full((3, 10), 9.0, device=DEVICE)
+    kernels.Stack([quantised(weights[1], 8)], [1])(x, y=y)
+    kernels.Stack([quantised(weights[s], 32) for s in (0, 2)], [0, 2])(x, y=y)
+    for s, w in enumerate(weights):
+        assert_near(y[s], w @ x[s], 0.02 if s == 1 else 1e-5 if bits in (32, 16) else 1e-4)
