@@ -10,6 +10,7 @@ How to read it: host_ms close to ms means that launching is the limit; a step be
 floor is the larger of the products at the measured matmul rate and the bytes at the measured copy rate.
 """
 
+import fcntl
 import gc
 import json
 import subprocess
@@ -163,9 +164,19 @@ def make_trainer(file: str, vocab_size: int, folder: Path, **changes) -> trainin
         training.build_model = build
 
 
+@contextmanager
+def alone():
+    """Within it no other run of this file times anything: one that compiles may go on beside one that times."""
+    with open(Path(tempfile.gettempdir()) / "waveletlm-cuda.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def step_figures(trainer: training.Trainer, tokens: int, n: int = STEPS) -> dict:
     torch.cuda.reset_peak_memory_stats()
-    ms, (_, host) = wall(trainer.take_step, n), timed(trainer.take_step, 5, 1)
+    with alone():
+        ms = wall(trainer.take_step, n, training.EAGER_STEPS + 2)  # then it is a CUDA graph, where it may be one
+        _, host = timed(trainer.take_step, 5, 1)
     peak = torch.cuda.max_memory_allocated() / 2**30
     loss = float(trainer.take_step()[0])
     return {
@@ -223,11 +234,12 @@ def plain_version(trainer: training.Trainer):
 def train(results: Results) -> None:
     """config.json's step in each type, eager, beside the plain version's in bf16."""
     for name, changes in {
-        "fp16": {}, "bf16": {"amp_dtype": "bf16"}, "fp32, products in TF32": {"use_amp": False},
+        "fp16": {}, "bf16": {"amp_dtype": "bf16"}, "bf16, no CUDA graph": {"amp_dtype": "bf16", "cuda_graph": False},
+        "fp32, products in TF32": {"use_amp": False},
     }.items():  # fmt: skip
         trainer = make_trainer("config.json", 50257, results.folder, **changes)
         results.row("train config.json", name).update(step_figures(trainer, trainer.tokens_per_step))
-        if name == "bf16":
+        if name == "bf16, no CUDA graph":
             results.row("train config.json", "floor")["ms"] = floor_ms(trainer, results)
             write_profile(trainer.take_step, results.folder / "profile_train_bf16.txt")
             with plain_version(trainer):
@@ -239,12 +251,22 @@ def train(results: Results) -> None:
 
 def compiled(results: Results) -> None:
     """config.json's step compiled, as train.py takes it."""
+    compiled_step(results, "bf16", amp_dtype="bf16")
+
+
+def compiled_fp8(results: Results) -> None:
+    """The same in fp8, where torchao is installed."""
+    compiled_step(results, "fp8", amp_dtype="fp8")
+
+
+def compiled_step(results: Results, name: str, **changes) -> None:
     began = time.time()
-    trainer = make_trainer("config.json", 50257, results.folder, amp_dtype="bf16", compile=True)
-    row = results.row("train config.json", "bf16 compiled")
+    trainer = make_trainer("config.json", 50257, results.folder, compile=True, **changes)
+    row = results.row("train config.json", f"{name} compiled")
     row["compile_s"] = time.time() - began
     row.update(step_figures(trainer, trainer.tokens_per_step))
-    write_profile(trainer.take_step, results.folder / "profile_train_compiled.txt")
+    with alone():
+        write_profile(trainer.take_step, results.folder / f"profile_train_{name}_compiled.txt")
 
 
 def others(results: Results) -> None:
@@ -335,12 +357,15 @@ def decode(results: Results) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import cuda_decoding
 
-    cuda_decoding.measure(results)
+    model = cuda_decoding.new_model()
+    with alone():
+        for name, section in cuda_decoding.SECTIONS.items():
+            section(model, results.row("decode config.json", name), 60, save=results.save)
 
 
 # Seconds that a section takes, roughly: it is left out where less than half of that is left.
 SECTIONS = {
-    ceilings: 10, train: 40, decode: 90, compiled: 100, others: 40, small_compiled: 60, commands: 120,
+    ceilings: 10, train: 40, decode: 90, others: 40, compiled: 100, compiled_fp8: 100, small_compiled: 60, commands: 120,
 }  # fmt: skip
 
 
