@@ -609,6 +609,8 @@ class Decoder:
             for stream in (False, True)
         ]
         self.program, self.rows = None, 0
+        self.graphs: dict = {}  # for graphs.py: by rows and kind of state
+        self.compiles_graphs = False
         weights.check()
 
     def compile(self, rows: int = 1, stream: bool = True) -> None:

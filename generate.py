@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 from checkpoint import chosen_device, load_model
 from config import Config, InputError, Parser, run_command
 from decode import Decoder, PackedModel
+from graphs import can_be_captured, graphed
 from model import FastWeightMemory
 from sampling import Settings, generate, measure
 from tokenizer import TextStream, Tokenizer
@@ -233,12 +235,27 @@ def compile_step(decoder: Decoder, settings: Settings) -> None:
     """Compiles the step of as many rows as are read at once: the texts', or the lookahead's."""
     began = time.perf_counter()
     rows = settings.rows * min(settings.lookahead_k, decoder.vocab_size)
+    stream = settings.context == "stream"
     try:
-        decoder.compile(rows, stream=settings.context == "stream")
+        if decoder.device.type == "cuda" and can_be_captured(decoder):
+            decoder.compiles_graphs = True
+            graphed(decoder, rows, stream)
+        else:
+            decoder.compile(rows, stream)
     except (RuntimeError, OSError, ImportError) as error:  # no C++ compiler, say
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"compile: torch cannot compile here, so leave the option out ({reason})") from None
     say_figures({"seconds_to_compile": time.perf_counter() - began})
+
+
+def say_what_is_slower(decoder: Decoder) -> None:
+    """What a GPU is not used for that it could be."""
+    if decoder.device.type != "cuda":
+        return
+    if not kernels.HAS_TRITON:
+        print("note: Triton is not installed, so weights are multiplied by torch's own kernels", file=sys.stderr)
+    if not can_be_captured(decoder):
+        print("note: a memory that writes is no part of a CUDA graph, so steps are launched one by one", file=sys.stderr)
 
 
 def read_prompts(args: argparse.Namespace, config: Config) -> Iterator[str]:
@@ -357,6 +374,7 @@ def main() -> None:
     if args.fwpkm_inference_updates:
         allow_writes(model)
     decoder, vocab_size = build_decoder(model, args.bits), model.vocab_size
+    say_what_is_slower(decoder)
     if args.compile:
         compile_step(decoder, settings)
     embedding = decoder.cells[0].embedding(torch.arange(vocab_size, device=device)) if settings.wavelet_coherence else None

@@ -18,6 +18,7 @@ from decode import Decoder, WrittenMemory, own_code
 from state import State
 from tape import DecoderState, Tape
 
+MOST_GRAPHS = 4  # that a decoder keeps, each with a state of its own
 WARM = 2  # steps before the capture: kernels are compiled and libraries made ready in the first
 
 
@@ -131,6 +132,18 @@ class GraphedStep:
         else:
             self.graph.replay()
         return self.logits
+
+
+def graphed(decoder, rows: int, stream: bool) -> GraphedStep | None:
+    """The decoder's step of so many texts as a CUDA graph, captured when it is first asked for; None without a GPU, and where
+    a step cannot be captured."""
+    if not isinstance(decoder, Decoder) or decoder.device.type != "cuda" or not can_be_captured(decoder):
+        return None
+    if (rows, stream) not in decoder.graphs:
+        if len(decoder.graphs) == MOST_GRAPHS:
+            del decoder.graphs[next(iter(decoder.graphs))]
+        decoder.graphs[rows, stream] = GraphedStep(decoder, rows, stream, decoder.compiles_graphs)
+    return decoder.graphs[rows, stream]
 
 
 def content(part: Tensor | Tape) -> Tensor:

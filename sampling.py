@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from config import InputError
+from graphs import graphed
 
 PREFILL = 512  # prompt tokens read at once: enough to keep the matrix products busy, and their memory is bounded
 # Wavelet coherence: how often it is looked at, over how many tokens, and what it does (see `tightened`).
@@ -157,7 +158,31 @@ class Reader:
 
     def __init__(self, decoder, context: str):
         self.decoder, self.block_size, self.stream = decoder, decoder.config.block_size, context == "stream"
-        self.state, self.held = None, 0
+        self._state, self.step, self.held = None, None, 0
+
+    @property
+    def state(self):
+        """What the decoder keeps of the texts so far. On a GPU it lies in `step` while single tokens are read."""
+        return self._state if self.step is None else self.step.state()
+
+    @state.setter
+    def state(self, state) -> None:
+        self._state, self.step = state, None
+
+    def load_step(self, rows: int) -> None:
+        """Goes on by the step as a CUDA graph, where there is one."""
+        step = graphed(self.decoder, rows, self.stream)
+        if step is not None:
+            if step.reader is not None and step.reader.step is step:  # it was another's until now
+                step.reader.state = step.state()
+            step.load(self._state)
+            step.reader, self.step, self._state = self, step, None
+
+    def fork(self, rows: Tensor) -> "Reader":
+        """A reader of these rows' texts, in any order and number."""
+        other = Reader(self.decoder, "stream" if self.stream else "window")
+        other.state, other.held = self.state.select(rows), self.held
+        return other
 
     def start(self, ids: Tensor) -> Tensor:
         """Reads ids (R, T) from the start, in bounded pieces. Returns the logits after the last, (R, V) in fp32."""
@@ -169,9 +194,14 @@ class Reader:
         return logits
 
     def read(self, ids: Tensor) -> Tensor:
-        """Reads on: ids (R, T), for which there must be room. Returns the logits after the last, (R, V) in fp32."""
-        logits, self.state = self.decoder(ids, self.state)
+        """Reads on: ids (R, T), for which there must be room. Returns the logits after the last, (R, V) in fp32, which may
+        be overwritten by the next call."""
         self.held += ids.size(1)
+        if ids.size(1) == 1 and self.step is None:
+            self.load_step(len(ids))
+        if ids.size(1) == 1 and self.step is not None:
+            return self.step(ids)
+        logits, self.state = self.decoder(ids, self.state)
         return logits[:, -1].float()
 
     def make_room(self, text: Tensor) -> None:
@@ -195,22 +225,22 @@ def look_ahead(reader: Reader, logits: Tensor, probs: Tensor, top_p: Tensor, fac
 
     rows = torch.arange(len(logits), device=logits.device).repeat_interleave(k)
     token = candidates.flatten()[:, None]  # (R·k, 1)
-    after, state = reader.decoder(token, reader.state.select(rows))
-    after = after[:, -1].float()
+    fork = reader.fork(rows)
+    after = fork.read(token).clone()
+    state = fork.state  # after the candidates: one of them is gone on from
     if factor is not None:
         factor = factor[rows].scatter_(1, token, settings.repetition_penalty)
-    ahead, fork = after, state
+    ahead = after
     for step in range(depth):
         value, token = penalised(ahead, factor).log_softmax(-1).max(-1, keepdim=True)
         score = score + value.squeeze(1)
         if step + 1 == depth:
             break
-        if step == 0:  # a call may change the state that it is given, and the state after the candidates is needed
-            fork = state.select(torch.arange(len(rows), device=rows.device))
+        if step == 0 and fork.step is None:  # a call may change the state that it is given
+            fork.state = state.select(torch.arange(len(rows), device=rows.device))
         if factor is not None:
             factor.scatter_(1, token, settings.repetition_penalty)
-        ahead, fork = reader.decoder(token, fork)
-        ahead = ahead[:, -1].float()
+        ahead = fork.read(token)
     chosen = score.view(-1, k).argmax(1) + k * torch.arange(len(logits), device=rows.device)
     reader.state, reader.held = state.select(chosen), reader.held + 1
     return candidates.flatten()[chosen], after[chosen]

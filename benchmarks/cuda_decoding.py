@@ -257,11 +257,9 @@ def one_product(sizes, bits, row, device, budget, sweep) -> None:
     for each in matrices:
         for matrix in each:
             matrix.one = None
+    rows = [x[s : s + 1, :k] for s, (_, k) in enumerate(sizes)]
     if bits == 16:
-        calls = [
-            lambda e=each: [m(x[s : s + 1, :k]) for s, (m, (_, k)) in enumerate(zip(e, sizes, strict=True))]
-            for each in matrices
-        ]
+        calls = [lambda e=each: [m(r) for m, r in zip(e, rows, strict=True)] for each in matrices]
         row["torch's"] = attempt(row, "torch's", lambda: rate(calls))
     elif bits == 8:
 

@@ -11,9 +11,12 @@ from conftest import VOCAB, random_ids, random_model, randomised, save_byte_run,
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sampling
 from checkpoint import save_model
 from config import InputError, run_command, save_config
+from decode import Decoder
 from generate import clean_spacing, main, sample_text
+from graphs import GraphedStep
 from model import build_model, build_wavelet
 from sampling import (
     Rules,
@@ -561,6 +564,22 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(run, run_folder, capsys, t
     whole = (run_folder / "best_model.safetensors").read_bytes()
     (tmp_path / "best_model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "best_model.safetensors" in error(tmp_path)
+
+
+def test_steps_in_place_write_the_same_texts(model, monkeypatch):
+    def always(decoder, rows, stream):
+        if (rows, stream) not in decoder.graphs:
+            decoder.graphs[rows, stream] = GraphedStep(decoder, rows, stream)
+        return decoder.graphs[rows, stream]
+
+    decoder, ids = Decoder(model), random_ids(1, 7)
+    window = {"context": "window"}
+    several = [{}, {"n": 3}, {"temperature": 0}, {"lookahead_k": 3}, window, {"lookahead_k": 2, **window}, {"best_of_n": 2}]
+    several = [Settings(seed=3, **values) for values in several]
+    expected = [generate(decoder, ids, 40, settings).ids for settings in several]
+    monkeypatch.setattr(sampling, "graphed", always)
+    for settings, text in zip(several, expected, strict=True):
+        assert torch.equal(generate(decoder, ids, 40, settings).ids, text)
 
 
 def test_logits_that_are_not_finite_are_an_error():
