@@ -9,13 +9,14 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import Config, InputError, load_config, make_config, read_json
@@ -34,7 +35,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, and renames it to `path` if all went well: readers never see half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the umask makes of a new file; safetensors' own are for their owner alone
         yield beside
+        beside.chmod(mode)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the contents
         os.replace(beside, path)
@@ -42,7 +46,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to take away
+            beside.unlink(missing_ok=True)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -56,9 +61,24 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors to a safetensors file, whole or not at all."""
+    """Writes tensors to a safetensors file, whole or not at all. The same tensors and metadata make the same bytes."""
     with written_whole(path) as beside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
+        if metadata:
+            _order_metadata(beside)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors file's header, which safetensors writes in another order each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")  # the file: the header's size, the header in JSON, the tensors
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: the header of {size} bytes has become one of {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def save_plain(values: dict[str, Any], path: Path) -> None:
@@ -78,26 +98,73 @@ def save_model(model: nn.Module, path: Path, tensors: dict[str, Tensor] | None =
     )
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `InputError` where it is missing, cut short or something else."""
+def open_tensors(path: Path) -> safetensors.safe_open:
+    """A safetensors file, of which nothing but the names is read yet. Raises `InputError` where it is missing, cut short or
+    something else."""
     try:
-        return load_file(path)
+        return safetensors.safe_open(path, "pt")
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `InputError` as `open_tensors` does."""
+    file = open_tensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """What `save_plain` or the first implementation wrote: a dict of tensors, numbers, texts and lists. Whatever else a pickle
+    may hold is refused, and nothing in it is called."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused anyhow
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader meets damage in many ways, and its own advice is to unpickle all the same
+        raise InputError(f"{path}: cannot be read: not a whole file of plain tensors ({type(error).__name__})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: cannot be read: holds no dict of values by name")
+    return values
+
+
+def check_tensors(tensors: dict[str, Tensor], like: dict[str, Tensor], source: str | Path) -> None:
+    """Raises `InputError`, naming `source`, unless `tensors` has the names of `like`, in its shapes and types, all finite."""
+    if missing := like.keys() - tensors.keys():
+        raise InputError(f"{source}: lacks {_some(missing)}, which its config.json asks for")
+    if unused := tensors.keys() - like.keys():
+        raise InputError(f"{source}: has {_some(unused)}, which the network of its config.json has no use for")
+    for name, wanted in like.items():
+        check_tensor(name, tensors[name], wanted.shape, wanted.dtype, source)
+        if not all_finite(tensors[name]):
+            raise InputError(f"{source}: {name} has values that are not finite; take an earlier checkpoint")
+
+
+def check_tensor(name: str, tensor: Any, shape: torch.Size, dtype: torch.dtype, source: str | Path) -> None:
+    """Raises `InputError` unless `tensor` is a plain one of this shape and type: no copy may broadcast or convert it."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise InputError(f"{source}: {name} is no plain tensor")
+    if tensor.shape != shape:
+        raise InputError(f"{source}: {name} is {list(tensor.shape)}, its config.json makes it {list(shape)}")
+    if tensor.dtype != dtype:
+        raise InputError(f"{source}: {name} is {_type(tensor.dtype)}, not {_type(dtype)}; convert it")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. NaN is both the least and the greatest, so these two tell, without a copy."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Puts `tensors` in the place of the model's. Raises `InputError` naming what is missing, unused or misshapen."""
-    own = own_tensors(model)
-    if missing := own.keys() - tensors.keys():
-        raise InputError(f"{path}: lacks {_some(missing)}, which its config.json asks for")
-    if unused := tensors.keys() - own.keys():
-        raise InputError(f"{path}: has {_some(unused)}, which the network of its config.json has no use for")
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise InputError(f"{path}: {name} is {list(tensors[name].shape)}, its config.json makes it {list(tensor.shape)}")
+    """Puts `tensors` in the place of the model's. Raises `InputError` as `check_tensors` does."""
+    check_tensors(tensors, own_tensors(model), path)
     model.load_state_dict(tensors, strict=False, assign=True)  # strict was done above; tied names are absent here
     model.tie_weights()
 
@@ -121,8 +188,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
         tensors, config, vocab_size = read_original(file)
     elif file.suffix == ".safetensors":
         tensors, config = load_tensors(file), load_config(file.parent / "config.json")
-        with safetensors.safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
+        metadata = open_tensors(file).metadata() or {}
         if metadata.get("format") == PACKED_FORMAT:
             return read_packed(tensors, metadata, config, file, device), config, load_tokenizer(file.parent)
         vocab_size = _vocab_size(tensors, file)
@@ -195,11 +261,8 @@ def _original_wavelet_names(rest: str, config: Config) -> list[str]:
 
 def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
     """Reads a `.pt` and the config.json beside it. Returns the tensors by their old names, the config, and V."""
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever torch's reader met, the file is not a plain, whole state dict
-        raise InputError(f"{path}: not a whole file of plain tensors ({type(error).__name__})") from None
-    if not (isinstance(raw, dict) and raw and all(isinstance(t, Tensor) for t in raw.values())):
+    raw = load_plain(path)
+    if not (raw and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in raw.items())):
         raise InputError(f"{path}: must hold one dict of tensors by name, as the first implementation saves it")
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in raw.items()}
     if "token_embedding.weight" not in tensors or "layers.0.scale_weights" not in tensors:

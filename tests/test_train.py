@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import signal
@@ -468,6 +469,81 @@ def test_a_damaged_save_is_one_line_that_names_it(tmp_path, text, damage):
     with pytest.raises(InputError, match=r"latest\.pt: cannot be read") as caught:
         trainer.restore()
     assert "\n" not in str(caught.value)
+
+
+class Hostile:
+    """What pickle makes a call of: whoever unpickles it makes the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("parallel", ["none", "fsdp"])
+@pytest.mark.parametrize("shards", ["shards-0", 1, "../shards-0"])
+def test_nothing_in_a_run_s_folder_is_executed(tmp_path, text, parallel, shards):
+    trainer = trainer_of(tmp_path, text, parallel=parallel)
+    trainer.save()
+    values = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)
+    touched = tmp_path / "touched"
+    folder = tmp_path / "run" / "shards-0"
+    folder.mkdir(exist_ok=True)
+    for name in (".metadata", "0-of-1.safetensors"):  # the first is where torch.distributed.checkpoint reads a pickle
+        (folder / name).write_bytes(pickle.dumps(Hostile(touched)))
+    torch.save(values | {"shards": shards}, tmp_path / "run" / "latest.pt")
+    with pytest.raises(InputError):
+        trainer.restore()
+    (tmp_path / "run" / "latest.pt").write_bytes(pickle.dumps(Hostile(touched)))
+    with pytest.raises(InputError, match="latest.pt"):
+        trainer.restore()
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(Hostile(touched)))
+    assert touched.exists(), "the pickle is a hostile one"
+
+
+def changed(tensors, change):
+    """`tensors` with one that is a matrix changed."""
+    name = next(key for key, tensor in tensors.items() if tensor.dim() == 2 and tensor.size(0) > 1)
+    return tensors | {name: change(tensors[name])}
+
+
+SAVES_OF_OTHERS = {
+    "a weight to broadcast": lambda v: v | {"model": changed(v["model"], lambda t: t[:1])},
+    "a weight of another type": lambda v: v | {"model": changed(v["model"], torch.Tensor.double)},
+    "a weight that is not finite": lambda v: v | {"model": changed(v["model"], lambda t: t * float("nan"))},
+    "a weight too few": lambda v: v | {"model": dict(list(v["model"].items())[1:])},
+    "a weight too many": lambda v: v | {"model": v["model"] | {"more": torch.zeros(1)}},
+    "no average": lambda v: v | {"average": {}},
+    "an average to broadcast": lambda v: v | {"average": changed(v["average"], lambda t: t[:1])},
+    "a state to broadcast": lambda v: v | {"optimizer": changed(v["optimizer"], lambda t: t[:1])},
+    "a state of no parameter": lambda v: v | {"optimizer": v["optimizer"] | {"more:sum": torch.zeros(1)}},
+    "a text for a state": lambda v: v | {"optimizer": dict.fromkeys(v["optimizer"], "x")},
+    "carried text of another shape": lambda v: v | {"carried": [[{k: t[:1] for k, t in b.items()} for b in v["carried"][0]]]},
+    "too many carried texts": lambda v: v | {"carried": v["carried"] * 2},
+    "no step": lambda v: {key: value for key, value in v.items() if key != "step"},
+    "a step beyond the run's end": lambda v: v | {"step": 99},
+    "a length below 0": lambda v: v | {"lengths": {"metrics.jsonl": -1}},
+    "another scaler": lambda v: v | {"scaler": {"scale": 1.0}},
+    "a list": list,
+}
+
+
+@pytest.mark.parametrize("change", SAVES_OF_OTHERS)
+def test_a_save_that_is_not_of_this_run_is_one_line_that_names_it(tmp_path, text, change):
+    options = {"ema_decay": 0.5, "decompose_bypass_cross_window": True}
+    trainer = trainer_of(tmp_path, text, **options)
+    trainer.take_step()
+    trainer.save()
+    path = tmp_path / "run" / "latest.pt"
+    torch.save(SAVES_OF_OTHERS[change](torch.load(path, weights_only=True)), path)
+    other = trainer_of(tmp_path, text, **options)
+    before = weights(other).clone()
+    with pytest.raises(InputError, match=r"latest\.pt") as caught:
+        other.restore()
+    assert "\n" not in str(caught.value)
+    assert torch.equal(weights(other), before)
 
 
 def test_a_token_file_of_two_gigabytes_trains_in_bounded_memory(tmp_path, text):
