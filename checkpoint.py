@@ -234,6 +234,12 @@ def original_names(name: str, model: WaveletLM) -> list[str]:
         index, rest = int(match[1]), match[2]
         layers = [f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index]
         return [layer + old for layer in layers for old in _original_wavelet_names(rest, config)]
+    if match := re.match(r"(layers\.\d+\.)inverse_update_nets\.(?:update_nets\.(\d+)\.(.+)|basis_weights)", name):
+        layer, base, rest = match.groups()  # of several bases
+        own = "basis_weights" if base is None else f"wavelets.{base}.update_nets.{rest}"
+        names = [f"{layer}lifting_reconstruct_wavelet.{own}", f"{layer}lifting_reconstruct.multi_basis.{own}"]
+        inverse = [] if base is None else [f"{layer}lifting_reconstruct.reconstructs.{base}.decompose.update_nets.{rest}"]
+        return names + inverse
     if match := re.match(r"(layers\.\d+\.)inverse_(update_nets\..+)", name):
         return [match[1] + place + match[2] for place in ("lifting_reconstruct_wavelet.", "lifting_reconstruct.decompose.")]
     name = re.sub(r"\.bypass\.(average\.)?", ".", name)
@@ -250,13 +256,15 @@ def original_names(name: str, model: WaveletLM) -> list[str]:
 
 
 def _original_wavelet_names(rest: str, config: Config) -> list[str]:
-    if rest == "basis_weights":
-        return ["lifting_wavelet.basis_weights", "lifting_reconstruct.multi_basis.basis_weights"]
-    if match := re.match(r"wavelets\.(\d+)\.(.+)", rest):  # of a multi-basis wavelet
-        prefixes = [f"lifting_wavelet.{match[0]}", f"lifting_reconstruct.multi_basis.{match[0]}"]
-        return [*prefixes, f"lifting_reconstruct.reconstructs.{match[1]}.decompose.{match[2]}"]
-    own = [f"lifting_wavelet.{rest}"]
-    return own if config.untied_reconstruction else [*own, f"lifting_reconstruct.decompose.{rest}"]
+    names = [f"lifting_wavelet.{rest}"]
+    if config.untied_reconstruction:
+        return names
+    base = re.match(r"wavelets\.(\d+)\.(.+)", rest)  # of several
+    if base or rest == "basis_weights":
+        names.append(f"lifting_reconstruct.multi_basis.{rest}")
+    if base:
+        return [*names, f"lifting_reconstruct.reconstructs.{base[1]}.decompose.{base[2]}"]
+    return names if rest == "basis_weights" else [*names, f"lifting_reconstruct.decompose.{rest}"]
 
 
 def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
@@ -284,7 +292,12 @@ def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Pat
             raise InputError(f"{source}: {', '.join(rest)} switches on something that this network does not have")
     values = {"per_scale_mixer_widths": None, "dataset": "original", "wavelet_crawl": False, "multi_basis_lifting": False}
     values |= {key: False for key in Config.network_keys() if Config.model_fields[key].annotation is bool}
-    values |= shown_by_tensors(tensors) | known
+    shown = shown_by_tensors(tensors)
+    if shown["mixer_depth"] > 1:  # mixers in a row were of full width, whatever the key said
+        known.pop("per_scale_mixer_widths", None)
+    if shown["wavelet_mode"] == "haar":  # there was nothing to untie
+        known.pop("untied_reconstruction", None)
+    values |= shown | known
     return make_config(values, str(source))
 
 
@@ -325,7 +338,7 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "mixer_depth": max(1, depths), "mixer_depth_stabilizers": "layers.0.mixer_depth_alphas.0" in tensors,
         "stab_spectral_norm": any(name.endswith(".weight_orig") for name in tensors),
         "mlp_expansion": (shape(r"layers\.0\.ffwd\.net\.0\.weight") or [0])[0] // width,
-        "mlp_layers": max(2, count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
+        "mlp_layers": 1 if "layers.0.ffwd.net.1.weight" in tensors else max(2, count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
     }  # fmt: skip
     inner = [shape(mixers + rf"\.{s}\.mixer\.mixer\.weight(?:_orig)?") for s in range(levels + 1)]
     values["per_scale_mixer_widths"] = [s[0] / padded for s in inner] if all(inner) else None

@@ -178,6 +178,17 @@ def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, 
     return result
 
 
+def check_levels(config: Config) -> None:
+    """Raises `InputError` where the coarsest levels would see nothing but zeros in training, as windows have nothing before
+    them. Networks of the first implementation may have such levels, so the config itself allows it."""
+    longest = 2 ** (config.levels - 1)  # tokens that the coarsest level looks back
+    if longest >= config.block_size and not config.decompose_bypass_cross_window:
+        raise InputError(
+            f"levels: {config.levels} levels look back {longest} tokens, block_size is {config.block_size}; "
+            f"at most {int(math.log2(config.block_size - 1)) + 1} levels fit"
+        )
+
+
 def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     """The config that the command line asks for, the run to resume if any, and the other options."""
     parser = Parser(__doc__.split("\n", 1)[0])
@@ -190,7 +201,9 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     given = given_options(args)
     if args.resume is None:
         path = Path(args.config or "config.json")
-        return load_config(path, **given), None, args
+        config = load_config(path, **given)
+        check_levels(config)
+        return config, None, args
     folder = Path(args.resume)
     if not (folder / "config.json").is_file():
         raise InputError(f"resume: {folder} is not a run directory (it has no config.json)")

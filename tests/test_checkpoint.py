@@ -34,6 +34,13 @@ NETWORKS = {  # overrides that change the names or the sharing of tensors
         "multi_basis_inits": ("zero", "haar", "random"),
         "shared_lifting_weights": False,
     },
+    "untied bases": {
+        "multi_basis_lifting": True,
+        "untied_reconstruction": True,
+        "multi_basis_inits": ("zero", "haar", "random"),
+        "shared_lifting_weights": False,
+    },
+    "untied linear bases": {"multi_basis_lifting": True, "untied_reconstruction": True, "lifting_linear_only": True},
     "haar": {"wavelet_mode": "haar"},
     "linear": {"lifting_linear_only": True},
     "wide lifting": {"lifting_hidden_mult": 2},
@@ -56,11 +63,13 @@ NETWORKS = {  # overrides that change the names or the sharing of tensors
     "padded": {"C": 12, "skip_proj_out": True},
     "plain residual": {"learned_residual": False, "per_layer_embedding": False},
     "deep mlp": {"mlp_layers": 4},
+    "mlp of one layer": {"mlp_layers": 1},
     "no mlp": {"mlp_expansion": 0},
     "no memories": {"pkm_enabled": False, "fwpkm_enabled": False},
     "memories of several heads": {"pkm_heads": 2, "fwpkm_heads": 4, "fwpkm_num_keys": 25},
     "one layer": {"layers": 1},
     "three layers": {"layers": 3, "levels": 4},
+    "levels beyond the block": {"levels": 5, "block_size": 8},
 }
 NEW_FORMAT_ONLY = {
     "cells": {"multinodal_enabled": True, "multinodal_cross_cell_gating": True},
@@ -109,7 +118,7 @@ def error_of(path: Path) -> str:
 # ===== Our own format
 
 
-SHARING = ["released", "tied", "unshared", "untied", "bases", "haar", "spectral norm", "deep mixers", "looped"]
+SHARING = ["released", "tied", "unshared", "untied", "bases", "untied bases", "haar", "spectral norm", "deep mixers", "looped"]
 
 
 @pytest.mark.parametrize("kind", [*SHARING, *NEW_FORMAT_ONLY])
@@ -386,6 +395,21 @@ def test_absent_keys_are_read_off_the_tensors_of_every_network(kind, tmp_path):
     if network_of(original_config(rest, to_original(model), tmp_path)) != network_of(model.config):
         save_original(model, tmp_path)
         torch.testing.assert_close(logits_with(tmp_path, rest, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "ignored"),
+    [
+        ({"mixer_depth": 2, "per_scale_mixer_widths": None}, {"per_scale_mixer_widths": [1.0, 1.0, 0.5, 0.5]}),
+        ({"wavelet_mode": "haar"}, {"untied_reconstruction": True}),
+        ({}, {"mixer_depth_residuals": True}),
+    ],
+)
+def test_a_key_that_the_first_implementation_did_not_look_at_changes_nothing(network, ignored, tmp_path):
+    model = random_model(tiny(**network))
+    save_original(model, tmp_path)
+    values = model.config.model_dump(mode="json") | ignored
+    torch.testing.assert_close(logits_with(tmp_path, values, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6)
 
 
 def test_an_old_config_s_gate_activation_is_silu_when_absent(tmp_path):

@@ -343,6 +343,16 @@ def test_bad_settings_are_one_line_that_names_the_key(settings, monkeypatch, ove
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("levels", "block_size"), [(1, 2), (2, 3), (8, 256), (9, 257)])
+def test_as_many_levels_are_trained_as_look_back_within_a_window(levels, block_size):
+    config = make_config({"levels": levels, "block_size": block_size, "per_scale_mixer_widths": None}, "test")
+    train_module.check_levels(config)
+    more = config.model_copy(update={"levels": levels + 1})
+    with pytest.raises(InputError, match=f"at most {levels} levels"):
+        train_module.check_levels(more)
+    train_module.check_levels(more.model_copy(update={"decompose_bypass_cross_window": True}))
+
+
 def test_commands_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
