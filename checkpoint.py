@@ -137,8 +137,7 @@ def check_tensors(tensors: dict[str, Tensor], like: dict[str, Tensor], source: s
         raise InputError(f"{source}: has {_some(unused)}, which the network of its config.json has no use for")
     for name, wanted in like.items():
         check_tensor(name, tensors[name], wanted.shape, wanted.dtype, source)
-        if not all_finite(tensors[name]):
-            raise InputError(f"{source}: {name} has values that are not finite; take an earlier checkpoint")
+        check_finite(name, tensors[name], source)
 
 
 def check_tensor(name: str, tensor: Any, shape: torch.Size, dtype: torch.dtype, source: str | Path) -> None:
@@ -151,11 +150,11 @@ def check_tensor(name: str, tensor: Any, shape: torch.Size, dtype: torch.dtype, 
         raise InputError(f"{source}: {name} is {_type(tensor.dtype)}, not {_type(dtype)}; convert it")
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. NaN is both the least and the greatest, so these two tell, without a copy."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(extreme.isfinite() for extreme in tensor.aminmax())
+def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
+    """Raises `InputError` where a value is NaN or infinite. NaN is both the least and the greatest, so these two tell, without
+    a copy."""
+    if tensor.is_floating_point() and tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise InputError(f"{source}: {name} has values that are not finite; take an earlier checkpoint")
 
 
 def _type(dtype: torch.dtype) -> str:
@@ -190,7 +189,8 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
         tensors, config = load_tensors(file), load_config(file.parent / "config.json")
         metadata = open_tensors(file).metadata() or {}
         if metadata.get("format") == PACKED_FORMAT:
-            return read_packed(tensors, metadata, config, file, device), config, load_tokenizer(file.parent)
+            packed = read_packed(tensors, metadata, config, file, device)
+            return packed, config, matching_tokenizer(file, packed.vocab_size)
         vocab_size = _vocab_size(tensors, file)
     else:
         raise InputError(f"{file}: not a checkpoint; give a run directory, a .safetensors file or an old .pt")
@@ -199,7 +199,17 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
     if file.suffix == ".pt":
         tensors = from_original(tensors, model, file)
     fill(model, tensors, file)
-    return model.eval().to(device), config, load_tokenizer(file.parent)
+    return model.eval().to(device), config, matching_tokenizer(file, vocab_size)
+
+
+def matching_tokenizer(file: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint. Raises `InputError` where it has not the vocabulary of the checkpoint's network."""
+    tokenizer = load_tokenizer(file.parent)
+    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"{file}: knows {vocab_size} tokens, but {tokenizer.name} beside it has {tokenizer.vocab_size}: it is another run's"
+        )
+    return tokenizer
 
 
 def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Config, path: Path, device: str) -> PackedModel:
@@ -208,6 +218,8 @@ def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Co
         widths, vocab_size = Widths(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: its metadata does not name the bits of each component; quantise the run again") from None
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, path)
     with torch.device("meta"):
         model = build_model(config, vocab_size).eval()
     weights = Weights(widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path))
@@ -272,6 +284,9 @@ def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
     raw = load_plain(path)
     if not (raw and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in raw.items())):
         raise InputError(f"{path}: must hold one dict of tensors by name, as the first implementation saves it")
+    for name, tensor in raw.items():  # here, since NaN would make copies of one tensor seem to differ
+        check_tensor(name, tensor, tensor.shape, tensor.dtype, path)
+        check_finite(name, tensor, path)
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in raw.items()}
     if "token_embedding.weight" not in tensors or "layers.0.scale_weights" not in tensors:
         raise InputError(f"{path}: has no token_embedding.weight or layers.0.scale_weights, so it is not a WaveletLM")

@@ -2,17 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED, random_ids, random_model, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import load_model, original_config, save_model, save_original, save_tensors, to_original, written_whole
 from config import Config, InputError, load_config, save_config
 from model import build_model
+from tokenizer import ByteTokenizer
 
 FIXTURES = SHARED / "fixtures"
 FOLDERS = sorted(path.parent for path in FIXTURES.glob("*/best_model.pt") if not path.parent.name.startswith("train5_"))
@@ -263,6 +267,49 @@ def test_a_tensor_of_another_shape_is_an_error_that_names_it_and_both_shapes(sav
     rewrite(saved, lambda tensors: tensors.update({"layers.1.ln2.bias": torch.ones(3)}))
     line = error_of(saved)
     assert str(saved) in line and "layers.1.ln2.bias" in line and "[3]" in line and "[16]" in line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_that_is_not_finite_is_an_error_that_names_it(saved, value):
+    rewrite(saved, lambda tensors: tensors["layers.1.ln2.bias"][3].fill_(value))
+    line = error_of(saved)
+    assert str(saved) in line and "layers.1.ln2.bias" in line and "finite" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.bool])
+def test_a_tensor_of_another_type_is_an_error_that_names_it_and_both_types(saved, dtype):
+    rewrite(saved, lambda tensors: tensors.update({"layers.1.ln2.bias": torch.ones(16).to(dtype)}))
+    line = error_of(saved)
+    assert str(saved) in line and "layers.1.ln2.bias" in line and str(dtype)[6:] in line and "float32" in line
+
+
+def test_a_tokenizer_of_another_vocabulary_is_an_error_that_names_both(saved):
+    ByteTokenizer().save(saved.parent)
+    line = error_of(saved)
+    assert str(saved) in line and "50" in line and "256" in line
+
+
+def test_the_same_network_is_written_as_the_same_bytes_by_every_process(tmp_path):
+    script = (
+        "import sys, pathlib, torch; from checkpoint import save_tensors;"
+        "save_tensors({'a': torch.ones(3), 'é': torch.zeros(2, 2)}, pathlib.Path(sys.argv[1]), {k: k for k in 'zyxabc\"é'})"
+    )
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for file in files:  # a process each, since it is by process that the order of safetensors' metadata differs
+        subprocess.run([sys.executable, "-c", script, file], check=True, cwd=Path(checkpoint.__file__).parent)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {k: k for k in 'zyxabc"é'} and torch.equal(file.get_tensor("a"), torch.ones(3))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_new_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_run(random_model(tiny()), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import quantize
 from checkpoint import load_model, load_tensors, save_tensors
 from config import InputError
 from decode import Decoder
-from packed import Widths
+from packed import Weights, Widths
 from tokenizer import ByteTokenizer
 
 
@@ -105,7 +105,7 @@ def test_it_is_not_quantised_twice(packed, command, tmp_path):
         packed(8)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "type", "not finite"])
 def test_damage_is_named(packed, change):
     path = packed(8) / "best_model.safetensors"
     from safetensors import safe_open
@@ -117,8 +117,37 @@ def test_damage_is_named(packed, change):
         del tensors["head/int8"]
     elif change == "extra":
         tensors["more/int8"] = torch.zeros(1)
-    else:
+    elif change == "shape":
         tensors["head/int8"] = tensors["head/int8"][:-1]
+    elif change == "type":
+        tensors["head/int8"] = tensors["head/int8"].to(torch.uint8)
+    else:
+        tensors["head/scale"][3] = float("inf")
     save_tensors(tensors, path, metadata)
     with pytest.raises(InputError, match="more" if change == "extra" else "head"):
         load_model(path)
+
+
+def move_tensors(path, offset):
+    """Rewrites a safetensors file so that its tensors begin `offset` bytes after a multiple of 64, as spaces after the header
+    may make them."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    longer = size + (offset - 8 - size) % 64
+    path.write_bytes(longer.to_bytes(8, "little") + data[8 : 8 + size].ljust(longer) + data[8 + size :])
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8, 60])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_aligned_wherever_they_lie_in_the_file(run_folder, packed, bits, offset):
+    folder = packed(bits)
+    path = folder / "best_model.safetensors"
+    move_tensors(path, offset)
+    tensors = load_tensors(path)
+    assert {tensor.data_ptr() % 64 for tensor in tensors.values()} != {0}, "the file itself does not align them"
+    given = Weights(Widths.of(bits), tensors).given
+    assert {tensor.data_ptr() % 64 for own in given.values() for tensor in own.values()} == {0}
+    original, model = load_model(run_folder)[0], load_model(folder)[0]
+    for rows in (1, 4, 16):  # torch's int8 kernel reads up to 16 rows at a time
+        ids = random_ids(rows, 1)
+        assert torch.equal(model(ids)[0], Decoder(original, bits)(ids, last_only=False)[0])
