@@ -26,6 +26,9 @@ class InputError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Runs a script's `main`: an `InputError` ends it with one line on stderr and exit code 2, Ctrl-C with 130, an output that
     nobody reads any more (`| head`) with 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character (cp1252, ascii) is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

@@ -85,8 +85,9 @@ def quantised(weight: Tensor, bits: int, group: int = GROUP) -> dict[str, Tensor
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where it begins at another address than torch's own would. In a file that is mapped into memory
-    tensors follow upon each other without gaps, and torch's int8 kernel for AVX-512 crashes on what is not 16-byte aligned."""
+    """The tensor, or a copy of it where it begins at another address than torch's own would. In a file that is mapped into
+    memory tensors follow upon each other without gaps, and torch's int8 kernel for AVX-512 crashes on what is not 16-byte
+    aligned."""
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 

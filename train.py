@@ -12,6 +12,7 @@ and the weights alone, so a resumed run takes the very steps that it would have 
 """
 
 import argparse
+import contextlib
 import math
 import resource
 import signal
@@ -132,8 +133,12 @@ def validate(trainer: Trainer, held_out: Tensor, bits: float, kind: str, file: s
 
 
 def finish(trainer: Trainer) -> None:
-    """The figures of the best checkpoint on the whole validation and test splits, a sample, and the end block."""
+    """The figures of the best checkpoint on the whole validation and test splits, a sample, and the end block. They are made
+    once: of a run that has them they are printed again."""
     config, record, corpus = trainer.config, trainer.record, trainer.corpus
+    if made := record.metrics("result"):
+        print("\n".join(figure_lines({key: value for key, value in made[-1].items() if key not in ("kind", "step")})))
+        return
     result: dict[str, float | int | str] = {}
     if trainer.average:
         result |= split_figures(trainer, load_model(record.folder / AVERAGE_FILE, trainer.device)[0], "average_")
@@ -161,10 +166,17 @@ def finish(trainer: Trainer) -> None:
         "tokenizer": tokenizer.name,
         "run_dir": str(record.folder),
     }
-    record.say(f"--- sample\n{sample_text(model, tokenizer, config, config.num_new_tokens)}\n---")
     record.metric(kind="result", step=trainer.step, **result)
-    for key, value in result.items():
-        record.say(f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}")
+    record.say(f"--- sample\n{sample_text(model, tokenizer, config, config.num_new_tokens)}\n---")
+    for line in figure_lines(result):
+        record.say(line)
+
+
+def figure_lines(result: dict[str, float | int | str]) -> list[str]:
+    return [
+        f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}"
+        for key, value in result.items()
+    ]
 
 
 def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
@@ -205,8 +217,10 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
         check_levels(config)
         return config, None, args
     folder = Path(args.resume)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"resume: {folder} is not a run directory (it has no config.json)")
+    if not args.resume or not Record.is_run(folder):
+        raise InputError(
+            f"resume: {args.resume or 'an empty name'} is no folder that train.py made for a run; give one of those"
+        )
     saved = load_config(folder / "config.json")
     asked = load_config(args.config, **given) if args.config else make_config(saved.model_dump() | given, "command line")
     changed = [key for key in Config.model_fields if getattr(asked, key) != getattr(saved, key)]
@@ -221,17 +235,19 @@ def main() -> None:
     if options.plan is not None:
         print_plan(config, options.plan)
         return
-    with join(config) as world:
-        run(config, folder, world, profile=options.profile)
+    with join(config) as world, contextlib.ExitStack() as held:
+        run(config, folder, world, held, profile=options.profile)
 
 
-def run(config: Config, folder: Path | None, world: World, profile: bool) -> None:
-    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes."""
+def run(config: Config, folder: Path | None, world: World, held: contextlib.ExitStack, profile: bool) -> None:
+    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and holds the run while `held`
+    is open."""
     resumed = folder is not None
     if world.rank == 0 and not resumed:
         folder = Record.create(config).folder
     record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
     if world.rank == 0:
+        held.enter_context(record.locked())
         print(f"run: {record.folder}", flush=True)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():

@@ -208,9 +208,13 @@ class Trainer:
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Goes back to the state last saved, and cuts the logs back to it. Without one the run starts from the beginning."""
+        """Goes back to the state last saved, and cuts the logs back to it, unless they hold the run's result: it has ended, and
+        no step is done again. Without a save a run that was stopped before its first one starts from the beginning; of any
+        other it is missing, which raises `InputError`."""
         path = self.record.folder / LATEST
         if not path.exists():
+            if self.record.has_lost_its_save(self.config.save_interval):
+                raise InputError(f"resume: {path.parent} has results, but no {LATEST} to go on from; start a new run")
             self.record.cut_back({})
             return
         values = load_plain(path)
@@ -236,7 +240,8 @@ class Trainer:
         for name in self.COUNTERS:
             setattr(self, name, values[name])
         self.saved_step = self.step
-        self.record.cut_back(values["lengths"])
+        if not self.record.metrics("result"):
+            self.record.cut_back(values["lengths"])
 
     def check_saved(self, values: dict[str, Any], path: Path) -> None:
         """Raises `InputError` unless `values`, read from `path`, are what `save` writes in a run of this config: in the right

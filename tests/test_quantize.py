@@ -105,6 +105,25 @@ def test_it_is_not_quantised_twice(packed, command, tmp_path):
         packed(8)
 
 
+@pytest.mark.parametrize("there", ["config.json", "best_model.pt", "notes.txt", "best_model.safetensors"])
+def test_nothing_that_is_there_is_written_over_or_hidden(packed, tmp_path, there):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / there).write_text("mine")
+    with pytest.raises(InputError, match="out: "):
+        packed(8)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "packed").iterdir()] == [(there, "mine")]
+
+
+def test_a_quantisation_that_fails_leaves_nothing(packed, tmp_path, monkeypatch):
+    def fail(*_):
+        raise InputError("no space")
+
+    monkeypatch.setattr(quantize, "save_tensors", fail)
+    with pytest.raises(InputError):
+        packed(8)
+    assert not (tmp_path / "packed").exists()
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "type", "not finite"])
 def test_damage_is_named(packed, change):
     path = packed(8) / "best_model.safetensors"
