@@ -39,6 +39,7 @@ from data import Corpus, Windows, prepare
 from features import fill_features
 from model import build_model
 from optimizers import clipped_step, make_optimizers
+from record import Record
 from tables import markdown_table, mean_deviation, put_first
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -155,11 +156,8 @@ def run_folder(parent: Path) -> Path | None:
 
 def result_of(folder: Path | None) -> dict[str, Any] | None:
     """The figures at the end of a run; None for one that has not ended."""
-    path = folder / "metrics.jsonl" if folder else None
-    if path is None or not path.exists():
-        return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return next((line for line in lines if line["kind"] == "result"), None)
+    results = Record(folder).metrics("result") if folder else []
+    return results[0] if results else None
 
 
 def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, Any]:

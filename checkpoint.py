@@ -9,13 +9,14 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import Config, InputError, load_config, make_config, read_json
@@ -34,7 +35,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, and renames it to `path` if all went well: readers never see half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the umask makes of a new file; safetensors' own are for their owner alone
         yield beside
+        beside.chmod(mode)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the contents
         os.replace(beside, path)
@@ -42,7 +46,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to take away
+            beside.unlink(missing_ok=True)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -56,9 +61,24 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors to a safetensors file, whole or not at all."""
+    """Writes tensors to a safetensors file, whole or not at all. The same tensors and metadata make the same bytes."""
     with written_whole(path) as beside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
+        if metadata:
+            _order_metadata(beside)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors file's header, which safetensors writes in another order each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")  # the file: the header's size, the header in JSON, the tensors
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: the header of {size} bytes has become one of {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def save_plain(values: dict[str, Any], path: Path) -> None:
@@ -78,26 +98,72 @@ def save_model(model: nn.Module, path: Path, tensors: dict[str, Tensor] | None =
     )
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `InputError` where it is missing, cut short or something else."""
+def open_tensors(path: Path) -> safetensors.safe_open:
+    """A safetensors file, of which nothing but the names is read yet. Raises `InputError` where it is missing, cut short or
+    something else."""
     try:
-        return load_file(path)
+        return safetensors.safe_open(path, "pt")
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `InputError` as `open_tensors` does."""
+    file = open_tensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """What `save_plain` or the first implementation wrote: a dict of tensors, numbers, texts and lists. Whatever else a pickle
+    may hold is refused, and nothing in it is called."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused anyhow
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader meets damage in many ways, and its own advice is to unpickle all the same
+        raise InputError(f"{path}: cannot be read: not a whole file of plain tensors ({type(error).__name__})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: cannot be read: holds no dict of values by name")
+    return values
+
+
+def check_tensors(tensors: dict[str, Tensor], like: dict[str, Tensor], source: str | Path) -> None:
+    """Raises `InputError`, naming `source`, unless `tensors` has the names of `like`, in its shapes and types, all finite."""
+    if missing := like.keys() - tensors.keys():
+        raise InputError(f"{source}: lacks {_some(missing)}, which its config.json asks for")
+    if unused := tensors.keys() - like.keys():
+        raise InputError(f"{source}: has {_some(unused)}, which the network of its config.json has no use for")
+    for name, wanted in like.items():
+        check_tensor(name, tensors[name], wanted.shape, wanted.dtype, source)
+        check_finite(name, tensors[name], source)
+
+
+def check_tensor(name: str, tensor: Any, shape: torch.Size, dtype: torch.dtype, source: str | Path) -> None:
+    """Raises `InputError` unless `tensor` is a plain one of this shape and type: no copy may broadcast or convert it."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise InputError(f"{source}: {name} is no plain tensor")
+    if tensor.shape != shape:
+        raise InputError(f"{source}: {name} is {list(tensor.shape)}, its config.json makes it {list(shape)}")
+    if tensor.dtype != dtype:
+        raise InputError(f"{source}: {name} is {_type(tensor.dtype)}, not {_type(dtype)}; convert it")
+
+
+def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
+    """Raises `InputError` where a value is NaN or infinite. NaN is both the least and the greatest, so these two tell, without
+    a copy."""
+    if tensor.is_floating_point() and tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise InputError(f"{source}: {name} has values that are not finite; take an earlier checkpoint")
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Puts `tensors` in the place of the model's. Raises `InputError` naming what is missing, unused or misshapen."""
-    own = own_tensors(model)
-    if missing := own.keys() - tensors.keys():
-        raise InputError(f"{path}: lacks {_some(missing)}, which its config.json asks for")
-    if unused := tensors.keys() - own.keys():
-        raise InputError(f"{path}: has {_some(unused)}, which the network of its config.json has no use for")
-    for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise InputError(f"{path}: {name} is {list(tensors[name].shape)}, its config.json makes it {list(tensor.shape)}")
+    """Puts `tensors` in the place of the model's. Raises `InputError` as `check_tensors` does."""
+    check_tensors(tensors, own_tensors(model), path)
     model.load_state_dict(tensors, strict=False, assign=True)  # strict was done above; tied names are absent here
     model.tie_weights()
 
@@ -129,10 +195,10 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
         tensors, config, vocab_size = read_original(file)
     elif file.suffix == ".safetensors":
         tensors, config = load_tensors(file), load_config(file.parent / "config.json")
-        with safetensors.safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
+        metadata = open_tensors(file).metadata() or {}
         if metadata.get("format") == PACKED_FORMAT:
-            return read_packed(tensors, metadata, config, file, device), config, load_tokenizer(file.parent)
+            packed = read_packed(tensors, metadata, config, file, device)
+            return packed, config, matching_tokenizer(file, packed.vocab_size)
         vocab_size = _vocab_size(tensors, file)
     else:
         raise InputError(f"{file}: not a checkpoint; give a run directory, a .safetensors file or an old .pt")
@@ -141,7 +207,17 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
     if file.suffix == ".pt":
         tensors = from_original(tensors, model, file)
     fill(model, tensors, file)
-    return model.eval().to(device), config, load_tokenizer(file.parent)
+    return model.eval().to(device), config, matching_tokenizer(file, vocab_size)
+
+
+def matching_tokenizer(file: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint. Raises `InputError` where it has not the vocabulary of the checkpoint's network."""
+    tokenizer = load_tokenizer(file.parent)
+    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"{file}: knows {vocab_size} tokens, but {tokenizer.name} beside it has {tokenizer.vocab_size}: it is another run's"
+        )
+    return tokenizer
 
 
 def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Config, path: Path, device: str) -> PackedModel:
@@ -150,6 +226,8 @@ def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Co
         widths, vocab_size = Widths(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{path}: its metadata does not name the bits of each component; quantise the run again") from None
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, path)
     with torch.device("meta"):
         model = build_model(config, vocab_size).eval()
     weights = Weights(widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path))
@@ -176,6 +254,12 @@ def original_names(name: str, model: WaveletLM) -> list[str]:
         index, rest = int(match[1]), match[2]
         layers = [f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index]
         return [layer + old for layer in layers for old in _original_wavelet_names(rest, config)]
+    if match := re.match(r"(layers\.\d+\.)inverse_update_nets\.(?:update_nets\.(\d+)\.(.+)|basis_weights)", name):
+        layer, base, rest = match.groups()  # of several bases
+        own = "basis_weights" if base is None else f"wavelets.{base}.update_nets.{rest}"
+        names = [f"{layer}lifting_reconstruct_wavelet.{own}", f"{layer}lifting_reconstruct.multi_basis.{own}"]
+        inverse = [] if base is None else [f"{layer}lifting_reconstruct.reconstructs.{base}.decompose.update_nets.{rest}"]
+        return names + inverse
     if match := re.match(r"(layers\.\d+\.)inverse_(update_nets\..+)", name):
         return [match[1] + place + match[2] for place in ("lifting_reconstruct_wavelet.", "lifting_reconstruct.decompose.")]
     name = re.sub(r"\.bypass\.(average\.)?", ".", name)
@@ -192,23 +276,25 @@ def original_names(name: str, model: WaveletLM) -> list[str]:
 
 
 def _original_wavelet_names(rest: str, config: Config) -> list[str]:
-    if rest == "basis_weights":
-        return ["lifting_wavelet.basis_weights", "lifting_reconstruct.multi_basis.basis_weights"]
-    if match := re.match(r"wavelets\.(\d+)\.(.+)", rest):  # of a multi-basis wavelet
-        prefixes = [f"lifting_wavelet.{match[0]}", f"lifting_reconstruct.multi_basis.{match[0]}"]
-        return [*prefixes, f"lifting_reconstruct.reconstructs.{match[1]}.decompose.{match[2]}"]
-    own = [f"lifting_wavelet.{rest}"]
-    return own if config.untied_reconstruction else [*own, f"lifting_reconstruct.decompose.{rest}"]
+    names = [f"lifting_wavelet.{rest}"]
+    if config.untied_reconstruction:
+        return names
+    base = re.match(r"wavelets\.(\d+)\.(.+)", rest)  # of several
+    if base or rest == "basis_weights":
+        names.append(f"lifting_reconstruct.multi_basis.{rest}")
+    if base:
+        return [*names, f"lifting_reconstruct.reconstructs.{base[1]}.decompose.{base[2]}"]
+    return names if rest == "basis_weights" else [*names, f"lifting_reconstruct.decompose.{rest}"]
 
 
 def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
     """Reads a `.pt` and the config.json beside it. Returns the tensors by their old names, the config, and V."""
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever torch's reader met, the file is not a plain, whole state dict
-        raise InputError(f"{path}: not a whole file of plain tensors ({type(error).__name__})") from None
-    if not (isinstance(raw, dict) and raw and all(isinstance(t, Tensor) for t in raw.values())):
+    raw = load_plain(path)
+    if not (raw and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in raw.items())):
         raise InputError(f"{path}: must hold one dict of tensors by name, as the first implementation saves it")
+    for name, tensor in raw.items():  # here, since NaN would make copies of one tensor seem to differ
+        check_tensor(name, tensor, tensor.shape, tensor.dtype, path)
+        check_finite(name, tensor, path)
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in raw.items()}
     if "token_embedding.weight" not in tensors or "layers.0.scale_weights" not in tensors:
         raise InputError(f"{path}: has no token_embedding.weight or layers.0.scale_weights, so it is not a WaveletLM")
@@ -229,7 +315,12 @@ def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Pat
             raise InputError(f"{source}: {', '.join(rest)} switches on something that this network does not have")
     values = {"per_scale_mixer_widths": None, "dataset": "original", "wavelet_crawl": False, "multi_basis_lifting": False}
     values |= {key: False for key in Config.network_keys() if Config.model_fields[key].annotation is bool}
-    values |= shown_by_tensors(tensors) | known
+    shown = shown_by_tensors(tensors)
+    if shown["mixer_depth"] > 1:  # mixers in a row were of full width, whatever the key said
+        known.pop("per_scale_mixer_widths", None)
+    if shown["wavelet_mode"] == "haar":  # there was nothing to untie
+        known.pop("untied_reconstruction", None)
+    values |= shown | known
     return make_config(values, str(source))
 
 
@@ -270,7 +361,7 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "mixer_depth": max(1, depths), "mixer_depth_stabilizers": "layers.0.mixer_depth_alphas.0" in tensors,
         "stab_spectral_norm": any(name.endswith(".weight_orig") for name in tensors),
         "mlp_expansion": (shape(r"layers\.0\.ffwd\.net\.0\.weight") or [0])[0] // width,
-        "mlp_layers": max(2, count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
+        "mlp_layers": 1 if "layers.0.ffwd.net.1.weight" in tensors else max(2, count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
     }  # fmt: skip
     inner = [shape(mixers + rf"\.{s}\.mixer\.mixer\.weight(?:_orig)?") for s in range(levels + 1)]
     values["per_scale_mixer_widths"] = [s[0] / padded for s in inner] if all(inner) else None

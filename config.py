@@ -26,6 +26,9 @@ class InputError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Runs a script's `main`: an `InputError` ends it with one line on stderr and exit code 2, Ctrl-C with 130, an output that
     nobody reads any more (`| head`) with 141."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character (cp1252, ascii) is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -100,7 +103,7 @@ class Config(BaseModel):
     layers: int = option(2, "blocks", "depth 2→10 at equal parameters, without MLP: −0.03 to −0.05", ge=1)
     levels: int = option(5, "levels of the wavelet, with levels + 1 scales (packets: 2^levels)", "5→7: −0.031", ge=1, le=20)
     mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0)
-    mlp_layers: int = option(2, "linear layers of the MLP", ge=2)
+    mlp_layers: int = option(2, "linear layers of the MLP, with a GELU between each two; 1 = two without", ge=1)
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
     looped_blocks: bool = option(False, "one block, applied looped_blocks_count times in place of `layers` blocks")
     looped_blocks_count: int = option(8, "applications of the looped block", ge=1)
@@ -151,7 +154,7 @@ class Config(BaseModel):
         (1.0, 1.0, 1.0, 0.5, 0.5, 0.5), "mixer width per scale in units of P, coarse to fine; null = full width"
     )
     mixer_depth: int = option(1, "mixers in a row at each scale", ge=1)
-    mixer_depth_residuals: bool = option(False, "each mixer before the last adds its input")
+    mixer_depth_residuals: bool = option(False, "each mixer of several adds its input")
     mixer_depth_stabilizers: bool = option(False, "learned scalars, 1/mixer_depth at first, around the mixers before the last")
     exp_parametrization: bool = option(False, "mixer and gate weights stored as sign and log-magnitude")
 
@@ -301,11 +304,6 @@ class Config(BaseModel):
 
 def _contradictions(c: Config):
     """Yields a line for each combination of keys that no network or run can have."""
-    if 2 ** (c.levels - 1) >= c.block_size:
-        yield (
-            f"levels: {c.levels} levels look back {2 ** (c.levels - 1)} tokens, block_size is {c.block_size}; "
-            f"at most {int(math.log2(c.block_size - 1)) + 1} levels fit"
-        )
     if c.wavelet_mode == "packets" and c.levels > 8:
         yield f"levels: {c.levels} levels of packets are {2**c.levels} scales; at most 8 levels, 256 scales"
         return
@@ -350,8 +348,8 @@ def _contradictions(c: Config):
         yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
     if c.amp_dtype == "fp8" and (c.parallel == "fsdp" or not c.use_amp):
         yield "amp_dtype: fp8 needs use_amp, and a parallel other than fsdp; take bf16"
-    if c.untied_reconstruction and (c.multi_basis_lifting or c.wavelet_mode in ("haar", "packets")):
-        yield "untied_reconstruction: needs wavelet_mode lifting or diagonal with a single basis (multi_basis_lifting false)"
+    if c.untied_reconstruction and c.wavelet_mode in ("haar", "packets"):
+        yield f"untied_reconstruction: wavelet_mode {c.wavelet_mode} has no networks to untie; take lifting or diagonal"
     if c.pkm_shared and (c.parallel == "fsdp" or not c.pkm_enabled):
         yield "pkm_shared: needs pkm_enabled, and a parallel other than fsdp, which holds each block's weights apart"
     if c.lifting_gate and c.wavelet_mode == "packets":

@@ -3,13 +3,12 @@
 python curves.py logs/RUN_A logs/RUN_B --out curves.png --against tokens
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint import written_whole
 from config import InputError, Parser, run_command
-from record import Record
+from record import Record, is_finite
 
 
 def points(folder: Path, against: str) -> list[tuple[float, float]]:
@@ -20,7 +19,7 @@ def points(folder: Path, against: str) -> list[tuple[float, float]]:
     each = {line["tokens"] / line["step"] for line in record.metrics("train")[:1]}  # tokens of a step, always the same
     found = []
     for line in record.metrics("validation"):
-        if each and math.isfinite(line["bits_per_byte"]):
+        if each and is_finite(line["bits_per_byte"]):
             found.append((line["step"] * (1 if against == "step" else max(each)), line["bits_per_byte"]))
     return found
 

@@ -347,6 +347,7 @@ class OwnAverage:
 class MLP:
     def __init__(self, block: Block, name: str, weights: Weights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
+        self.activation = F.gelu if any(isinstance(module, nn.GELU) for module in block.ffwd) else nn.Identity()
         self.inner = []
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
@@ -357,7 +358,7 @@ class MLP:
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """alpha·x + MLP(h)."""
         for matrix, bias in self.inner:
-            h = F.gelu(matrix(h, bias))
+            h = self.activation(matrix(h, bias))
         return self.last(h, torch.add(self.bias, x, alpha=alpha))
 
 

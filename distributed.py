@@ -16,14 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoint import check_finite, check_tensor, open_tensors, save_tensors
 from config import Config, InputError
 from optimizers import local
 
@@ -194,35 +193,92 @@ def join(config: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-# ===== Saves of sharded tensors: a folder with a file from each process
+# ===== Saves of sharded tensors: a folder with a safetensors file from each process
+#
+# A shard is rows: process i of n holds the i-th of the n parts that torch.chunk cuts dimension 0 into. So the rows in the files
+# 0-of-n, 1-of-n, … are in this order the whole tensor, and nothing but the number of files need be known to read them, in any
+# other number of processes.
 
 
 def save_shards(tensors: dict[str, dict[str, Tensor]], folder: Path, world: World) -> None:
-    """Writes tensors, sharded or not, each process its own. Raises `InputError` where they cannot be written."""
+    """Writes what this process holds of tensors, by group and name; process 0 those that are whole in each process. Raises
+    `InputError` in all processes where one of them cannot write."""
+    held = {
+        f"{group}.{name}": local(tensor)
+        for group, named in tensors.items()
+        for name, tensor in named.items()
+        if world.rank == 0 or isinstance(tensor, DTensor)
+    }
+    failure = None
     try:
-        dcp.save(tensors, checkpoint_id=folder, no_dist=world.size == 1)
-    except (OSError, CheckpointException) as error:
-        raise InputError(f"{folder}: cannot be written ({str(error).strip().splitlines()[-1]})") from None
+        folder.mkdir(exist_ok=True)
+        save_tensors(held, folder / f"{world.rank}-of-{world.size}.safetensors")
+    except OSError as error:
+        failure = InputError(f"{folder}: cannot be written ({error.strerror})")
+    except InputError as error:
+        failure = error
+    if world.highest(int(failure is not None)):  # which also waits for all of them
+        raise failure or InputError(f"{folder}: another process cannot write its part of it")
 
 
-def saved_shapes(folder: Path) -> dict[str, torch.Size]:
-    """The shape of each tensor in a folder of shards, by its groups' and its own name joined by a dot."""
-    try:
-        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (OSError, CheckpointException) as error:
-        raise InputError(f"{folder}: cannot be read ({error})") from None
-    return {name: entry.size for name, entry in entries.items()}
+class Shards:
+    """The tensors that `size` processes wrote to `folder`, by their groups' and their own names joined by a dot."""
+
+    def __init__(self, folder: Path, size: int):
+        """Raises `InputError` where a file is missing or not whole."""
+        self.folder = folder
+        self.parts: dict[str, list] = {}  # name -> a slice from each file that has rows of it, in their order
+        for rank in range(size):
+            file = open_tensors(folder / f"{rank}-of-{size}.safetensors")
+            for name in file.keys():  # noqa: SIM118  (it is no dict)
+                self.parts.setdefault(name, []).append(file.get_slice(name))
+        self.shapes = {name: self._whole_shape(name) for name in self.parts}
+
+    def _whole_shape(self, name: str) -> torch.Size:
+        shapes = [part.get_shape() for part in self.parts[name]]
+        if any(shape[1:] != shapes[0][1:] or not shape for shape in shapes) and len(shapes) > 1:
+            raise InputError(f"{self.folder}: the parts of {name} do not fit together; restore the folder")
+        return torch.Size([sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else [])
+
+    def read(self, tensors: dict[str, dict[str, Tensor]], world: World) -> None:
+        """Fills `tensors`, sharded or whole. Raises `InputError` where the folder has others, or theirs are of another shape or
+        type or not finite."""
+        named = {f"{group}.{name}": tensor for group, own in tensors.items() for name, tensor in own.items()}
+        if different := named.keys() ^ self.parts.keys():
+            raise InputError(f"{self.folder}: has not the tensors of this run, first {min(different)}; restore the folder")
+        for name, tensor in named.items():
+            held = local(tensor)
+            if tensor.shape != self.shapes[name]:
+                raise InputError(f"{self.folder}: {name} is {list(self.shapes[name])}, not {list(tensor.shape)}")
+            rows = own_part(tensor.size(0), world) if isinstance(tensor, DTensor) else slice(0, sum(tensor.shape[:1]))
+            read = self._rows(name, rows.start, rows.stop)
+            check_tensor(name, read, held.shape, held.dtype, self.folder)
+            if not name.startswith("optimizer."):  # whose squares may be beyond all numbers in a run that goes on well
+                check_finite(name, read, self.folder)
+            held.copy_(read)
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows from `start` to `stop` − 1, from all files that have some; all of what has no rows."""
+        pieces, before = [], 0
+        for part in self.parts[name]:
+            if not part.get_shape():
+                return part[...]
+            rows = part.get_shape()[0]
+            first, last = (min(max(0, row - before), rows) for row in (start, stop))
+            pieces.append(part[first:last])
+            before += rows
+        return torch.cat(pieces)
 
 
-def load_shards(tensors: dict[str, dict[str, Tensor]], folder: Path, world: World) -> None:
-    """Reads into `tensors`, whatever the number of processes that wrote the folder."""
-    try:
-        dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise InputError(f"{folder}: cannot be read ({str(error).strip().splitlines()[-1]})") from None
+def own_part(rows: int, world: World) -> slice:
+    """Which of so many rows of a sharded tensor this process holds."""
+    each = -(-rows // world.size)
+    start = min(rows, world.rank * each)
+    return slice(start, min(rows, start + each))
 
 
 def remove_other_shards(keep: Path) -> None:
+    """Removes the folders of earlier saves beside `keep`."""
     for folder in keep.parent.glob("shards-*"):
         if folder != keep:
             shutil.rmtree(folder)

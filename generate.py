@@ -6,10 +6,11 @@ Text goes to stdout as it is made; figures go to stderr as `key: value`; samples
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -328,24 +329,34 @@ class Session:
     clean: bool
     metrics: bool
 
-    def continue_prompt(self, prompt: str) -> list[str]:
-        """Generates, prints and measures. A single text is printed as it comes; several, or the best of several, when done."""
+    def continue_prompt(self, prompt: str, keep: Callable[[list[str]], None]) -> None:
+        """Generates, prints and measures, and gives the texts to `keep`. A single text is printed as it comes; several, or the
+        best of several, when they are done and kept. Of what is stopped on the way, by Ctrl-C say, all that was made by then is
+        kept."""
         ids = torch.tensor([encode_prompt(prompt, self.tokenizer, self.vocab_size)], dtype=torch.int64, device=self.device)
         printer = Printer(self.tokenizer, self.clean) if self.settings.rows == 1 else None
         moments: list[float] = []
+        made: list[Tensor] = []  # each step's tokens, of all texts
 
         def on_token(tokens: Tensor) -> None:
+            made.append(tokens)
             if printer is not None:
                 printer.token(int(tokens[0]))
             moments.append(time.perf_counter())
 
         start = time.perf_counter()
-        if printer is not None:
-            printer.text(prompt)
-        sample = generate(self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding)
-        texts = [self.tokenizer.decode(row) for row in sample.ids.tolist()]
-        if self.clean:
-            texts = [clean_spacing(text) for text in texts]
+        try:
+            if printer is not None:
+                printer.text(prompt)
+            sample = generate(self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding)
+        except (KeyboardInterrupt, BrokenPipeError):
+            if made:
+                keep(self.texts(torch.cat([ids.expand(len(made[0]), -1), torch.stack(made, dim=1)], dim=1)))
+            with contextlib.suppress(BrokenPipeError):
+                print(flush=True)  # what is said next begins a line
+            raise
+        texts = self.texts(sample.ids)
+        keep(texts)
         if printer is not None:
             printer.end()
         else:
@@ -354,7 +365,11 @@ class Session:
         if self.metrics and self.num_tokens:
             say_figures(measure(sample, ids.size(1)))
         say_figures(speed(moments, start, self.settings.rows))
-        return texts
+
+    def texts(self, ids: Tensor) -> list[str]:
+        """The text of each row of ids (n, T)."""
+        texts = [self.tokenizer.decode(row) for row in ids.tolist()]
+        return [clean_spacing(text) for text in texts] if self.clean else texts
 
 
 def main() -> None:
@@ -382,8 +397,12 @@ def main() -> None:
     clean, metrics = args.clean_spacing, args.metrics
     session = Session(decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics)
     folder = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
+
+    def keep(texts: list[str]) -> None:
+        keep_samples(folder, settings, texts, f"num_tokens={num_tokens} bits={args.bits}")
+
     for prompt in read_prompts(args, config):
-        keep_samples(folder, settings, session.continue_prompt(prompt), f"num_tokens={num_tokens} bits={args.bits}")
+        session.continue_prompt(prompt, keep)
 
 
 if __name__ == "__main__":

@@ -149,15 +149,20 @@ class Lifting(nn.Module):
         return cur
 
 
+def basis_weights(config: Config) -> nn.Parameter:
+    """Logits of a blend of bases, (bases, S): column 0 of the approximation, column l + 1 of the detail of level l."""
+    logits = torch.zeros(len(config.multi_basis_inits), config.scales)
+    logits[0] = 10.0
+    return nn.Parameter(logits)
+
+
 class MultiBasis(nn.Module):
     """Several liftings side by side; per scale their coefficients are blended by a softmax over the bases."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.wavelets = nn.ModuleList(Lifting(config, init) for init in config.multi_basis_inits)
-        logits = torch.zeros(len(self.wavelets), config.scales)
-        logits[0] = 10.0
-        self.basis_weights = nn.Parameter(logits)  # column 0 the approximation, column l + 1 the detail of level l
+        self.basis_weights = basis_weights(config)
 
     def start(self, rows: int, like: Tensor) -> BlockState:
         states = [wavelet.start(rows, like) for wavelet in self.wavelets]
@@ -174,9 +179,29 @@ class MultiBasis(nn.Module):
             new_state |= {f"basis{k}.{name}": tensor for name, tensor in own.items()}
         return blended, new_state
 
-    def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
-        blend = self.basis_weights[:, 0].float().softmax(0).to(u.dtype)
-        return sum(w * wavelet.reconstruct(u) for w, wavelet in zip(blend, self.wavelets, strict=True))
+    def reconstruct(self, u: Tensor, inverse: "InverseBases | None" = None) -> Tensor:
+        """Every basis's reconstruction of u (S, B, T, P), blended by the weights of the approximation; all of it by the
+        decomposition's networks and weights, or by a block's own `inverse`."""
+        logits = self.basis_weights if inverse is None else inverse.basis_weights
+        updates = [None] * len(self.wavelets) if inverse is None else inverse.update_nets
+        blend = logits[:, 0].float().softmax(0).to(u.dtype)
+        bases = zip(blend, self.wavelets, updates, strict=True)
+        return sum(w * wavelet.reconstruct(u, own) for w, wavelet, own in bases)
+
+
+class InverseBases(nn.Module):
+    """What an untied reconstruction of several bases has of its own: their Update networks, and the weights of the blend (of
+    which nothing but the approximation's is read, as with the decomposition's)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.update_nets = nn.ModuleList(inverse_nets(config, init) for init in config.multi_basis_inits)
+        self.basis_weights = basis_weights(config)
+
+
+def inverse_nets(config: Config, init: str) -> nn.ModuleList:
+    """The Update networks of an untied reconstruction, one for each level."""
+    return nn.ModuleList(lifting_net(config, init, 0.5, level) for level in range(config.levels))
 
 
 class HaarPackets(nn.Module):
@@ -202,11 +227,21 @@ class HaarPackets(nn.Module):
         return u.sum(0) / math.sqrt(self.bands)
 
 
+def has_bases(config: Config) -> bool:
+    return config.multi_basis_lifting and config.wavelet_mode == "lifting"
+
+
 def build_wavelet(config: Config) -> Lifting | MultiBasis | HaarPackets:
     if config.wavelet_mode == "packets":
         return HaarPackets(config)
-    several = config.multi_basis_lifting and config.wavelet_mode == "lifting"
-    return MultiBasis(config) if several else Lifting(config, config.lifting_init)
+    return MultiBasis(config) if has_bases(config) else Lifting(config, config.lifting_init)
+
+
+def build_inverse(config: Config) -> nn.ModuleList | InverseBases | None:
+    """What a block has of its own for the reconstruction; None where that is the decomposition's."""
+    if not config.untied_reconstruction:
+        return None
+    return InverseBases(config) if has_bases(config) else inverse_nets(config, config.lifting_init)
 
 
 # ===== Mixers: per scale, y = (W z) ⊙ act(G r) + U (Vᵀ z)
@@ -305,7 +340,8 @@ class MixerBank(nn.ModuleList):
 
 class Mixers(nn.Module):
     """The transform of the channels, `mixer_depth` banks in a row, and the transform back. All banks but the last have a
-    LayerNorm before them, and if asked a residual and scalars."""
+    LayerNorm before them and if asked scalars, z ← α·mix(β·LayerNorm(z)); with residuals each bank adds its input z, the last
+    one too. A single bank has none of it."""
 
     FOLDS_FROM = 4  # positions per channel from which the transform is cheaper on the weights than on the positions
 
@@ -317,7 +353,7 @@ class Mixers(nn.Module):
         self.norms = nn.ModuleList(
             nn.ModuleList(nn.LayerNorm(config.padded_width) for _ in range(config.scales)) for _ in range(depth - 1)
         )
-        self.residuals = config.mixer_depth_residuals
+        self.residuals = config.mixer_depth_residuals and depth > 1
         self.alphas = self.betas = None
         if config.mixer_depth_stabilizers:
             self.alphas = nn.ParameterList(nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1))
@@ -347,29 +383,33 @@ class Mixers(nn.Module):
         z = self.kept(transform(c))
         for d, norms in enumerate(self.norms):
             normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
-            if self.alphas is not None:
-                normed = self.alphas[d] * normed
-            mixed = self.banks[d](normed, self.routed(normed))
             if self.betas is not None:
-                mixed = self.betas[d] * mixed
+                normed = self.betas[d] * normed
+            mixed = self.banks[d](normed, self.routed(normed))
+            if self.alphas is not None:
+                mixed = self.alphas[d] * mixed
             z = z + mixed if self.residuals else mixed
-        return transform.inverse(self.banks[-1](z, self.routed(z)))
+        mixed = self.banks[-1](z, self.routed(z))
+        return transform.inverse(z + mixed if self.residuals else mixed)
 
 
 # ===== The wide MLP
 
 
 def build_mlp(config: Config) -> nn.Sequential:
+    """`mlp_layers` linear layers with a GELU between each two. Of 1 there are two all the same, with nothing between."""
     width, inner = config.C, config.C * config.mlp_expansion
     layers: list[nn.Module] = [nn.Linear(width, inner)]
     for _ in range(config.mlp_layers - 2):
         layers += [nn.GELU(), nn.Linear(inner, inner)]
+    if config.mlp_layers > 1:
+        layers.append(nn.GELU())
     last = nn.Linear(inner, width)
     last.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
     if config.stab("ff_scaling"):
         last.weight.data.div_(math.sqrt(inner))
     nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, nn.GELU(), last, nn.Dropout(config.dropout_mlp))
+    return nn.Sequential(*layers, last, nn.Dropout(config.dropout_mlp))
 
 
 # ===== Block
@@ -415,10 +455,7 @@ class Block(nn.Module):
         self.mixers = Mixers(config)
         self.dropout_mixer = nn.Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.scales))
-        self.inverse_update_nets = None
-        if config.untied_reconstruction:
-            nets = (lifting_net(config, config.lifting_init, 0.5, level) for level in range(config.levels))
-            self.inverse_update_nets = nn.ModuleList(nets)
+        self.inverse_update_nets = build_inverse(config)
         self.proj_out = nn.Identity()
         if not (config.skip_proj_out and padded == width):
             self.proj_out = nn.Linear(padded, width)

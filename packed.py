@@ -25,6 +25,7 @@ GROUP = 64  # input channels that share a scale and an offset at 4 bits
 UNPACKED, LEAST_ROWS = 2**20, 256  # weights that are unpacked at a time; rows of a weight that are, at the least
 UNPACKED_ON_GPU = 2**27  # the same there: 256 MB of bf16
 BLOCK = 64  # outputs of a quantised matrix are a multiple of this: what the int4 kernels want
+ALIGNMENT = 64  # bytes that addresses of weights are a multiple of, as of all memory that torch allocates on a CPU
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -83,6 +84,13 @@ def quantised(weight: Tensor, bits: int, group: int = GROUP) -> dict[str, Tensor
     if bits == 4:
         return to_int4(weight, group)
     return {f"float{bits}": weight.to(torch.float32 if bits == 32 else torch.bfloat16)}
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where it begins at another address than torch's own would. In a file that is mapped into
+    memory tensors follow upon each other without gaps, and torch's int8 kernel for AVX-512 crashes on what is not 16-byte
+    aligned."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 # ===== Products
@@ -411,7 +419,7 @@ class Weights:
         self.given: dict[str, dict[str, Tensor]] | None = None if tensors is None else {}
         for key, tensor in (tensors or {}).items():
             name, _, kind = key.rpartition("/")
-            self.given.setdefault(name, {})[kind] = tensor
+            self.given.setdefault(name, {})[kind] = aligned(tensor)
         self.saved: dict[str, Tensor] | None = {} if saving else None
         # Where all that is prepared goes; of a model's weights `Decoder` says where. Constants are made on the CPU.
         self.device = next((tensor.device for tensor in (tensors or {}).values()), torch.device("cpu"))
@@ -421,7 +429,8 @@ class Weights:
         made = make()
         if self.given is not None:
             own = self.given.get(name)
-            if own is None or own.keys() != made.keys() or any(own[key].shape != made[key].shape for key in made):
+            fits = own is not None and own.keys() == made.keys()
+            if not (fits and all((own[k].shape, own[k].dtype) == (made[k].shape, made[k].dtype) for k in made)):
                 raise InputError(
                     f"{self.source}: {name} is absent or not what its config.json makes it; quantise the run again"
                 )

@@ -7,6 +7,7 @@ their width, folded as the decoder reads them, so that nothing is converted or l
 """
 
 import json
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -32,18 +33,22 @@ COMPONENTS = {
 
 
 def quantise(model: LanguageModel, config: Config, tokenizer: Tokenizer | None, widths: Widths, folder: Path) -> int:
-    """Writes `model` at `widths` to `folder`, with its config and tokenizer. Returns the size of the weights' file in bytes."""
+    """Writes `model` at `widths` to `folder`, which is new or empty, with its config and tokenizer: all of it or nothing.
+    Returns the size of the weights' file in bytes. Raises `InputError` where it cannot be written."""
     weights = Weights(widths, saving=True)
     Decoder(model, weights=weights)
+    metadata = {"format": PACKED_FORMAT, "vocab_size": str(model.vocab_size), "bits": json.dumps(asdict(widths))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.json")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        save_tensors(weights.saved, folder / MODEL_FILE, metadata)  # the last: with it the folder is a checkpoint
     except OSError as error:
         raise InputError(f"out: {folder} cannot be written ({error.strerror}); give another folder") from None
-    metadata = {"format": PACKED_FORMAT, "vocab_size": str(model.vocab_size), "bits": json.dumps(asdict(widths))}
-    save_tensors(weights.saved, folder / MODEL_FILE, metadata)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    finally:
+        if not (folder / MODEL_FILE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
     return (folder / MODEL_FILE).stat().st_size
 
 
@@ -59,8 +64,8 @@ def main() -> None:
         group.add_argument(f"--{field.name}", type=int, choices=[4, 8, 16, 32], help=COMPONENTS[field.name])
     args = parser.parse_args()
     out = Path(args.out)
-    if (out / MODEL_FILE).exists():
-        raise InputError(f"out: {out} has a checkpoint already; give another folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"out: {out} is there already; give a new folder, so that nothing in it is written over or hidden")
     model, config, tokenizer = load_model(args.checkpoint)
     if isinstance(model, PackedModel):
         raise InputError(f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made from")

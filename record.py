@@ -1,5 +1,10 @@
-"""The record of a run: its folder with config.json, env.json, log.txt, metrics.jsonl, samples.txt and curves.png."""
+"""The record of a run: its folder with config.json, env.json, log.txt, metrics.jsonl, samples.txt and curves.png.
 
+Files that grow are written a whole line at a time, and are on the disk before a save that counts on them is. What a kill leaves
+half written is cut off when the run goes on, and left out, with a note, by whoever reads it meanwhile.
+"""
+
+import contextlib
 import json
 import math
 import os
@@ -7,10 +12,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from tqdm import tqdm
 
@@ -41,53 +48,103 @@ class Record:
             except OSError as error:
                 raise InputError(f"out_dir: cannot make {folder} ({error.strerror}); give a writable folder") from None
         record = Record(folder)
-        with written_whole(folder / "config.json") as beside:
-            save_config(config, beside)
         with written_whole(folder / "env.json") as beside:
             beside.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        with written_whole(folder / "config.json") as beside:  # the last: a folder that has it is whole
+            save_config(config, beside)
         return record
+
+    @staticmethod
+    def is_run(folder: Path) -> bool:
+        """Whether a folder has what marks a run: `create`'s config.json and env.json. A repository and a quantised checkpoint
+        have a config.json too."""
+        try:
+            values = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # there is none, or it is something else
+            return False
+        marked = isinstance(values, dict) and {"date", "command", "torch"} <= values.keys()
+        return marked and (folder / "config.json").is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it no other process goes on with this run: a lock that ends with the process, however that ends. Raises
+        `InputError` where another has it."""
+        path = self.folder / ".lock"
+        lock = filelock.FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(f"resume: another process trains in {self.folder}; wait for it, or stop it") from None
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"{path}: cannot be locked ({reason}); give out_dir a folder on a disk with locks") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # while it is locked: nobody waits for it
+                path.unlink(missing_ok=True)
+            lock.release()
 
     def _append(self, name: str, text: str) -> None:
         if not self.quiet:
             try:
-                with open(self.folder / name, "a", encoding="utf-8") as file:
+                with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(text)
             except OSError as error:
                 raise InputError(f"{self.folder / name}: cannot be written ({error.strerror})") from None
 
     def say(self, line: str) -> None:
-        """A line for the terminal (above a progress bar, if there is one) and log.txt."""
+        """A line for log.txt and the terminal (above a progress bar, if there is one): for the file first, since a terminal
+        may be gone."""
         if not self.quiet:
+            self._append("log.txt", line + "\n")
             tqdm.write(line)
             sys.stdout.flush()
-            self._append("log.txt", line + "\n")
 
     def metric(self, **values: Any) -> None:
-        """A line of metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps(values) + "\n")
+        """A line of metrics.jsonl; null for what is not finite, which JSON has no number for."""
+        known = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
+        self._append("metrics.jsonl", json.dumps(known, allow_nan=False) + "\n")
 
     def sample(self, step: int, text: str) -> None:
         self._append("samples.txt", f"--- step {step}\n{text}\n\n")
 
     def lengths(self) -> dict[str, int]:
-        """The present length in bytes of each file that is appended to."""
-        return {name: (self.folder / name).stat().st_size for name in self.APPENDED if (self.folder / name).exists()}
+        """The present length in bytes of each file that is appended to, which is on the disk from now on."""
+        lengths = {}
+        for name in self.APPENDED:
+            if not self.quiet and (self.folder / name).exists():
+                with open(self.folder / name, "ab") as file:
+                    os.fsync(file.fileno())
+                    lengths[name] = file.tell()
+        return lengths
 
     def cut_back(self, lengths: dict[str, int]) -> None:
         """Takes off what was appended after `lengths` were noted, steps that a resumed run does again, and what a killed
-        save left half written."""
+        save left half written. A file that has lost its end since is cut to its last whole line, and never made longer."""
         if self.quiet:
             return
         for half in self.folder.glob(".*.tmp"):
             half.unlink()
         for name in self.APPENDED:
-            if (self.folder / name).exists():
-                os.truncate(self.folder / name, lengths.get(name, 0))
+            path, noted = self.folder / name, lengths.get(name, 0)
+            size = path.stat().st_size if path.exists() else 0
+            if size < noted:
+                note(f"{path}: has {size:,} bytes of the {noted:,} that it had at the last save; the rest is lost")
+                noted = path.read_bytes().rfind(b"\n") + 1 if size else 0
+            if size > noted:
+                os.truncate(path, noted)
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [values for values in map(json.loads, lines) if values["kind"] == kind]
+        return [values for values in read_metrics(self.folder / "metrics.jsonl") if values["kind"] == kind]
+
+    def has_lost_its_save(self, save_interval: int) -> bool:
+        """Whether the run is further than its first save, so that one that finds no save must not begin anew: it would write
+        over what there is."""
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        steps = max((line.get("step", 0) for line in lines), default=0)
+        weights = any(self.folder.glob("*_model.safetensors"))
+        return steps > save_interval or any(line["kind"] == "result" for line in lines) or (weights and not lines)
 
     def draw_curves(self) -> None:
         """curves.png: bits per byte in training and validation by step."""
@@ -98,7 +155,7 @@ class Record:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for kind, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("validation", {"marker": "o", "markersize": 3})):
-            points = [(m["step"], m["bits_per_byte"]) for m in self.metrics(kind) if math.isfinite(m["bits_per_byte"])]
+            points = [(m["step"], m["bits_per_byte"]) for m in self.metrics(kind) if is_finite(m["bits_per_byte"])]
             if points:
                 axes.plot(*zip(*points, strict=True), label=kind, **style)
         axes.set(xlabel="step", ylabel="bits per byte", title=self.folder.name)
@@ -107,6 +164,40 @@ class Record:
             axes.legend()
         with written_whole(self.folder / "curves.png") as beside:
             figure.savefig(beside, format="png", dpi=120)
+
+
+def note(line: str) -> None:
+    """Something that a command goes on in spite of."""
+    print(f"note: {line}", file=sys.stderr)
+
+
+def is_finite(value: float | None) -> bool:
+    """Whether a figure of a metrics.jsonl is a number; what was not finite is null there."""
+    return value is not None and math.isfinite(value)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file. A last line without its end, of a run that is being written or
+    was killed, is left out with a note. Raises `InputError`, naming the line, for one that is no object with a `kind`."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    *whole, torn = text.split("\n")
+    if torn:
+        note(f"{path}: the last line is half written, and left out")
+    lines = []
+    for number, line in enumerate(whole, 1):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if not (isinstance(values, dict) and isinstance(values.get("kind"), str)):
+            raise InputError(f"{path}: line {number} is none of train.py's; restore the file, or take the line out")
+        lines.append(values)
+    return lines
 
 
 def environment() -> dict[str, Any]:

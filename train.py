@@ -12,6 +12,7 @@ and the weights alone, so a resumed run takes the very steps that it would have 
 """
 
 import argparse
+import contextlib
 import math
 import resource
 import signal
@@ -142,8 +143,12 @@ def validate(trainer: Trainer, held_out: Tensor, bits: float, kind: str, file: s
 
 
 def finish(trainer: Trainer) -> None:
-    """The figures of the best checkpoint on the whole validation and test splits, a sample, and the end block."""
+    """The figures of the best checkpoint on the whole validation and test splits, a sample, and the end block. They are made
+    once: of a run that has them they are printed again."""
     config, record, corpus = trainer.config, trainer.record, trainer.corpus
+    if made := record.metrics("result"):
+        print("\n".join(figure_lines({key: value for key, value in made[-1].items() if key not in ("kind", "step")})))
+        return
     result: dict[str, float | int | str] = {}
     if trainer.average:
         result |= split_figures(trainer, load_model(record.folder / AVERAGE_FILE, trainer.device)[0], "average_")
@@ -171,10 +176,17 @@ def finish(trainer: Trainer) -> None:
         "tokenizer": tokenizer.name,
         "run_dir": str(record.folder),
     }
-    record.say(f"--- sample\n{sample_text(model, tokenizer, config, config.num_new_tokens)}\n---")
     record.metric(kind="result", step=trainer.step, **result)
-    for key, value in result.items():
-        record.say(f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}")
+    record.say(f"--- sample\n{sample_text(model, tokenizer, config, config.num_new_tokens)}\n---")
+    for line in figure_lines(result):
+        record.say(line)
+
+
+def figure_lines(result: dict[str, float | int | str]) -> list[str]:
+    return [
+        f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}"
+        for key, value in result.items()
+    ]
 
 
 def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
@@ -186,6 +198,17 @@ def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, 
         values = {"loss": nats / (split.n_tokens - 1)} | values
         result |= {f"{prefix}{short}_{key}": value for key, value in values.items()}
     return result
+
+
+def check_levels(config: Config) -> None:
+    """Raises `InputError` where the coarsest levels would see nothing but zeros in training, as windows have nothing before
+    them. Networks of the first implementation may have such levels, so the config itself allows it."""
+    longest = 2 ** (config.levels - 1)  # tokens that the coarsest level looks back
+    if longest >= config.block_size and not config.decompose_bypass_cross_window:
+        raise InputError(
+            f"levels: {config.levels} levels look back {longest} tokens, block_size is {config.block_size}; "
+            f"at most {int(math.log2(config.block_size - 1)) + 1} levels fit"
+        )
 
 
 def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
@@ -200,10 +223,14 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     given = given_options(args)
     if args.resume is None:
         path = Path(args.config or "config.json")
-        return load_config(path, **given), None, args
+        config = load_config(path, **given)
+        check_levels(config)
+        return config, None, args
     folder = Path(args.resume)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"resume: {folder} is not a run directory (it has no config.json)")
+    if not args.resume or not Record.is_run(folder):
+        raise InputError(
+            f"resume: {args.resume or 'an empty name'} is no folder that train.py made for a run; give one of those"
+        )
     saved = load_config(folder / "config.json")
     asked = load_config(args.config, **given) if args.config else make_config(saved.model_dump() | given, "command line")
     changed = [key for key in Config.model_fields if getattr(asked, key) != getattr(saved, key)]
@@ -218,17 +245,19 @@ def main() -> None:
     if options.plan is not None:
         print_plan(config, options.plan)
         return
-    with join(config) as world:
-        run(config, folder, world, profile=options.profile)
+    with join(config) as world, contextlib.ExitStack() as held:
+        run(config, folder, world, held, profile=options.profile)
 
 
-def run(config: Config, folder: Path | None, world: World, profile: bool) -> None:
-    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes."""
+def run(config: Config, folder: Path | None, world: World, held: contextlib.ExitStack, profile: bool) -> None:
+    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and holds the run while `held`
+    is open."""
     resumed = folder is not None
     if world.rank == 0 and not resumed:
         folder = Record.create(config).folder
     record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
     if world.rank == 0:
+        held.enter_context(record.locked())
         print(f"run: {record.folder}", flush=True)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():

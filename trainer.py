@@ -8,16 +8,17 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from pickle import UnpicklingError
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from checkpoint import own_tensors, save_plain
+from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, save_plain
 from config import Config, InputError
 from data import Corpus, training_order
-from distributed import World, load_shards, remove_other_shards, save_shards, saved_shapes
+from distributed import Shards, World, remove_other_shards, save_shards
 from features import fill_features
 from model import build_model
 from optimizers import (
@@ -228,36 +229,41 @@ class Trainer:
         carried = [state and [{k: world.rows_of_all(t) for k, t in b.items()} for b in state.blocks] for state in self.carried]
         values = {name: getattr(self, name) for name in self.COUNTERS}
         values |= {"scaler": self.scaler.state_dict(), "carried": carried, "lengths": self.record.lengths()}
+        shards = path.with_name(f"shards-{self.step}")
         if self.config.parallel == "fsdp":
-            values["shards"] = f"shards-{self.step}"  # read only when latest.pt names it, and it does when it is whole
-            save_shards(self.tensors(), path.with_name(values["shards"]), world)
+            values["shards"] = world.size  # the folder is read only when latest.pt is whole and of its step
+            save_shards(self.tensors(), shards, world)
         else:
             values |= self.tensors()
         if world.rank == 0:
             save_plain(values, path)
-            remove_other_shards(path.with_name(values.get("shards", "none")))
+            if self.config.parallel == "fsdp":
+                remove_other_shards(shards)
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Goes back to the state last saved, and cuts the logs back to it. Without one the run starts from the beginning."""
+        """Goes back to the state last saved, and cuts the logs back to it, unless they hold the run's result: it has ended, and
+        no step is done again. Without a save a run that was stopped before its first one starts from the beginning; of any
+        other it is missing, which raises `InputError`."""
         path = self.record.folder / LATEST
         if not path.exists():
+            if self.record.has_lost_its_save(self.config.save_interval):
+                raise InputError(f"resume: {path.parent} has results, but no {LATEST} to go on from; start a new run")
             self.record.cut_back({})
             return
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise InputError(f"{path}: cannot be read ({reason})") from None
+        values = load_plain(path)
+        self.check_saved(values, path)
         own = self.tensors()
-        if "shards" in values:
-            folder = path.with_name(values["shards"])
-            own["optimizer"] = room_for_state(self.model, saved_shapes(folder))
-            load_shards(own, folder, self.world)
+        if self.config.parallel == "fsdp":
+            shards = Shards(path.with_name(f"shards-{values['step']}"), values["shards"])
+            shapes = {f"optimizer.{name}": p.shape for name, p in self.model.named_parameters()}
+            fitting = {k: s for k, s in shards.shapes.items() if s in (torch.Size([]), shapes.get(k.rpartition(":")[0]))}
+            own["optimizer"] = room_for_state(self.model, fitting)  # what does not fit is then found to be too much
+            shards.read(own, self.world)
         else:
             for group in ("model", "average"):
                 for name, tensor in own[group].items():
-                    tensor.copy_(values[group][name])
+                    tensor.copy_(values[group][name])  # of one shape and type: it was checked
             own["optimizer"] = values["optimizer"]
         load_state_tensors(self.model, self.optimizers, own["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
@@ -268,7 +274,47 @@ class Trainer:
         for name in self.COUNTERS:
             setattr(self, name, values[name])
         self.saved_step = self.step
-        self.record.cut_back(values["lengths"])
+        if not self.record.metrics("result"):
+            self.record.cut_back(values["lengths"])
+
+    def check_saved(self, values: dict[str, Any], path: Path) -> None:
+        """Raises `InputError` unless `values`, read from `path`, are what `save` writes in a run of this config: in the right
+        places and of the right shapes, so that nothing is filled in, left out or stretched to fit."""
+        fsdp = self.config.parallel == "fsdp"
+        kinds: dict[str, type | tuple] = dict.fromkeys(self.COUNTERS, (int, float))
+        kinds |= {"step": int, "scaler": dict, "carried": list, "lengths": dict}
+        kinds |= {"shards": int} if fsdp else {"model": dict, "optimizer": dict, "average": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
+        wrong += values.keys() - kinds.keys()
+        if not wrong:
+            wrong += ["scaler"] * (values["scaler"].keys() != self.scaler.state_dict().keys())
+            wrong += ["carried"] * (not self.fits(values["carried"]))
+            wrong += ["lengths"] * (not all(isinstance(n, int) and n >= 0 for n in values["lengths"].values()))
+            wrong += ["step"] * (not 0 <= values["step"] <= self.total_steps)
+        if wrong:
+            hint = "; it has shards, which only parallel fsdp reads" if "shards" in values and not fsdp else ""
+            raise InputError(f"{path}: was not saved by a run with this config.json: {wrong[0]} is not as it should be{hint}")
+        if not fsdp:
+            own = self.tensors()
+            check_tensors(values["model"], own["model"], path)
+            check_tensors(values["average"], own["average"], path)
+            named = dict(self.model.named_parameters())
+            for key, tensor in values["optimizer"].items():  # a parameter's, shaped like it or a number
+                p = named.get(key.rpartition(":")[0])
+                if p is None:
+                    raise InputError(f"{path}: has {key}, which the network of its config.json has no use for")
+                number = isinstance(tensor, Tensor) and not tensor.dim()
+                check_tensor(key, tensor, torch.Size([]) if number else p.shape, p.dtype, path)
+
+    def fits(self, carried: list) -> bool:
+        """Whether these are states to go on from, one for each micro batch of all processes, or None at the start."""
+        like = self.model.start(self.config.micro_batch_size, stream=True).blocks
+        shapes = [{name: tensor.shape for name, tensor in block.items()} for block in like]
+        try:
+            found = [blocks and [{name: t.shape for name, t in block.items()} for block in blocks] for blocks in carried]
+        except (AttributeError, TypeError):  # no lists of dicts of tensors
+            return False
+        return len(found) == self.config.grad_accum and all(own in (None, shapes) for own in found)
 
 
 class StepGraph:

@@ -2,17 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHARED, random_ids, random_model, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import load_model, original_config, save_model, save_original, save_tensors, to_original, written_whole
 from config import Config, InputError, load_config, save_config
 from model import build_model
+from tokenizer import ByteTokenizer
 
 FIXTURES = SHARED / "fixtures"
 FOLDERS = sorted(path.parent for path in FIXTURES.glob("*/best_model.pt") if not path.parent.name.startswith("train5_"))
@@ -34,6 +38,13 @@ NETWORKS = {  # overrides that change the names or the sharing of tensors
         "multi_basis_inits": ("zero", "haar", "random"),
         "shared_lifting_weights": False,
     },
+    "untied bases": {
+        "multi_basis_lifting": True,
+        "untied_reconstruction": True,
+        "multi_basis_inits": ("zero", "haar", "random"),
+        "shared_lifting_weights": False,
+    },
+    "untied linear bases": {"multi_basis_lifting": True, "untied_reconstruction": True, "lifting_linear_only": True},
     "haar": {"wavelet_mode": "haar"},
     "linear": {"lifting_linear_only": True},
     "wide lifting": {"lifting_hidden_mult": 2},
@@ -56,11 +67,13 @@ NETWORKS = {  # overrides that change the names or the sharing of tensors
     "padded": {"C": 12, "skip_proj_out": True},
     "plain residual": {"learned_residual": False, "per_layer_embedding": False},
     "deep mlp": {"mlp_layers": 4},
+    "mlp of one layer": {"mlp_layers": 1},
     "no mlp": {"mlp_expansion": 0},
     "no memories": {"pkm_enabled": False, "fwpkm_enabled": False},
     "memories of several heads": {"pkm_heads": 2, "fwpkm_heads": 4, "fwpkm_num_keys": 25},
     "one layer": {"layers": 1},
     "three layers": {"layers": 3, "levels": 4},
+    "levels beyond the block": {"levels": 5, "block_size": 8},
 }
 NEW_FORMAT_ONLY = {
     "cells": {"multinodal_enabled": True, "multinodal_cross_cell_gating": True},
@@ -109,7 +122,7 @@ def error_of(path: Path) -> str:
 # ===== Our own format
 
 
-SHARING = ["released", "tied", "unshared", "untied", "bases", "haar", "spectral norm", "deep mixers", "looped"]
+SHARING = ["released", "tied", "unshared", "untied", "bases", "untied bases", "haar", "spectral norm", "deep mixers", "looped"]
 
 
 @pytest.mark.parametrize("kind", [*SHARING, *NEW_FORMAT_ONLY])
@@ -256,6 +269,49 @@ def test_a_tensor_of_another_shape_is_an_error_that_names_it_and_both_shapes(sav
     assert str(saved) in line and "layers.1.ln2.bias" in line and "[3]" in line and "[16]" in line
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_that_is_not_finite_is_an_error_that_names_it(saved, value):
+    rewrite(saved, lambda tensors: tensors["layers.1.ln2.bias"][3].fill_(value))
+    line = error_of(saved)
+    assert str(saved) in line and "layers.1.ln2.bias" in line and "finite" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.bool])
+def test_a_tensor_of_another_type_is_an_error_that_names_it_and_both_types(saved, dtype):
+    rewrite(saved, lambda tensors: tensors.update({"layers.1.ln2.bias": torch.ones(16).to(dtype)}))
+    line = error_of(saved)
+    assert str(saved) in line and "layers.1.ln2.bias" in line and str(dtype)[6:] in line and "float32" in line
+
+
+def test_a_tokenizer_of_another_vocabulary_is_an_error_that_names_both(saved):
+    ByteTokenizer().save(saved.parent)
+    line = error_of(saved)
+    assert str(saved) in line and "50" in line and "256" in line
+
+
+def test_the_same_network_is_written_as_the_same_bytes_by_every_process(tmp_path):
+    script = (
+        "import sys, pathlib, torch; from checkpoint import save_tensors;"
+        "save_tensors({'a': torch.ones(3), 'é': torch.zeros(2, 2)}, pathlib.Path(sys.argv[1]), {k: k for k in 'zyxabc\"é'})"
+    )
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for file in files:  # a process each, since it is by process that the order of safetensors' metadata differs
+        subprocess.run([sys.executable, "-c", script, file], check=True, cwd=Path(checkpoint.__file__).parent)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {k: k for k in 'zyxabc"é'} and torch.equal(file.get_tensor("a"), torch.ones(3))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_new_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_run(random_model(tiny()), tmp_path / "run")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()} == {0o666 & ~umask}
+
+
 @pytest.mark.parametrize(
     "change", [{"C": 32}, {"layers": 3}, {"mlp_expansion": 3}, {"pkm_num_keys": 25}, {"learned_residual": False}]
 )
@@ -386,6 +442,21 @@ def test_absent_keys_are_read_off_the_tensors_of_every_network(kind, tmp_path):
     if network_of(original_config(rest, to_original(model), tmp_path)) != network_of(model.config):
         save_original(model, tmp_path)
         torch.testing.assert_close(logits_with(tmp_path, rest, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "ignored"),
+    [
+        ({"mixer_depth": 2, "per_scale_mixer_widths": None}, {"per_scale_mixer_widths": [1.0, 1.0, 0.5, 0.5]}),
+        ({"wavelet_mode": "haar"}, {"untied_reconstruction": True}),
+        ({}, {"mixer_depth_residuals": True}),
+    ],
+)
+def test_a_key_that_the_first_implementation_did_not_look_at_changes_nothing(network, ignored, tmp_path):
+    model = random_model(tiny(**network))
+    save_original(model, tmp_path)
+    values = model.config.model_dump(mode="json") | ignored
+    torch.testing.assert_close(logits_with(tmp_path, values, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6)
 
 
 def test_an_old_config_s_gate_activation_is_silu_when_absent(tmp_path):

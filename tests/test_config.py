@@ -108,7 +108,7 @@ def test_a_value_past_its_range_is_an_error_that_names_the_key():
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("C", 0), ("layers", 0), ("levels", 0), ("block_size", 0), ("mlp_expansion", -1), ("mlp_layers", 1), ("low_rank", -1),
+        ("C", 0), ("layers", 0), ("levels", 0), ("block_size", 0), ("mlp_expansion", -1), ("mlp_layers", 0), ("low_rank", -1),
         ("mixer_depth", 0), ("loop_iterations", 0), ("dropout_mlp", 1.0), ("dropout_mlp", -0.1), ("lifting_dropout", 1.0),
         ("stochastic_depth_rate", 1.0), ("pkm_top_k", 0), ("fwpkm_chunk_size", 1), ("fwpkm_update_lr", 0.0), ("lr", 0.0),
         ("lr", -1.0), ("warmup_fraction", 1.0), ("top_p", 0.0), ("top_p", 1.1), ("temperature", -0.1), ("num_new_tokens", -1),
@@ -127,8 +127,6 @@ def test_senseless_values_are_errors_that_name_the_key(key, value):
 SINGLE = {"per_scale_mixer_widths": None}
 CONTRADICTIONS = [
     ("dataset_mix", {"dataset_mix": {"books": 1.0}, "decompose_bypass_cross_window": True}),
-    ("levels", {"levels": 9, **SINGLE}),
-    ("levels", {"levels": 2, "block_size": 2, **SINGLE}),
     ("wavelet_crawl_k", {"wavelet_crawl_k": 4}),
     ("per_scale_mixer_widths", {"levels": 4}),
     ("per_scale_mixer_widths", {"per_scale_mixer_widths": (1.0,)}),
@@ -154,7 +152,6 @@ CONTRADICTIONS = [
     ("split_fractions", {"split_fractions": (0.5, 0.5)}),
     ("split_fractions", {"split_fractions": (0.5, 0.5, 0.5)}),
     ("split_fractions", {"split_fractions": (1.0, 0.0, 0.0)}),
-    ("untied_reconstruction", {"untied_reconstruction": True, "multi_basis_lifting": True}),
     ("untied_reconstruction", {"untied_reconstruction": True, "wavelet_mode": "haar"}),
     ("untied_reconstruction", {"untied_reconstruction": True, "wavelet_mode": "packets", "per_scale_mixer_widths": None}),
     ("per_scale_mixer_widths", {"wavelet_mode": "packets"}),
@@ -181,11 +178,6 @@ def test_an_impossible_combination_is_an_error_that_names_the_key(key, values):
 
 def test_a_memory_that_is_off_needs_no_valid_size():
     make_config({"pkm_enabled": False, "pkm_num_keys": 1000, "fwpkm_enabled": False, "C": 9}, "x")
-
-
-@pytest.mark.parametrize("levels, block_size", [(1, 2), (2, 3), (8, 256), (9, 257)])
-def test_the_most_levels_that_fit_a_block_are_allowed(levels, block_size):
-    assert make_config({"levels": levels, "block_size": block_size, **SINGLE}, "x").levels == levels
 
 
 @pytest.mark.parametrize(

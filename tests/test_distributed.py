@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_train import NO_DROPOUT, SMALL, text  # noqa: F401  (text is a fixture)
 
+from checkpoint import load_tensors, save_tensors
 from config import InputError, load_config, make_config
 from data import prepare
-from distributed import World, join
+from distributed import Shards, World, join, own_part
 from record import Record
 from trainer import LATEST, Trainer
 
@@ -86,6 +87,49 @@ def test_two_processes_take_one_s_steps_and_go_on_with_its_saves_and_it_with_the
     assert_same(resumed.tensors()["average"], trainer.tensors()["average"])
     assert_same(resumed.tensors()["optimizer"], trainer.tensors()["optimizer"])
     assert sorted(p.name for p in (tmp_path / "of two").iterdir()) == [LATEST] + ["shards-3"] * (kind == "fsdp")
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(1, 3), (2, 3), (4, 2), (3, 5)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 8])
+def test_shards_of_any_number_of_processes_are_read_by_any_other(tmp_path, rows, writers, readers):
+    whole = torch.arange(3.0 * rows).view(rows, 3)
+    for rank in range(writers):
+        number = {"model.scalar": torch.tensor(7.0)} if rank == 0 else {}
+        held = {"model.matrix": whole[own_part(rows, World("cpu", rank, writers))]}
+        save_tensors(held | number, tmp_path / f"{rank}-of-{writers}.safetensors")
+    shards = Shards(tmp_path, writers)
+    assert shards.shapes == {"model.matrix": whole.shape, "model.scalar": torch.Size([])}
+    parts = [own_part(rows, World("cpu", rank, readers)) for rank in range(readers)]
+    assert torch.equal(torch.cat([shards._rows("model.matrix", part.start, part.stop) for part in parts]), whole)
+    tensors = {"model": {"matrix": torch.zeros(rows, 3), "scalar": torch.zeros(())}}
+    shards.read(tensors, World("cpu"))
+    assert torch.equal(tensors["model"]["matrix"], whole) and tensors["model"]["scalar"] == 7
+
+
+def test_damaged_shards_are_one_line_that_names_them(config_file, tmp_path):
+    config, folder = load_config(config_file(parallel="fsdp")), tmp_path / "run"
+    saver, _ = alone(config, folder, 1)
+    saver.save()
+    file = folder / "shards-1" / "0-of-1.safetensors"
+    whole = load_tensors(file)
+    name = next(key for key in whole if key.startswith("optimizer.") and whole[key].dim() == 2)
+    changes = {
+        "missing": {k: t for k, t in whole.items() if k != "model.final_ln.weight"},
+        "unknown": whole | {"model.surprise": torch.zeros(1)},
+        "a state of no parameter": whole | {"optimizer.surprise:sum": torch.zeros(1)},
+        "another shape": whole | {"model.final_ln.weight": torch.zeros(1)},
+        "another type": whole | {"model.final_ln.weight": whole["model.final_ln.weight"].half()},
+        "a state of another shape": whole | {name: whole[name][:1].clone()},
+        "not finite": whole | {"model.final_ln.weight": whole["model.final_ln.weight"] / 0},
+    }
+    for change, tensors in changes.items():
+        save_tensors(tensors, file)
+        with pytest.raises(InputError, match="shards-1") as caught:
+            alone(config, folder, 1, resume=True)
+        assert "\n" not in str(caught.value), change
+    file.unlink()
+    with pytest.raises(InputError, match="0-of-1.safetensors"):
+        alone(config, folder, 1, resume=True)
 
 
 def test_of_two_processes_only_the_first_writes(config_file, tmp_path):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import SHARED, run_in_chunks
 
 from checkpoint import load_model
+from decode import Decoder
 
 FIXTURES = SHARED / "fixtures"
 ALL = sorted(path.parent for path in FIXTURES.glob("*/expected.pt"))
@@ -32,6 +33,15 @@ def test_logits_and_loss_equal_the_first_implementation_s_whole_and_in_chunks(fo
     torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(loss, expected["loss"], atol=1e-5, rtol=0)
     torch.testing.assert_close(chunks, expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("folder", NETWORKS)
+def test_the_decoder_s_logits_equal_the_first_implementation_s_too(folder):
+    decoder, expected = Decoder(load_model(folder)[0]), expected_of(folder)
+    logits, _ = decoder(expected["ids"], last_only=False)
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
+    steps, _ = run_in_chunks(decoder, expected["ids"][:, :9], [1] * 9)
+    torch.testing.assert_close(steps, expected["logits"][:, :9], atol=1e-4, rtol=0)
 
 
 def test_five_adagrad_steps_equal_the_first_implementation_s(shared):

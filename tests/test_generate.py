@@ -597,3 +597,29 @@ def test_fast_weights_change_the_text(run_folder, tmp_path, run):
     ByteTokenizer().save(tmp_path)
     still = run("--num_tokens", 60, checkpoint=tmp_path).out
     assert run("--num_tokens", 60, "--fwpkm_inference_updates", checkpoint=tmp_path).out != still
+
+
+@pytest.mark.parametrize("more", [[], ["--n", 3], ["--best_of_n", 2]])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, BrokenPipeError])
+def test_what_was_made_until_it_was_stopped_is_kept(run, run_folder, monkeypatch, stop, more):
+    def texts_kept():
+        return kept.read_text(encoding="utf-8").split("\n", 1)[1]
+
+    kept = run_folder / "generations.txt"
+    kept.unlink(missing_ok=True)
+    run("--num_tokens", 5, *(["--n", 2] if "--best_of_n" in more else more))  # all tries of a best-of-n that has no best yet
+    expected, calls, read = texts_kept(), [], Decoder.__call__
+    kept.unlink()
+
+    def until_the_sixth(self, *arguments):
+        calls.append(None)
+        if len(calls) == 6:
+            raise stop
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "__call__", until_the_sixth)
+    arguments = ["generate.py", "--checkpoint", run_folder, "--num_tokens", 50, *more]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    with pytest.raises(stop):
+        main()
+    assert texts_kept() == expected

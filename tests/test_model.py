@@ -140,6 +140,20 @@ def test_two_equal_bases_are_one():
     torch.testing.assert_close(two.reconstruct(blended), one.reconstruct(expected))
 
 
+def test_an_untied_reconstruction_of_bases_is_the_blend_of_each_by_its_own_networks():
+    config = tiny(multi_basis_lifting=True, untied_reconstruction=True, multi_basis_inits=("haar", "zero", "random"))
+    model = random_model(config)
+    bases, inverse, u = model.wavelets[0], model.layers[0].inverse_update_nets, torch.randn(4, 2, 20, 16)
+    blend, expected = inverse.basis_weights[:, 0].softmax(0), 0
+    for share, nets in zip(blend, inverse.update_nets, strict=True):
+        cur = u[0]
+        for level in (2, 1, 0):
+            cur = math.sqrt(2) * cur - nets[level](u[3 - level])
+        expected = expected + share * cur
+    torch.testing.assert_close(bases.reconstruct(u, inverse), expected)
+    assert not torch.allclose(bases.reconstruct(u), expected, atol=0.1), "the decomposition has other networks"
+
+
 @pytest.mark.parametrize("options", [{}, {"pkm_query_norm": True, "pkm_gate": True}])
 @pytest.mark.parametrize("heads, keys, top_k", [(1, 16, 1), (1, 64, 8), (2, 64, 5), (4, 25, 25), (2, 16, 40), (1, 100, 32)])
 def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k, options):
@@ -739,6 +753,26 @@ def test_packets_are_walsh_hadamard_transforms_of_the_last_positions():
     coarse_to_fine = sorted(range(8), key=lambda band: (matrix[:, band].diff() != 0).sum())
     torch.testing.assert_close(bands, expected[coarse_to_fine], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packets.reconstruct(bands), x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("residuals", [False, True])
+@pytest.mark.parametrize("stabilizers", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_mixers_in_a_row_equal_their_definition(depth, stabilizers, residuals):
+    config = tiny(mixer_depth=depth, mixer_depth_stabilizers=stabilizers, mixer_depth_residuals=residuals)
+    mixers, c = random_model(config).layers[0].mixers, torch.randn(4, 7, 16)
+    hadamard = mixers.transform.prepared()
+    z = hadamard(c)
+    for d, bank in enumerate(mixers.banks):
+        read = z
+        if d < depth - 1:
+            read = torch.stack([norm(scale) for norm, scale in zip(mixers.norms[d], z, strict=True)])
+            read = read * (mixers.betas[d] if stabilizers else 1)
+        mixed = bank(read, mixers.routed(read))
+        if d < depth - 1 and stabilizers:
+            mixed = mixers.alphas[d] * mixed
+        z = z + mixed if residuals and depth > 1 else mixed  # every one of several adds its input, the last too
+    torch.testing.assert_close(mixers(c), hadamard.inverse(z), atol=1e-5, rtol=1e-5)
 
 
 def test_mixers_take_the_largest_coefficients():

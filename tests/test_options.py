@@ -25,11 +25,12 @@ OPTIONS: dict[str, list[dict]] = {
         {}, {"looped_blocks": True, "looped_blocks_count": 3}, {"loop_iterations": 2}, {"layers": 3},
         {"looped_blocks": True, "looped_blocks_count": 2, "loop_iterations": 2},
     ],
-    "levels": [{}, {"levels": 1}, {"levels": 5}],
+    "levels": [{}, {"levels": 1}, {"levels": 5}, {"levels": 5, "block_size": 8}],  # the last look back beyond the block
     "wavelet": [
         {}, {"multi_basis_lifting": True}, {"untied_reconstruction": True}, {"wavelet_mode": "haar"},
         {"wavelet_mode": "diagonal"}, {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
         {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
+        {"multi_basis_lifting": True, "untied_reconstruction": True},
     ],
     "lifting_gate": [{}, {"lifting_gate": True}],
     "lifting_linear_only": [{}, {"lifting_linear_only": True}],
@@ -57,7 +58,7 @@ OPTIONS: dict[str, list[dict]] = {
     "skip_proj_out": [{}, {"skip_proj_out": True}],
     "learned_residual": [{}, {"learned_residual": False}],
     "tie_embedding_to_lm_head": [{}, {"tie_embedding_to_lm_head": True}],
-    "mlp": [{}, {"mlp_expansion": 0}, {"mlp_layers": 4}],
+    "mlp": [{}, {"mlp_expansion": 0}, {"mlp_layers": 4}, {"mlp_layers": 1}],
     "pkm": [{}, {"pkm_enabled": False}, {"pkm_heads": 2, "pkm_top_k": 2}, {"pkm_num_keys": 25, "pkm_top_k": 25}],
     "fwpkm": [
         {}, {"fwpkm_inference_updates": True, "fwpkm_chunk_size": 5, "fwpkm_update_lr": 0.5, "fwpkm_num_keys": 25},

@@ -15,7 +15,7 @@ import quantize
 from checkpoint import load_model, load_tensors, save_tensors
 from config import InputError
 from decode import Decoder
-from packed import Widths
+from packed import Weights, Widths
 from tokenizer import ByteTokenizer
 
 
@@ -105,7 +105,26 @@ def test_it_is_not_quantised_twice(packed, command, tmp_path):
         packed(8)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+@pytest.mark.parametrize("there", ["config.json", "best_model.pt", "notes.txt", "best_model.safetensors"])
+def test_nothing_that_is_there_is_written_over_or_hidden(packed, tmp_path, there):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / there).write_text("mine")
+    with pytest.raises(InputError, match="out: "):
+        packed(8)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "packed").iterdir()] == [(there, "mine")]
+
+
+def test_a_quantisation_that_fails_leaves_nothing(packed, tmp_path, monkeypatch):
+    def fail(*_):
+        raise InputError("no space")
+
+    monkeypatch.setattr(quantize, "save_tensors", fail)
+    with pytest.raises(InputError):
+        packed(8)
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "type", "not finite"])
 def test_damage_is_named(packed, change):
     path = packed(8) / "best_model.safetensors"
     from safetensors import safe_open
@@ -117,8 +136,37 @@ def test_damage_is_named(packed, change):
         del tensors["head/int8"]
     elif change == "extra":
         tensors["more/int8"] = torch.zeros(1)
-    else:
+    elif change == "shape":
         tensors["head/int8"] = tensors["head/int8"][:-1]
+    elif change == "type":
+        tensors["head/int8"] = tensors["head/int8"].to(torch.uint8)
+    else:
+        tensors["head/scale"][3] = float("inf")
     save_tensors(tensors, path, metadata)
     with pytest.raises(InputError, match="more" if change == "extra" else "head"):
         load_model(path)
+
+
+def move_tensors(path, offset):
+    """Rewrites a safetensors file so that its tensors begin `offset` bytes after a multiple of 64, as spaces after the header
+    may make them."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    longer = size + (offset - 8 - size) % 64
+    path.write_bytes(longer.to_bytes(8, "little") + data[8 : 8 + size].ljust(longer) + data[8 + size :])
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8, 60])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_aligned_wherever_they_lie_in_the_file(run_folder, packed, bits, offset):
+    folder = packed(bits)
+    path = folder / "best_model.safetensors"
+    move_tensors(path, offset)
+    tensors = load_tensors(path)
+    assert {tensor.data_ptr() % 64 for tensor in tensors.values()} != {0}, "the file itself does not align them"
+    given = Weights(Widths.of(bits), tensors).given
+    assert {tensor.data_ptr() % 64 for own in given.values() for tensor in own.values()} == {0}
+    original, model = load_model(run_folder)[0], load_model(folder)[0]
+    for rows in (1, 4, 16):  # torch's int8 kernel reads up to 16 rows at a time
+        ids = random_ids(rows, 1)
+        assert torch.equal(model(ids)[0], Decoder(original, bits)(ids, last_only=False)[0])

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import signal
@@ -343,6 +344,16 @@ def test_bad_settings_are_one_line_that_names_the_key(settings, monkeypatch, ove
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("levels", "block_size"), [(1, 2), (2, 3), (8, 256), (9, 257)])
+def test_as_many_levels_are_trained_as_look_back_within_a_window(levels, block_size):
+    config = make_config({"levels": levels, "block_size": block_size, "per_scale_mixer_widths": None}, "test")
+    train_module.check_levels(config)
+    more = config.model_copy(update={"levels": levels + 1})
+    with pytest.raises(InputError, match=f"at most {levels} levels"):
+        train_module.check_levels(more)
+    train_module.check_levels(more.model_copy(update={"decompose_bypass_cross_window": True}))
+
+
 def test_commands_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
@@ -469,6 +480,230 @@ def test_a_damaged_save_is_one_line_that_names_it(tmp_path, text, damage):
     with pytest.raises(InputError, match=r"latest\.pt: cannot be read") as caught:
         trainer.restore()
     assert "\n" not in str(caught.value)
+
+
+def contents(folder):
+    """Every file below a folder, and what is in it."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["a repository", "a quantised run", "another program's"])
+@pytest.mark.parametrize("name", ["", ".", "whole path"])
+def test_what_is_no_run_is_not_resumed_and_left_as_it_is(settings, tmp_path, monkeypatch, kind, name):
+    folder = tmp_path / "work"
+    (folder / "shards-12").mkdir(parents=True)
+    for file in ("log.txt", "metrics.jsonl", "samples.txt", ".half.tmp", "shards-12/mine", "best_model.safetensors"):
+        (folder / file).write_text("mine\n")
+    (folder / "config.json").write_bytes(settings().read_bytes())
+    if kind == "a quantised run":
+        (folder / "tokenizer.json").write_text('{"type": "bytes"}')
+    if kind == "another program's":
+        (folder / "env.json").write_text('{"PATH": "/bin"}')
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match="resume: ") as caught:
+        run(monkeypatch, "--resume", folder if name == "whole path" else name)
+    assert "\n" not in str(caught.value) and contents(folder) == before
+
+
+def test_a_run_that_has_lost_its_save_is_not_begun_anew(settings, tmp_path, monkeypatch):
+    run(monkeypatch, "--config", settings())
+    folder = only_run(tmp_path)
+    (folder / "latest.pt").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for kept in (lines, [line for line in lines if '"result"' not in line], []):  # ended, nearly so, and with the lines lost
+        (folder / "metrics.jsonl").write_text("".join(kept))
+        before = contents(folder)
+        with pytest.raises(InputError, match=r"no latest\.pt") as caught:
+            run(monkeypatch, "--resume", folder)
+        assert "\n" not in str(caught.value)
+        after = contents(folder)
+        assert {name: after[name] for name in before if name.name != "log.txt"} == {
+            name: data for name, data in before.items() if name.name != "log.txt"
+        }
+
+
+def test_a_run_stopped_before_its_first_save_begins_anew(settings, tmp_path, monkeypatch):
+    run(monkeypatch, "--config", settings())
+    folder = only_run(tmp_path)
+    before, samples = untimed(folder), (folder / "samples.txt").read_text()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:5]))  # four steps and the first evaluation
+    (folder / "latest.pt").unlink()
+    run(monkeypatch, "--resume", folder)
+    assert untimed(folder) == before and (folder / "samples.txt").read_text() == samples
+
+
+def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(settings, tmp_path, monkeypatch):
+    path = settings(max_steps=4)
+    first = start("--config", path, "--max_steps", 10**6)
+    folder = Path(first.stdout.readline().removeprefix("run: ").strip())
+    while not steps_logged(folder):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.002)
+    second = start("--resume", folder)
+    out, error = second.communicate(timeout=120)
+    assert (second.returncode, out, len(error.splitlines())) == (2, "", 1) and str(folder) in error
+    first.kill()  # and with the process its lock is gone
+    first.communicate()
+    assert (folder / ".lock").exists()
+    with Record(folder).locked():
+        pass
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("more", [["--profile"], []])
+def test_a_finished_run_keeps_its_result(settings, tmp_path, monkeypatch, capsys, more):
+    run(monkeypatch, "--config", settings(max_steps=4))
+    folder = only_run(tmp_path)
+    before, printed = (folder / "metrics.jsonl").read_bytes(), capsys.readouterr().out.splitlines()
+    model = (folder / "best_model.safetensors").read_bytes()
+    run(monkeypatch, "--resume", folder, *more)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert (folder / "best_model.safetensors").read_bytes() == model
+    if not more:
+        assert capsys.readouterr().out.splitlines()[-20:] == printed[-20:]
+
+
+def test_two_runs_of_one_seed_write_the_same_bytes(settings, tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        run(monkeypatch, "--config", settings(max_steps=4), "--out_dir", tmp_path / name)
+    one, other = (contents(next((tmp_path / name).iterdir())) for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    for name in map(Path, ("best_model.safetensors", "samples.txt", "tokenizer.json")):
+        assert one[name] == other[name], name
+
+
+@pytest.mark.parametrize("lost", [0, 1, 7, 10**9])
+def test_a_log_that_has_lost_its_end_is_cut_to_whole_lines_and_never_made_longer(tmp_path, capsys, lost):
+    record, path = Record(tmp_path), tmp_path / "metrics.jsonl"
+    for step in range(3):
+        record.metric(kind="train", step=step)
+    lengths, whole = record.lengths(), path.read_bytes()
+    record.metric(kind="train", step=99)
+    path.write_bytes(whole[: max(0, len(whole) - lost)] if lost else path.read_bytes())
+    record.cut_back(lengths)
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[: {0: 3, 1: 2, 7: 2}.get(lost, 0)])
+    assert ("lost" in capsys.readouterr().err) == bool(lost)
+    record.metric(kind="train", step=3)
+    assert record.metrics("train")[-1] == {"kind": "train", "step": 3}
+
+
+def test_a_last_line_that_is_half_written_is_left_out_with_a_note(tmp_path, capsys):
+    record, path = Record(tmp_path), tmp_path / "metrics.jsonl"
+    record.metric(kind="train", step=1)
+    whole = path.read_bytes()
+    record.metric(kind="train", step=2)
+    for end in range(len(whole) + 1, len(path.read_bytes())):
+        path.write_bytes(path.read_bytes()[:end] if end == len(whole) + 1 else (whole + b'{"kind": "train"')[:end])
+        assert record.metrics("train") == [{"kind": "train", "step": 1}]
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    path.write_bytes(b"half\n" + whole)
+    with pytest.raises(InputError, match="line 1") as caught:
+        record.metrics("train")
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tmp_path):
+    record = Record(tmp_path)
+    for step, value in enumerate((1.5, math.nan, math.inf, -math.inf)):
+        record.metric(kind="train", step=step, bits_per_byte=value)
+        record.metric(kind="validation", step=step, bits_per_byte=value, tokens=step)
+
+    def no_number(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = [json.loads(line, parse_constant=no_number) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["bits_per_byte"] for line in lines[::2]] == [1.5, None, None, None]
+    record.draw_curves()
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_terminal_that_cannot_show_a_text_loses_nothing(settings, tmp_path):
+    process = subprocess.run(
+        [sys.executable, REPO / "train.py", "--config", settings(max_steps=2, generation_prompt="né 中 ", num_new_tokens=2)],
+        cwd=REPO, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert b"n? ? " in process.stdout and b"test_bits_per_byte: " in process.stdout
+    folder = only_run(tmp_path)
+    assert "né 中 " in (folder / "log.txt").read_text(encoding="utf-8")
+    assert [line["kind"] for line in untimed(folder)][-1] == "result"
+
+
+class Hostile:
+    """What pickle makes a call of: whoever unpickles it makes the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("parallel", ["none", "fsdp"])
+@pytest.mark.parametrize("shards", ["shards-0", 1, "../shards-0"])
+def test_nothing_in_a_run_s_folder_is_executed(tmp_path, text, parallel, shards):
+    trainer = trainer_of(tmp_path, text, parallel=parallel)
+    trainer.save()
+    values = torch.load(tmp_path / "run" / "latest.pt", weights_only=True)
+    touched = tmp_path / "touched"
+    folder = tmp_path / "run" / "shards-0"
+    folder.mkdir(exist_ok=True)
+    for name in (".metadata", "0-of-1.safetensors"):  # the first is where torch.distributed.checkpoint reads a pickle
+        (folder / name).write_bytes(pickle.dumps(Hostile(touched)))
+    torch.save(values | {"shards": shards}, tmp_path / "run" / "latest.pt")
+    with pytest.raises(InputError):
+        trainer.restore()
+    (tmp_path / "run" / "latest.pt").write_bytes(pickle.dumps(Hostile(touched)))
+    with pytest.raises(InputError, match="latest.pt"):
+        trainer.restore()
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(Hostile(touched)))
+    assert touched.exists(), "the pickle is a hostile one"
+
+
+def changed(tensors, change):
+    """`tensors` with one that is a matrix changed."""
+    name = next(key for key, tensor in tensors.items() if tensor.dim() == 2 and tensor.size(0) > 1)
+    return tensors | {name: change(tensors[name])}
+
+
+SAVES_OF_OTHERS = {
+    "a weight to broadcast": lambda v: v | {"model": changed(v["model"], lambda t: t[:1])},
+    "a weight of another type": lambda v: v | {"model": changed(v["model"], torch.Tensor.double)},
+    "a weight that is not finite": lambda v: v | {"model": changed(v["model"], lambda t: t * float("nan"))},
+    "a weight too few": lambda v: v | {"model": dict(list(v["model"].items())[1:])},
+    "a weight too many": lambda v: v | {"model": v["model"] | {"more": torch.zeros(1)}},
+    "no average": lambda v: v | {"average": {}},
+    "an average to broadcast": lambda v: v | {"average": changed(v["average"], lambda t: t[:1])},
+    "a state to broadcast": lambda v: v | {"optimizer": changed(v["optimizer"], lambda t: t[:1])},
+    "a state of no parameter": lambda v: v | {"optimizer": v["optimizer"] | {"more:sum": torch.zeros(1)}},
+    "a text for a state": lambda v: v | {"optimizer": dict.fromkeys(v["optimizer"], "x")},
+    "carried text of another shape": lambda v: v | {"carried": [[{k: t[:1] for k, t in b.items()} for b in v["carried"][0]]]},
+    "too many carried texts": lambda v: v | {"carried": v["carried"] * 2},
+    "no step": lambda v: {key: value for key, value in v.items() if key != "step"},
+    "a step beyond the run's end": lambda v: v | {"step": 99},
+    "a length below 0": lambda v: v | {"lengths": {"metrics.jsonl": -1}},
+    "another scaler": lambda v: v | {"scaler": {"scale": 1.0}},
+    "a list": list,
+}
+
+
+@pytest.mark.parametrize("change", SAVES_OF_OTHERS)
+def test_a_save_that_is_not_of_this_run_is_one_line_that_names_it(tmp_path, text, change):
+    options = {"ema_decay": 0.5, "decompose_bypass_cross_window": True}
+    trainer = trainer_of(tmp_path, text, **options)
+    trainer.take_step()
+    trainer.save()
+    path = tmp_path / "run" / "latest.pt"
+    torch.save(SAVES_OF_OTHERS[change](torch.load(path, weights_only=True)), path)
+    other = trainer_of(tmp_path, text, **options)
+    before = weights(other).clone()
+    with pytest.raises(InputError, match=r"latest\.pt") as caught:
+        other.restore()
+    assert "\n" not in str(caught.value)
+    assert torch.equal(weights(other), before)
 
 
 def test_a_token_file_of_two_gigabytes_trains_in_bounded_memory(tmp_path, text):
