@@ -51,7 +51,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _as_pairs(value: Any) -> Any:
-    return tuple(value.items()) if isinstance(value, dict) else value  # a dict would leave the config without a hash
+    return tuple(value.items()) if isinstance(value, dict) else value or ()  # a dict would leave the config without a hash
 
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
@@ -330,8 +330,8 @@ def _contradictions(c: Config):
     if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):
         other = "exp_parametrization" if c.exp_parametrization else "gradient_checkpointing"
         yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
-    if not all(weight > 0 and name != c.dataset for name, weight in c.dataset_mix):
-        yield f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of other data sets than dataset"
+    if not all(weight > 0 and name not in ("", c.dataset) for name, weight in c.dataset_mix):
+        yield f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of named data sets other than dataset"
     if c.dataset_mix and c.decompose_bypass_cross_window:
         yield "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order; turn one of them off"
     if c.min_lr > c.lr:
@@ -421,14 +421,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def default_of(key: str) -> str:
+    """A key's default as JSON, so as a config file and the command line take it."""
+    return json.dumps(Config().model_dump(mode="json")[key], ensure_ascii=False)
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option `--KEY VALUE` for every key, with its meaning and default, in sections."""
     group = parser
     for key, field in Config.model_fields.items():
         if key in SECTIONS:
             group = parser.add_argument_group(SECTIONS[key])
-        default = json.dumps(field.get_default(), ensure_ascii=False)
-        text = f"{field.description} (default {default})".replace("%", "%%")
+        text = f"{field.description} (default {default_of(key)})".replace("%", "%%")
         group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
@@ -452,8 +456,7 @@ def options_table() -> str:
     for key, field in Config.model_fields.items():
         if key in SECTIONS:
             lines += [f"\n**{SECTIONS[key]}**\n", "| key | default | meaning | effect |", "|---|---|---|---|"]
-        default = json.dumps(field.get_default(), ensure_ascii=False)
-        lines.append(f"| `{key}` | `{default}` | {field.description} | {field.json_schema_extra['effect']} |")
+        lines.append(f"| `{key}` | `{default_of(key)}` | {field.description} | {field.json_schema_extra['effect']} |")
     return "\n".join(lines).strip() + "\n"
 
 
