@@ -51,7 +51,9 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _as_pairs(value: Any) -> Any:
-    return tuple(value.items()) if isinstance(value, dict) else value or ()  # a dict would leave the config without a hash
+    if isinstance(value, dict):
+        return tuple(value.items())  # a dict would leave the config without a hash
+    return () if value == [] else value  # [] is how the default is written
 
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
@@ -421,18 +423,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def default_of(key: str) -> str:
-    """A key's default as JSON, so as a config file and the command line take it."""
-    return json.dumps(Config().model_dump(mode="json")[key], ensure_ascii=False)
-
-
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option `--KEY VALUE` for every key, with its meaning and default, in sections."""
     group = parser
     for key, field in Config.model_fields.items():
         if key in SECTIONS:
             group = parser.add_argument_group(SECTIONS[key])
-        text = f"{field.description} (default {default_of(key)})".replace("%", "%%")
+        default = json.dumps(field.get_default(), ensure_ascii=False)
+        text = f"{field.description} (default {default})".replace("%", "%%")
         group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
@@ -456,7 +454,8 @@ def options_table() -> str:
     for key, field in Config.model_fields.items():
         if key in SECTIONS:
             lines += [f"\n**{SECTIONS[key]}**\n", "| key | default | meaning | effect |", "|---|---|---|---|"]
-        lines.append(f"| `{key}` | `{default_of(key)}` | {field.description} | {field.json_schema_extra['effect']} |")
+        default = json.dumps(field.get_default(), ensure_ascii=False)
+        lines.append(f"| `{key}` | `{default}` | {field.description} | {field.json_schema_extra['effect']} |")
     return "\n".join(lines).strip() + "\n"
 
 
