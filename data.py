@@ -335,9 +335,10 @@ def run_folder(checkpoint: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def run_corpus(config: Config, folder: Path, begun: bool, say: Callable[[str], None] = print) -> Corpus:
+def run_corpus(config: Config, folder: Path, begun: bool, say: Callable[[str], None] = print, keeps: bool = True) -> Corpus:
     """The corpus of the run in `folder`, in the run's own tokenizer. A new run's tokenizer and digests are written there; of
-    one that has `begun` they are compared, and `InputError` says what is different.
+    one that has `begun` they are compared, and `InputError` says what is different. A process that does not keep the run's
+    folder writes nothing; on a machine of its own it may not have one.
 
     A run of before runs kept digests goes on with its text as it is now, and with nothing between the documents, as then.
     """
@@ -347,9 +348,9 @@ def run_corpus(config: Config, folder: Path, begun: bool, say: Callable[[str], N
     corpus = prepare(config, say, tokenizer, separate=kept["separated"] if kept else not begun)
     if kept and (different := differences(kept, corpus)):
         raise InputError(f"resume: {folder} was not trained on this: {'; '.join(different)}. Restore it, or start a new run")
-    if tokenizer is None:
+    if tokenizer is None and keeps:
         corpus.tokenizer.save(folder)
-    if kept is None:
+    if kept is None and keeps:
         if begun:
             say(f"note: {folder} is from before runs kept digests of their text, so nothing tells if it is still the same")
         write_data_file(folder, corpus, separated=not begun)

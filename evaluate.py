@@ -28,7 +28,7 @@ from torch import nn
 
 from checkpoint import load_model
 from config import Config, InputError, Parser, run_command
-from corpus import SPLITS, check_is_text, described, documents, read_text
+from corpus import SPLITS, check_is_text, components, described, documents, read_text
 from data import encode_documents, prepare_split, read_data_file, run_folder, separator, unscored, word_count
 from tokenizer import Tokenizer
 
@@ -135,15 +135,16 @@ def read_tokens(
 ) -> Text:
     """A split of the run's own data set, or a text file; with `original` its `original_text`. `folder` is the run's: with
     what it keeps of its text, a split is read as in training, and `say` gets a line where it is another text by now."""
+    own = components(config)[0]  # what training mixes in has no part in the other splits
     if data in SPLITS and original:
-        source = f"{described(config)}, {data}, with the first implementation's blank lines"
+        source = f"{described(own)}, {data}, with the first implementation's blank lines"
         return encoded(original_text("".join(text for _, text in documents(config, data))), tokenizer, source)
     if data in SPLITS:
         kept = read_data_file(folder) if folder else None
         separate = kept is not None and kept["separated"]
         file = prepare_split(config, data, tokenizer, say, separate)
         same = None if kept is None else kept["splits"][data]["sha256"] == file.digest
-        source = f"{described(config)}, {data}"
+        source = f"{described(own)}, {data}"
         if same is False:
             say(f"note: the {data} split is not the one that this run was made with, from {kept.get('source')}")
         between = separator(config, tokenizer, separate)

@@ -238,7 +238,7 @@ def run(config: Config, folder: Path | None, world: World, profile: bool) -> Non
     with world.first_alone():
         # What a run that is refused would have in its log is not of the run, so a resumed one only prints it.
         say = record.say if not resumed else print if world.rank == 0 else lambda line: None
-        corpus = run_corpus(config, record.folder, begun, say)
+        corpus = run_corpus(config, record.folder, begun, say, keeps=world.rank == 0)
     say(
         f"text: {corpus.source}; {corpus.train.n_bytes:,} bytes of training, {corpus.validation.n_bytes:,} of validation, "
         f"{corpus.test.n_bytes:,} of test; between documents {corpus.separator}"
