@@ -1,7 +1,8 @@
 """Measures a checkpoint: negative log-likelihood of every token of a text but the first, in fp32.
 
 Nothing predicts the first token, so its bytes and words don't count either: tokens, bytes and words are of what is scored.
-A split is read as training reads it, in the run's own tokenizer; what stands between its documents is scored with them.
+A split is read in the run's own tokenizer and, with --protocol run, as training read it: what stands between its documents is
+scored with them. --protocol verbatim has nothing between them. The result's protocol is separated, verbatim or original.
 
     python evaluate.py --checkpoint logs/RUN --data test
 
@@ -131,19 +132,22 @@ def encoded(text: str, tokenizer: Tokenizer, source: str) -> Text:
 
 
 def read_tokens(
-    data: str, config: Config, tokenizer: Tokenizer, say: Callable, folder: Path | None = None, original: bool = False
+    data: str, config: Config, tokenizer: Tokenizer, say: Callable, folder: Path | None = None, protocol: str = "run"
 ) -> Text:
-    """A split of the run's own data set, or a text file; with `original` its `original_text`. `folder` is the run's: with
-    what it keeps of its text, a split is read as in training, and `say` gets a line where it is another text by now."""
+    """A split of the run's own data set, or a text file; by protocol "original" its `original_text`. `folder` is the run's:
+    with what it keeps of its text, protocol "run" reads a split as in training, and `say` gets a line where it is another
+    text by now."""
     own = components(config)[0]  # what training mixes in has no part in the other splits
-    if data in SPLITS and original:
+    if data in SPLITS and protocol == "original":
         source = f"{described(own)}, {data}, with the first implementation's blank lines"
         return encoded(original_text("".join(text for _, text in documents(config, data))), tokenizer, source)
     if data in SPLITS:
         kept = read_data_file(folder) if folder else None
-        separate = kept is not None and kept["separated"]
+        separate = kept is not None and kept["separated"] and protocol == "run"
         file = prepare_split(config, data, tokenizer, say, separate)
-        same = None if kept is None else kept["splits"][data]["sha256"] == file.digest
+        same = None
+        if kept is not None and separate == kept["separated"]:
+            same = kept["splits"][data]["sha256"] == file.digest
         source = f"{described(own)}, {data}"
         if same is False:
             say(f"note: the {data} split is not the one that this run was made with, from {kept.get('source')}")
@@ -154,7 +158,7 @@ def read_tokens(
         raise InputError(f"data: {data} is neither one of {', '.join(SPLITS)} nor a file")
     check_is_text(path)
     text = "".join(read_text(path))
-    return encoded(original_text(text) if original else text, tokenizer, str(path.absolute()))
+    return encoded(original_text(text) if protocol == "original" else text, tokenizer, str(path.absolute()))
 
 
 def main() -> None:
@@ -166,9 +170,10 @@ def main() -> None:
     parser.add_argument("--context", choices=["stream", "window"], help="default: the run's eval_context")
     parser.add_argument(
         "--protocol",
-        choices=["verbatim", "original"],
-        default="verbatim",
-        help="original: the first implementation's text, window and stride (default verbatim)",
+        choices=["run", "verbatim", "original"],
+        default="run",
+        help="verbatim: nothing between documents; original: the first implementation's text, window and stride; "
+        "run: as in training (default run)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
@@ -189,12 +194,12 @@ def main() -> None:
     if not 1 <= stride <= window:
         raise InputError(f"stride: {stride} must be from 1 to the window, {window}, or tokens would be left out")
     folder = run_folder(args.checkpoint)
-    text = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), folder, original)
+    text = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), folder, args.protocol)
     nats = score(model, text.tokens, window, stride, context, args.device)
     result = {"nats": nats, "tokens": len(text.tokens) - 1, "bytes": text.size, "words": text.words}
     result |= figures(nats, len(text.tokens), text.size, text.words)
     result |= {
-        "protocol": args.protocol,
+        "protocol": "original" if original else "verbatim" if text.separator == "nothing" else "separated",
         "context": context,
         "window": window,
         "stride": stride,

@@ -210,8 +210,8 @@ def trained(tmp_path):
     return tmp_path / "run"
 
 
-def evaluation(monkeypatch, capsys, folder):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(folder), "--json"])
+def evaluation(monkeypatch, capsys, folder, *options):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(folder), "--json", *options])
     evaluate.main()
     captured = capsys.readouterr()
     return json.loads(captured.out), captured.err
@@ -220,9 +220,13 @@ def evaluation(monkeypatch, capsys, folder):
 def test_evaluation_says_which_text_it_scored_and_if_it_is_the_runs(trained, tmp_path, monkeypatch, capsys):
     size = len("test a, and some more\n\ntest b, and some more")
     result, error = evaluation(monkeypatch, capsys, trained)
+    assert result["protocol"] == "separated"
     assert result["text"] == f"{tmp_path / 'text'} (6 files, 140 bytes), test"
     assert (result["text_of_the_run"], result["between_documents"], result["bytes"]) == (True, "a blank line", size - 1)
     assert "note" not in error
+    result, error = evaluation(monkeypatch, capsys, trained, "--protocol", "verbatim")
+    assert (result["protocol"], result["between_documents"], result["bytes"]) == ("verbatim", "nothing", size - 3)
+    assert result["text_of_the_run"] is None and "note" not in error
     (tmp_path / "text" / "test" / "a.txt").write_text("edited")
     result, error = evaluation(monkeypatch, capsys, trained)
     assert result["text_of_the_run"] is False and "the test split is not the one that this run was made with" in error
