@@ -35,7 +35,7 @@ from torch import nn
 
 from checkpoint import written_whole
 from config import Config, InputError, Parser, load_config, make_config, read_json, run_command, save_config
-from data import Corpus, Windows, prepare
+from data import Corpus, Windows, differences, prepare, read_data_file
 from features import fill_features
 from model import build_model
 from optimizers import clipped_step, make_optimizers
@@ -160,11 +160,20 @@ def result_of(folder: Path | None) -> dict[str, Any] | None:
     return results[0] if results else None
 
 
+def check_same_text(folder: Path, config: Config) -> None:
+    """Raises `InputError` where the run in `folder` was trained on another text than `config` reads now: a figure of it beside
+    one of a new run would compare the texts."""
+    kept = read_data_file(folder)
+    if kept and (different := differences(kept, prepare(config, lambda line: None))):
+        raise InputError(f"{folder} was not trained on this: {'; '.join(different)}. Restore it, or give another --out")
+
+
 def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, Any]:
     """The figures of one run: made now, gone on with, or read where it has ended."""
     parent = out / variant.key / f"seed{seed}_steps{steps}"
     folder = run_folder(parent)
     if (result := result_of(folder)) is not None:
+        check_same_text(folder, variant.config)
         return result
     parent.mkdir(parents=True, exist_ok=True)
     if folder:

@@ -54,7 +54,9 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _as_pairs(value: Any) -> Any:
-    return tuple(value.items()) if isinstance(value, dict) else value  # a dict would leave the config without a hash
+    if isinstance(value, dict):
+        return tuple(value.items())  # a dict would leave the config without a hash
+    return () if value == [] else value  # [] is how the default is written
 
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
@@ -332,8 +334,8 @@ def _contradictions(c: Config):
     if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):
         other = "exp_parametrization" if c.exp_parametrization else "gradient_checkpointing"
         yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
-    if not all(weight > 0 and name != c.dataset for name, weight in c.dataset_mix):
-        yield f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of other data sets than dataset"
+    if not all(weight > 0 and name not in ("", c.dataset) for name, weight in c.dataset_mix):
+        yield f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of named data sets other than dataset"
     if c.dataset_mix and c.decompose_bypass_cross_window:
         yield "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order; turn one of them off"
     if c.min_lr > c.lr:

@@ -1,6 +1,7 @@
 """Where text comes from: Python's own documentation, local .txt files, or a data set of the Hugging Face hub.
 
-`documents(config, split)` yields a split's text verbatim, in a fixed order. `config.dataset` says what is read:
+`documents(config, split)` yields a split's text verbatim, in a fixed order. What a text of several documents gets between
+them is data.py's to add. `config.dataset` says what is read:
 
 - `pydoc`: reference topics and docstrings of the running Python's standard library. Works offline, split by file.
 - a name in `HUB`, or any hub id `owner/name`, by parquet. `config.dataset_path` overrides the id: another one,
@@ -9,6 +10,9 @@
 - a folder with train, validation (or valid) and test, each a folder of .txt files or one .txt file: these splits.
 - a .txt file, or a folder of them: the files in sorted order are one long text, cut by `config.split_fractions` at the
   line ends that follow. So a split has whole files, but for the two where the cuts fall.
+
+Folders are read with all below them, through links too. What cannot be read is an error, what is of another kind is named
+by `unread`: nothing is passed over in silence.
 
 `config.dataset_mix` names more data sets, from whose train splits too windows are drawn; `components` lists them all.
 """
@@ -23,6 +27,7 @@ import platform
 import re
 import sysconfig
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +35,7 @@ from config import Config, InputError
 
 SPLITS = ("train", "validation", "test")
 READ_BYTES = 1 << 20
-RULES = "1"  # of reading and splitting: another number where they change, so that old token files are not used
+RULES = "2"  # of reading and splitting: another number where they change, so that old token files are not used
 
 HUB = {  # name -> hub id, configuration; all are parquet, for `datasets` runs no loading scripts any more
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
@@ -41,6 +46,7 @@ HUB = {  # name -> hub id, configuration; all are parquet, for `datasets` runs n
     "bookcorpusopen": ("lucadiliello/bookcorpusopen", ""),
     "pile-arxiv": ("timaeus/pile-arxiv", ""),
 }
+WIKITEXT = ("wikitext-103", "wikitext-2")
 
 
 def documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
@@ -68,6 +74,12 @@ def components(config: Config) -> list[Config]:
     return [own, *(own.model_copy(update={"dataset": name} | elsewhere) for name, _ in config.dataset_mix)]
 
 
+def check_source(config: Config) -> None:
+    """Raises `InputError` where a data set of `config` is unknown or is not there, as far as that is seen at once."""
+    for component in components(config):
+        described(component)
+
+
 def source_kind(config: Config) -> str:
     """What `config.dataset` is: "pydoc", "hub" or "files". Raises `InputError` for none of these."""
     name = config.dataset
@@ -76,7 +88,7 @@ def source_kind(config: Config) -> str:
     if name == "pydoc":
         return "pydoc"
     if Path(name).exists():
-        return "hub" if Path(name).is_dir() and next(Path(name).rglob("*.parquet"), None) else "files"
+        return "hub" if Path(name).is_dir() and any(_is(path, ".parquet") for path in files_below(Path(name))) else "files"
     if name.endswith(".txt") or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"dataset: there is nothing at {name}; give a .txt file or a folder of .txt files")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -87,9 +99,48 @@ def source_kind(config: Config) -> str:
     raise InputError(f"dataset: unknown data set {name}; {hint}")
 
 
+def located(config: Config) -> Config:
+    """`config` with the full paths of the files and folders that it names, so that it means the same from any folder."""
+
+    def full(name: str) -> str:
+        return os.path.abspath(name) if name and Path(name).exists() else name
+
+    named = config.dataset_path or config.dataset in HUB or config.dataset == "pydoc"  # then no path, see `source_kind`
+    return config.model_copy(
+        update={
+            "dataset": config.dataset if named else full(config.dataset),
+            "dataset_path": full(config.dataset_path),
+            "dataset_mix": tuple((n if n in HUB or n == "pydoc" else full(n), weight) for n, weight in config.dataset_mix),
+            "tokenizer": full(config.tokenizer) if config.tokenizer.endswith(".model") else config.tokenizer,
+        }
+    )
+
+
+def described(config: Config) -> str:
+    """Where the text of `config` comes from and how much it is, in words that tell it from another."""
+    if config.dataset_mix:
+        return " + ".join(described(component) for component in components(config))
+    kind = source_kind(config)
+    if kind == "pydoc":
+        return f"pydoc of Python {platform.python_version()} ({len(_library_files()):,} files)"
+    if kind == "files":
+        return f"{os.path.abspath(config.dataset)} ({_amount(_files_read(Path(config.dataset)))})"
+    identity, name, revision = _hub_source(config)
+    if Path(identity).exists():
+        tables = [path for path in files_below(Path(identity)) if _is(path, ".parquet")]
+        return f"{os.path.abspath(identity)} ({_amount(tables)})"
+    return identity + (f"@{revision}" if revision else "") + (f" ({name})" if name else "")
+
+
+def is_verbatim(config: Config) -> bool:
+    """Whether nothing may be put between the documents of `config`: WikiText's published figures are of its text as it is."""
+    return config.dataset in WIKITEXT or (source_kind(config) == "hub" and _hub_source(config)[0] == HUB[WIKITEXT[0]][0])
+
+
 def source_fingerprint(config: Config) -> str:
     """A short hash that changes when the source does: of names, sizes and times for files, of the Python version and
-    file names for pydoc, of id, revision, configuration and column for the hub (needs no network)."""
+    file names for pydoc, of id, revision, configuration and column for the hub (needs no network). It tells which token
+    files may be of use; what a run was trained on is told by the digest of its tokens, which a touched file does not change."""
     if config.dataset_mix:
         parts = [source_fingerprint(component) for component in components(config)]
         return hashlib.sha256("\0".join([RULES, "mix", *parts]).encode()).hexdigest()[:16]
@@ -98,19 +149,78 @@ def source_fingerprint(config: Config) -> str:
         parts = [platform.python_version(), *(path.as_posix() for path in _library_files())]
     else:
         parts = [*map(str, config.split_fractions)]
-        root = Path(config.dataset)
         if kind == "hub":
             identity, name, revision = _hub_source(config)
             parts += [config.dataset, identity, name, revision, config.text_column]
-            root = Path(identity)
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():
-                status = path.stat()
-                parts += [str(path.resolve()), str(status.st_size), str(status.st_mtime_ns)]
+            files = files_below(Path(identity)) if Path(identity).exists() else []
+        else:
+            files = _files_read(Path(config.dataset))
+        for path in files:
+            status = path.stat()
+            parts += [str(path.resolve()), str(status.st_size), str(status.st_mtime_ns)]
     return hashlib.sha256("\0".join([RULES, kind, *parts]).encode()).hexdigest()[:16]
 
 
+def unread(config: Config) -> str:
+    """What lies in the local folders of `config` and is not read, in one line; "" where there is no such thing."""
+    parts = []
+    for component in components(config):
+        kind = source_kind(component)
+        root = Path(component.dataset if kind == "files" else _hub_source(component)[0])
+        if kind == "pydoc" or not root.is_dir():
+            continue
+        read = set(_files_read(root)) if kind == "files" else {p for p in files_below(root) if _is(p, ".parquet")}
+        if rest := [path for path in files_below(root) if path not in read]:
+            parts.append(f"{len(rest)} of the files in {root} are not read: {_kinds(rest)}")
+    return "; ".join(parts)
+
+
 # Local text
+
+
+def files_below(root: Path) -> list[Path]:
+    """The files in the folder `root` and all folders below it, through links too, sorted; a file is itself. A folder that
+    several links lead to is read once, so links in a circle do no harm. Raises `InputError` for what cannot be read."""
+
+    def stop(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); make it readable, or move it away")
+
+    if not root.is_dir():
+        return [root]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=stop):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders.sort()  # os.walk goes into them in this order, so which of several links counts does not depend on the disk
+        found += [Path(folder, name) for name in names]
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: links to {os.readlink(path)}, where nothing is; restore that, or remove the link")
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def check_is_text(path: Path) -> None:
+    """Raises `InputError` where `path` is not called .txt (in any case): markup or JSON would be read as if it were text."""
+    if not _is(path, ".txt"):
+        kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+        hint = "plain text must be called .txt, and tables be a folder of .parquet files"
+        raise InputError(f"{path}: {kind} is of an unknown kind; {hint}")
+
+
+def _is(path: Path, suffix: str) -> bool:
+    return path.suffix.lower() == suffix
+
+
+def _amount(files: list[Path]) -> str:
+    return f"{len(files):,} file{'s' * (len(files) != 1)}, {sum(path.stat().st_size for path in files):,} bytes"
+
+
+def _kinds(files: list[Path]) -> str:
+    """How many files there are of each kind: "3 .json, 1 without a suffix"."""
+    kinds = Counter(path.suffix.lower() or "without a suffix" for path in files)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def read_text(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
@@ -147,14 +257,8 @@ def _file_documents(root: Path, fractions: tuple[float, ...], split: str) -> Ite
 
 def _file_ranges(root: Path, fractions: tuple[float, ...], split: str) -> list[tuple[Path, int, int]]:
     """The (file, first byte, end) of each document of a split of the file or folder `root`."""
-    if root.is_dir():
-        given = {name: _split_files(root, name) for name in SPLITS}
-        missing = [name for name in SPLITS if given[name] is None]
-        if not missing:
-            return [(path, 0, path.stat().st_size) for path in given[split]]
-        if len(missing) < 3:
-            name = missing[0]
-            raise InputError(f"{root}: has no {name} split; add {name}.txt or a folder {name} of .txt files")
+    if given := _given_splits(root):
+        return [(path, 0, path.stat().st_size) for path in given[split]]
     files = _text_files(root)
     sizes = [path.stat().st_size for path in files]
     if sum(sizes) == 0:
@@ -172,19 +276,40 @@ def _file_ranges(root: Path, fractions: tuple[float, ...], split: str) -> list[t
     return ranges
 
 
-def _split_files(root: Path, split: str) -> list[Path] | None:
-    for name in (split, "valid") if split == "validation" else (split,):
-        if (root / name).is_dir():
-            return _text_files(root / name)
-        if (root / f"{name}.txt").is_file():
-            return [root / f"{name}.txt"]
-    return None
+def _given_splits(root: Path) -> dict[str, list[Path]]:
+    """The files of each split where the folder `root` has train, validation (or valid) and test, in any case; else {}."""
+    if not root.is_dir():
+        return {}
+    inside = {path.name.lower(): path for path in sorted(root.iterdir())}
+    given = {}
+    for split in SPLITS:
+        for name in (split, "valid") if split == "validation" else (split,):
+            if name in inside and inside[name].is_dir():
+                given.setdefault(split, _text_files(inside[name]))
+            elif f"{name}.txt" in inside:
+                given.setdefault(split, _text_files(inside[f"{name}.txt"]))
+    if given and (missing := [split for split in SPLITS if split not in given]):
+        raise InputError(f"{root}: has no {missing[0]} split; add {missing[0]}.txt or a folder {missing[0]} of .txt files")
+    return given
+
+
+def _files_read(root: Path) -> list[Path]:
+    """All files of all splits."""
+    given = _given_splits(root)
+    return [path for split in SPLITS for path in given[split]] if given else _text_files(root)
 
 
 def _text_files(root: Path) -> list[Path]:
-    files = sorted(root.rglob("*.txt"), key=lambda path: path.as_posix()) if root.is_dir() else [root]
-    if not files:
-        raise InputError(f"{root}: has no .txt files; a folder in the hub's layout has .parquet files")
+    files = files_below(root)
+    if root.is_dir():
+        others, files = files, [path for path in files if _is(path, ".txt")]
+        if not files:
+            only = f", only {_kinds(others)}" if others else ""
+            raise InputError(f"{root}: has no .txt files{only}; a folder in the hub's layout has .parquet files")
+    for path in files:
+        check_is_text(path)
+        if not path.is_file():
+            raise InputError(f"{path}: is no regular file; give a .txt file or a folder of .txt files")
     return files
 
 
@@ -307,8 +432,7 @@ def _hub_documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
         rows = _column(stream, column, identity)
         if held_out and (split == "train" or split in held_out):
             rows = (text for index, text in enumerate(rows) if low <= _unit(f"row {index}") < high)
-        wikitext = identity == HUB["wikitext-103"][0] or config.dataset in ("wikitext-103", "wikitext-2")
-        yield from _wikitext_articles(rows) if wikitext else ((True, text) for text in rows)
+        yield from _wikitext_articles(rows) if is_verbatim(config) else ((True, text) for text in rows)
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

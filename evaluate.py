@@ -1,5 +1,9 @@
 """Measures a checkpoint: negative log-likelihood of every token of a text but the first, in fp32.
 
+Nothing predicts the first token, so its bytes and words don't count either: tokens, bytes and words are of what is scored.
+A split is read in the run's own tokenizer and, with --protocol run, as training read it: what stands between its documents is
+scored with them. --protocol verbatim has nothing between them. The result's protocol is separated, verbatim or original.
+
     python evaluate.py --checkpoint logs/RUN --data test
 
 From the nats come bits per byte (comparable across tokenizers), word perplexity and token perplexity. Two contexts:
@@ -15,6 +19,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +29,8 @@ from torch import nn
 
 from checkpoint import chosen_device, load_model
 from config import Config, InputError, Parser, run_command
-from corpus import SPLITS, documents, read_text
-from data import encode_documents, prepare
+from corpus import SPLITS, check_is_text, components, described, documents, read_text
+from data import encode_documents, prepare_split, read_data_file, run_folder, separator, unscored, word_count
 from tokenizer import Tokenizer
 
 ORIGINAL = (256, 128, "window")  # window, stride and context of the first implementation
@@ -68,7 +73,8 @@ def score(model: nn.Module, tokens: np.ndarray, window: int, stride: int, contex
 
 
 def figures(nats: float, tokens: int, size: int, words: int) -> dict[str, float]:
-    """Bits per byte, and perplexity per token and per word, of a text of `tokens` tokens, `size` bytes, `words` words."""
+    """Bits per byte, and perplexity per token and per word. `nats`, `size` (bytes) and `words` are those of what is scored,
+    `tokens` is one more: the first token is not."""
     return {
         "bits_per_byte": nats / math.log(2) / size,
         "token_perplexity": _exp(nats / (tokens - 1)),
@@ -105,27 +111,54 @@ def original_text(text: str) -> str:
     return "\n\n".join("" if row == " \n" else row for row in rows)
 
 
-def encoded(text: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]:
-    """Tokens, bytes and words of a text."""
-    ids = [i for _, _, piece in encode_documents(iter([(True, text)]), tokenizer) for i in piece]
-    return np.array(ids, np.int64), len(text.encode()), len(text.split()) + text.count("\n")
+@dataclass(frozen=True)
+class Text:
+    """A text to score: all its tokens (n,), bytes and words of what is scored of it, and which text it is."""
+
+    tokens: np.ndarray
+    size: int
+    words: int
+    source: str
+    separator: str = "nothing"  # between two documents
+    of_run: bool | None = None  # whether it is what the run had as this split; None where nothing tells
+
+
+def encoded(text: str, tokenizer: Tokenizer, source: str) -> Text:
+    """One document, verbatim."""
+    pieces = list(encode_documents(iter([(True, text)]), tokenizer))
+    size, words = unscored(*pieces[0][1:], tokenizer) if pieces else (0, 0)
+    ids = np.array([i for _, _, piece in pieces for i in piece], np.int64)
+    return Text(ids, len(text.encode()) - size, word_count(text) - words, source)
 
 
 def read_tokens(
-    data: str, config: Config, tokenizer: Tokenizer, say: Callable, original: bool = False
-) -> tuple[np.ndarray, int, int]:
-    """Tokens, bytes and words of a split of the run's own data set, or of a text file; with `original` of its
-    `original_text`."""
-    if data in SPLITS and not original:
-        file = getattr(prepare(config, say), data)
-        return file.tokens, file.n_bytes, file.n_words
+    data: str, config: Config, tokenizer: Tokenizer, say: Callable, folder: Path | None = None, protocol: str = "run"
+) -> Text:
+    """A split of the run's own data set, or a text file; by protocol "original" its `original_text`. `folder` is the run's:
+    with what it keeps of its text, protocol "run" reads a split as in training, and `say` gets a line where it is another
+    text by now."""
+    own = components(config)[0]  # what training mixes in has no part in the other splits
+    if data in SPLITS and protocol == "original":
+        source = f"{described(own)}, {data}, with the first implementation's blank lines"
+        return encoded(original_text("".join(text for _, text in documents(config, data))), tokenizer, source)
     if data in SPLITS:
-        return encoded(original_text("".join(text for _, text in documents(config, data))), tokenizer)
+        kept = read_data_file(folder) if folder else None
+        separate = kept is not None and kept["separated"] and protocol == "run"
+        file = prepare_split(config, data, tokenizer, say, separate)
+        same = None
+        if kept is not None and separate == kept["separated"]:
+            same = kept["splits"][data]["sha256"] == file.digest
+        source = f"{described(own)}, {data}"
+        if same is False:
+            say(f"note: the {data} split is not the one that this run was made with, from {kept.get('source')}")
+        between = separator(config, tokenizer, separate)
+        return Text(file.tokens, file.scored_bytes, file.scored_words, source, between, same)
     path = Path(data)
     if not path.is_file():
         raise InputError(f"data: {data} is neither one of {', '.join(SPLITS)} nor a file")
+    check_is_text(path)
     text = "".join(read_text(path))
-    return encoded(original_text(text) if original else text, tokenizer)
+    return encoded(original_text(text) if protocol == "original" else text, tokenizer, str(path.absolute()))
 
 
 def main() -> None:
@@ -137,9 +170,10 @@ def main() -> None:
     parser.add_argument("--context", choices=["stream", "window"], help="default: the run's eval_context")
     parser.add_argument(
         "--protocol",
-        choices=["verbatim", "original"],
-        default="verbatim",
-        help="original: the first implementation's text, window and stride (default verbatim)",
+        choices=["run", "verbatim", "original"],
+        default="run",
+        help="verbatim: nothing between documents; original: the first implementation's text, window and stride; "
+        "run: as in training (default run)",
     )
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one (default auto)"
@@ -160,17 +194,21 @@ def main() -> None:
         raise InputError(f"window: {window} must be at least 1")
     if not 1 <= stride <= window:
         raise InputError(f"stride: {stride} must be from 1 to the window, {window}, or tokens would be left out")
-    tokens, size, words = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), original)
-    nats = score(model, tokens, window, stride, context, device)
-    result = {"nats": nats, "tokens": len(tokens) - 1, "bytes": size, "words": words}
-    result |= figures(nats, len(tokens), size, words)
+    folder = run_folder(args.checkpoint)
+    text = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), folder, args.protocol)
+    nats = score(model, text.tokens, window, stride, context, device)
+    result = {"nats": nats, "tokens": len(text.tokens) - 1, "bytes": text.size, "words": text.words}
+    result |= figures(nats, len(text.tokens), text.size, text.words)
     result |= {
-        "protocol": args.protocol,
+        "protocol": "original" if original else "verbatim" if text.separator == "nothing" else "separated",
         "context": context,
         "window": window,
         "stride": stride,
         "tokenizer": tokenizer.name,
         "data": args.data,
+        "text": text.source,
+        "text_of_the_run": text.of_run,
+        "between_documents": text.separator,
     }
     print(json.dumps(result) if args.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
 

@@ -106,11 +106,18 @@ def settings_of(config: Config) -> Settings:
     return Settings(context=config.eval_context, **{key: getattr(config, key) for key in keys})
 
 
+def bare_prompt(prompt: str, tokenizer: Tokenizer) -> str:
+    """`prompt` without spaces at its end, where a word's token begins with the space before it: after a space of its own a
+    model has seen hardly any word begin, so it would say something else than it means. A prompt of spaces alone stays."""
+    bare = prompt.rstrip(" ")
+    return bare if bare and tokenizer.spaced else prompt
+
+
 def sample_text(model: nn.Module, tokenizer: Tokenizer, config: Config, num_tokens: int) -> str:
-    """The config's prompt, continued by the model as it is: plain text. Leaves the model in the mode that it was in."""
+    """The config's `bare_prompt`, continued by the model as it is: plain text. Leaves the model in the mode that it was in."""
     was_training = model.training
     device = next(model.parameters()).device
-    ids = torch.tensor([tokenizer.encode(config.generation_prompt)], dtype=torch.int64, device=device)
+    ids = torch.tensor([tokenizer.encode(bare_prompt(config.generation_prompt, tokenizer))], dtype=torch.int64, device=device)
     sample = generate(model.eval(), ids, num_tokens, settings_of(config))
     model.train(was_training)
     return tokenizer.decode(sample.ids[0].tolist())
@@ -124,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     given = "(default: the checkpoint's %s)"
     add = parser.add_argument_group("Text").add_argument
     add("--checkpoint", metavar="PATH", required=True, help="run directory, .safetensors file, or an old .pt")
-    add("--prompt", metavar="TEXT", help="text to go on from " + given % "generation_prompt")
+    add("--prompt", metavar="TEXT", help="text to go on from, without spaces at its end " + given % "generation_prompt")
     add("--num_tokens", type=int, metavar="N", help="tokens to generate " + given % "num_new_tokens")
     add("--n", type=int, default=1, help="samples, in one batch; several are printed when all are done (default 1)")
     add("--seed", type=int, default=1337, help="the same seed gives the same text, whatever the batch (default 1337)")
@@ -333,6 +340,9 @@ class Session:
         """Generates, prints and measures, and gives the texts to `keep`. A single text is printed as it comes; several, or the
         best of several, when they are done and kept. Of what is stopped on the way, by Ctrl-C say, all that was made by then is
         kept."""
+        asked, prompt = prompt, bare_prompt(prompt, self.tokenizer)
+        if asked != prompt:
+            print("note: spaces at the prompt's end are left out, for tokens begin with their space", file=sys.stderr)
         ids = torch.tensor([encode_prompt(prompt, self.tokenizer, self.vocab_size)], dtype=torch.int64, device=self.device)
         printer = Printer(self.tokenizer, self.clean) if self.settings.rows == 1 else None
         moments: list[float] = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model, written_whole
 from config import InputError, Parser, run_command
+from data import run_folder
 from decode import PackedModel
 from evaluate import read_tokens
 from features import NAMES
@@ -237,9 +238,9 @@ def main() -> None:
     checkpoint = Path(args.checkpoint)
     out = Path(args.out) if args.out else checkpoint if checkpoint.is_dir() else checkpoint.parent
     out.mkdir(parents=True, exist_ok=True)
-    tokens, _, _ = read_tokens(args.data, config, tokenizer, print)
-    activity = watch(model.eval(), tokens[: args.tokens], config.block_size)
-    about = f"`{args.checkpoint}`, {activity.tokens:,} {tokenizer.name} tokens of {args.data}"
+    text = read_tokens(args.data, config, tokenizer, print, run_folder(args.checkpoint))
+    activity = watch(model.eval(), text.tokens[: args.tokens], config.block_size)
+    about = f"`{args.checkpoint}`, {activity.tokens:,} {tokenizer.name} tokens of {text.source}"
     with written_whole(out / "inspection.md") as beside:
         beside.write_text(page(model, activity, about), encoding="utf-8")
     draw(model, activity, out / "inspection.png")

@@ -14,6 +14,7 @@
 import itertools
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model
 from config import Config, InputError, Parser, load_config, make_config, run_command
+from data import run_folder
 from evaluate import read_tokens
 from model import build_model
 from optimizers import clipped_step, learning_rate, make_optimizers, rates
@@ -186,13 +188,14 @@ def main() -> None:
         model, config, tokenizer = load_model(args.checkpoint)
         if tokenizer is None:
             raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json)")
-        tokens, _, _ = read_tokens(args.data, config, tokenizer, lambda line: None)
+        folder = run_folder(args.checkpoint)
+        text = read_tokens(args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), folder)
         probes = {
             "nats_by_position": loss_by_position, "repetition_lift_nats": repetition_lift,
             "needle_by_distance": needle_by_distance,
         }  # fmt: skip
-        result |= {name: probe(model.eval(), tokens, config.block_size, args.windows) for name, probe in probes.items()}
-        result |= {"data": args.data, "tokenizer": tokenizer.name}
+        result |= {name: probe(model.eval(), text.tokens, config.block_size, args.windows) for name, probe in probes.items()}
+        result |= {"data": args.data, "text": text.source, "text_of_the_run": text.of_run, "tokenizer": tokenizer.name}
     if args.mqar:
         config = recall_config(Path(args.config), args.lr, args.seed)
         result |= train_recall(config, args.steps, say=lambda line: print(line, flush=True))

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
 from config import Config, InputError, Parser, run_command, save_config
+from data import DATA_FILE, run_folder
 from decode import Decoder, PackedModel, head_is_embedding
 from model import LanguageModel
 from packed import Weights, Widths
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, write_whole
 
 COMPONENTS = {
     "mixer_coarse": "mixers of the coarse third of the scales",
@@ -75,6 +76,9 @@ def main() -> None:
     widths = replace(Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = quantise(model, config, tokenizer, widths, out)
+    kept = run_folder(args.checkpoint) / DATA_FILE
+    if kept.exists():  # so that evaluate.py reads the text as the run did
+        write_whole(out / DATA_FILE, kept.read_bytes())
     print(f"checkpoint: {out}\nbytes: {size}\nshare_of_fp32: {size / (4 * parameters):.4f}")
 
 

@@ -1,16 +1,19 @@
 """Text to token ids and back, exactly: UTF-8 bytes, GPT-2's byte pairs (tiktoken), or SentencePiece.
 
 The three classes have the same attributes and methods:
-`name`; `vocab_size`; `fingerprint`, that of all that decides the ids; `encode(text)`, verbatim, without special
+`name`; `vocab_size`; `fingerprint`, that of all that decides the ids; `end_of_text`, the id that ends a document, None where
+there is none; `spaced`, whether a word's token begins with the space before it; `encode(text)`, verbatim, without special
 tokens; `decode_bytes(ids)`, the exact UTF-8; `decode(ids)`, the text, U+FFFD for what is no UTF-8; `save(folder)`.
 """
 
 import codecs
+import contextlib
 import difflib
 import hashlib
 import io
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +30,8 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     fingerprint = "bytes"
+    end_of_text = None
+    spaced = False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -38,7 +43,7 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        _write(folder / "tokenizer.json", json.dumps({"type": "bytes"}).encode())
+        write_whole(folder / "tokenizer.json", json.dumps({"type": "bytes"}).encode())
 
 
 class GPT2Tokenizer:
@@ -46,6 +51,7 @@ class GPT2Tokenizer:
 
     name = "gpt2"
     fingerprint = "gpt2"
+    spaced = True
 
     def __init__(self):
         import tiktoken
@@ -58,6 +64,7 @@ class GPT2Tokenizer:
                 "point TIKTOKEN_CACHE_DIR at a folder that has them, or take tokenizer bytes or sentencepiece"
             ) from error
         self.vocab_size = self._encoding.n_vocab
+        self.end_of_text = self._encoding.eot_token
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
@@ -69,7 +76,7 @@ class GPT2Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
-        _write(folder / "tokenizer.json", json.dumps({"type": "gpt2"}).encode())
+        write_whole(folder / "tokenizer.json", json.dumps({"type": "gpt2"}).encode())
 
 
 class SentencePieceTokenizer:
@@ -77,6 +84,8 @@ class SentencePieceTokenizer:
 
     SentencePiece itself reads the character ▁ as a space. Here ▁ in a text becomes its three byte pieces instead.
     """
+
+    spaced = True
 
     def __init__(self, model: bytes, source: str = "tokenizer"):
         import sentencepiece
@@ -89,6 +98,8 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.get_piece_size()
         self.name = f"sentencepiece-{self.vocab_size}"
         self.fingerprint = hashlib.sha256(model).hexdigest()
+        end = self._processor.eos_id()  # -1 where the model was trained without one, as ours are
+        self.end_of_text = end if end >= 0 else None
         self._bytes = []  # id -> its UTF-8
         for token in range(self.vocab_size):
             piece = self._processor.id_to_piece(token)
@@ -122,18 +133,35 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path) -> None:
         # The .json comes last: where it is, the model is whole.
-        _write(folder / "tokenizer.model", self._model)
+        write_whole(folder / "tokenizer.model", self._model)
         values = {"type": "sentencepiece", "vocab_size": self.vocab_size, "sha256": self.fingerprint}
-        _write(folder / "tokenizer.json", json.dumps(values).encode())
+        write_whole(folder / "tokenizer.json", json.dumps(values).encode())
 
 
 Tokenizer = ByteTokenizer | GPT2Tokenizer | SentencePieceTokenizer
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def beside(path: Path) -> Path:
+    """Where this process writes what becomes `path` once it is whole. The name tells whose it is, should it be left over."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.tmp")
+
+
+TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")  # such a name: the number of its process, and its machine
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all. Raises `InputError` where it cannot be written."""
+    temporary = beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # the name must not reach the disk before the contents
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def tokenizer_choice(config: Config) -> str:
@@ -248,6 +276,11 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
         rest = rest[start:]
     if rest:
         yield rest
+
+
+def text_bytes(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """The UTF-8 bytes of the text that `ids` stand for. An end of text stands for none, whatever it is written as."""
+    return len(tokenizer.decode_bytes([token for token in ids if token != tokenizer.end_of_text]))
 
 
 class TextStream:

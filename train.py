@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from checkpoint import MODEL_FILE, load_model, own_tensors, save_model
 from config import Config, InputError, Parser, add_config_options, given_options, load_config, make_config, run_command
-from data import evaluation_slice, prepare
+from corpus import check_source, located
+from data import evaluation_slice, run_corpus
 from distributed import World, join
 from evaluate import bigram_nats, figures, score
 from generate import sample_text
@@ -35,7 +36,8 @@ from optimizers import learning_rate, warmup_steps
 from plan import print_plan
 from profiling import matmul_rate, profile_steps, work_per_token
 from record import Record
-from trainer import Trainer
+from tokenizer import text_bytes
+from trainer import LATEST, Trainer
 
 AVERAGE_FILE = "average_model.safetensors"  # the best average of the weights, where ema_decay asks for one
 
@@ -62,8 +64,8 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
     """Steps until the end or a request to stop, with log lines, evaluations, samples and saves at their intervals."""
     config, record, corpus = trainer.config, trainer.record, trainer.corpus
     bits = corpus.train.n_tokens / corpus.train.n_bytes / math.log(2)  # nats per token → bits per byte
-    held_out = evaluation_slice(corpus.validation, config.eval_tokens + 1)
-    held_out_bits = (len(held_out) - 1) / len(corpus.tokenizer.decode_bytes(held_out[1:].tolist())) / math.log(2)
+    held_out = whole_windows(evaluation_slice(corpus.validation, config.eval_tokens + 1), config.block_size)
+    held_out_bits = (len(held_out) - 1) / text_bytes(corpus.tokenizer, held_out[1:].tolist()) / math.log(2)
     work = None  # of a token, as a share of what a GPU multiplies in a second
     if trainer.device == "cuda":
         work = work_per_token(trainer) / matmul_rate("cuda", trainer.cast or torch.float32)
@@ -114,6 +116,12 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
         sys.exit(128 + stopping)
 
 
+def whole_windows(tokens: Tensor, block_size: int) -> Tensor:
+    """The tokens (n,) that a validation in windows of `block_size` predicts, and the one before them."""
+    length = min(block_size, len(tokens) - 1)
+    return tokens[: (len(tokens) - 1) // length * length + 1]
+
+
 def evaluate_now(trainer: Trainer, held_out: Tensor, bits: float) -> None:
     """Validation on the fixed tokens, of the weights and of their average, the best checkpoints, a sample, and the curves."""
     config, record = trainer.config, trainer.record
@@ -156,7 +164,8 @@ def finish(trainer: Trainer) -> None:
     result |= split_figures(trainer, model, "")
     bigram = bigram_nats(corpus.train.tokens, corpus.validation.tokens, corpus.vocab_size)
     result["bigram_val_loss"] = bigram
-    result["bigram_val_bits_per_byte"] = bigram * (corpus.validation.n_tokens - 1) / math.log(2) / corpus.validation.n_bytes
+    scored = (corpus.validation.n_tokens - 1) / corpus.validation.scored_bytes
+    result["bigram_val_bits_per_byte"] = bigram * scored / math.log(2)
     trained = trainer.seconds - trainer.evaluation_seconds
     if trainer.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
@@ -194,7 +203,7 @@ def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, 
     window, context, result = trainer.config.block_size, trainer.config.eval_context, {}
     for short, split in (("val", trainer.corpus.validation), ("test", trainer.corpus.test)):
         nats = score(model, split.tokens, window, max(1, window // 2), context, trainer.device)
-        values = figures(nats, split.n_tokens, split.n_bytes, split.n_words)
+        values = figures(nats, split.n_tokens, split.scored_bytes, split.scored_words)
         values = {"loss": nats / (split.n_tokens - 1)} | values
         result |= {f"{prefix}{short}_{key}": value for key, value in values.items()}
     return result
@@ -233,7 +242,8 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
         )
     saved = load_config(folder / "config.json")
     asked = load_config(args.config, **given) if args.config else make_config(saved.model_dump() | given, "command line")
-    changed = [key for key in Config.model_fields if getattr(asked, key) != getattr(saved, key)]
+    asked, before = located(asked), located(saved)  # a run's paths are full ones, those of the command line may not be
+    changed = [key for key in Config.model_fields if getattr(asked, key) != getattr(before, key)]
     if changed:
         keys = ", ".join(changed)
         raise InputError(f"resume: not as in {folder}/config.json: {keys}; leave them out, or start a new run")
@@ -253,6 +263,10 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
     """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and holds the run while `held`
     is open."""
     resumed = folder is not None
+    begun = resumed and (folder / LATEST).exists()
+    if not resumed:
+        config = located(config)
+        check_source(config)
     if world.rank == 0 and not resumed:
         folder = Record.create(config).folder
     record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
@@ -261,9 +275,13 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
         print(f"run: {record.folder}", flush=True)
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():
-        corpus = prepare(config, record.say)
-    if world.rank == 0:
-        corpus.tokenizer.save(record.folder)
+        # What a run that is refused would have in its log is not of the run, so a resumed one only prints it.
+        say = record.say if not resumed else print if world.rank == 0 else lambda line: None
+        corpus = run_corpus(config, record.folder, begun, say, keeps=world.rank == 0)
+    say(
+        f"text: {corpus.source}; {corpus.train.n_bytes:,} bytes of training, {corpus.validation.n_bytes:,} of validation, "
+        f"{corpus.test.n_bytes:,} of test; between documents {corpus.separator}"
+    )
     trainer = Trainer(config, record, corpus, world)
     if resumed:
         trainer.restore()

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 
 from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, save_plain
 from config import Config, InputError
-from data import Corpus, training_order
+from data import Corpus, total_steps, training_order
 from distributed import Shards, World, remove_other_shards, save_shards
 from features import fill_features
 from model import build_model
@@ -59,9 +59,7 @@ class Trainer:
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         batch = config.micro_batch_size * config.grad_accum
         self.batches = training_order(corpus, config, batch)
-        self.total_steps = math.ceil(config.epochs * self.batches.steps_per_epoch)
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.total_steps = total_steps(self.batches, config)
         self.tokens_per_step = batch * config.block_size
         self.cast = autocast_type(config, self.device)
         self.scaler = LossScale(self.device, enabled=self.cast is torch.float16)

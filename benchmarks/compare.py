@@ -48,6 +48,7 @@ from ngrams import NgramEmbedding  # noqa: E402
 from optimizers import clipped_step, learning_rate, make_optimizers, rates  # noqa: E402
 from record import environment  # noqa: E402
 from tables import markdown_table, mean_deviation, put_first  # noqa: E402
+from tokenizer import text_bytes  # noqa: E402
 
 CURVE_POINTS = 10  # measurements on validation during a run
 CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
@@ -189,7 +190,7 @@ def full_name(entrant: Contestant, data: str) -> str:
 
 def data_digest(corpus: Corpus, batch: int) -> str:
     """Of text, tokens and batch size."""
-    parts = [corpus.train.n_tokens, corpus.train.n_bytes, corpus.validation.n_bytes, corpus.tokenizer.fingerprint, batch]
+    parts = [corpus.train.digest, corpus.validation.digest, corpus.test.digest, corpus.tokenizer.fingerprint, batch]
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
 
 
@@ -201,7 +202,7 @@ def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | No
     file, block = getattr(corpus, split), model.block_size
     ids = file.tokens[:tokens]
     nats = score(model.eval(), ids, block, block, "window")
-    size = file.n_bytes if tokens is None else len(corpus.tokenizer.decode_bytes(ids.tolist()))
+    size = file.scored_bytes if tokens is None else text_bytes(corpus.tokenizer, ids[1:].tolist())
     return figures(nats, len(ids), size, 1)["bits_per_byte"]
 
 

@@ -15,7 +15,7 @@ from test_train import SMALL
 
 import ablate
 from config import InputError, make_config
-from data import prepare
+from data import prepare, run_corpus
 from tables import markdown_table, mean_deviation, put_first
 
 REPO = Path(__file__).parent.parent
@@ -210,3 +210,18 @@ def test_a_stopped_ablation_run_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(run=finish))
     assert ablate.make_run(variant, 1, 4, tmp_path)["val_bits_per_byte"] == 2.0
     assert commands == [["--resume", str(folder)]]
+
+
+def test_a_result_on_another_text_is_not_put_beside_new_ones(tmp_path):
+    (tmp_path / "tale.txt").write_text("".join(f"The {i} bears met {i * i % 13} foxes.\n" for i in range(300)))
+    values = SMALL | {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}
+    variant = ablate.Variant("baseline", make_config(values, "test"))
+    folder = tmp_path / variant.key / "seed1_steps4" / "tale"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"kind": "result", "val_bits_per_byte": 2.0}\n')
+    run_corpus(variant.config, folder, False, lambda line: None)
+    assert ablate.make_run(variant, 1, 4, tmp_path)["val_bits_per_byte"] == 2.0
+    (tmp_path / "tale.txt").write_text("".join(f"The {i} foxes met {i * i % 13} bears.\n" for i in range(300)))
+    with pytest.raises(InputError, match="was not trained on this: train has .*--out"):
+        ablate.make_run(variant, 1, 4, tmp_path)

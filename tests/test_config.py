@@ -117,6 +117,7 @@ def test_a_value_past_its_range_is_an_error_that_names_the_key():
         ("lr", float("nan")), ("lr", float("inf")), ("epochs", float("inf")), ("temperature", float("inf")),
         ("grad_clip", float("nan")), ("multinodal_bagged_eps", float("nan")),
         ("split_fractions", (float("nan"), 0.5, 0.5)), ("per_scale_mixer_widths", (float("inf"),) * 6),
+        ("dataset_mix", {"": 1.0}),
         ("dataset_mix", {"books": 0.0}), ("dataset_mix", {"books": float("nan")}), ("dataset_mix", {"wikitext-103": 1.0}),
     ],
 )  # fmt: skip
@@ -232,6 +233,8 @@ def test_options_of_the_command_line_override_the_file(tmp_path):
         (["--compile", "False", "--use_amp", "True"], {"compile": False, "use_amp": True}),
         (["--max_steps", "null"], {"max_steps": None}),
         (["--max_steps", "None"], {"max_steps": None}),
+        (["--dataset_mix", "[]"], {"dataset_mix": ()}),
+        (["--dataset_mix", '{"pg19": 0.5}'], {"dataset_mix": (("pg19", 0.5),)}),
         (["--per_scale_mixer_widths", "[1, 1, 1, 1, 0.5, 0.5]"], {"per_scale_mixer_widths": (1, 1, 1, 1, 0.5, 0.5)}),
         (["--multi_basis_inits", '["haar", "zero"]'], {"multi_basis_inits": ("haar", "zero")}),
         (["--optimizer", "AdamW", "--amp_dtype", "bf16"], {"optimizer": "AdamW", "amp_dtype": "bf16"}),

@@ -1,24 +1,54 @@
 """Text is read verbatim, token files are whole or not trusted, and training order is a function of (seed, step)."""
 
+import functools
+import hashlib
+import io
 import itertools
+import json
 import os
+import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import corpus
 import data
 from config import Config, InputError
 from corpus import SPLITS, documents, source_fingerprint
-from data import Blend, Lanes, TokenFile, Windows, encode_documents, evaluation_slice, prepare, write_token_file
-from tokenizer import ByteTokenizer, GPT2Tokenizer, SentencePieceTokenizer, train_sentencepiece
+from data import (
+    FORMAT,
+    HEADER_BYTES,
+    Blend,
+    Lanes,
+    TokenFile,
+    Windows,
+    encode_documents,
+    evaluation_slice,
+    prepare,
+    prepare_split,
+    run_corpus,
+    training_order,
+    write_token_file,
+)
+from tokenizer import (
+    ByteTokenizer,
+    GPT2Tokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    text_bytes,
+    train_sentencepiece,
+)
 
 SHARED = Path(__file__).parents[2] / "shared"
 LINES = "Äpfel und Birnen: été 中文 𝄞\r\nsecond  line\n\n\ttabbed ▁ line\n"
@@ -26,6 +56,11 @@ LINES = "Äpfel und Birnen: été 中文 𝄞\r\nsecond  line\n\n\ttabbed ▁ li
 
 def text_of(config, split):
     return "".join(text for _, text in documents(config, split))
+
+
+def separated_text(config, split):
+    """Of documents that end with one line end each, as token files over bytes hold them."""
+    return "\n".join(text for _, text in documents(config, split))
 
 
 def files_of(folder, split):
@@ -156,6 +191,75 @@ def test_bad_sources_are_one_clear_error(tmp_path, monkeypatch):
     assert "has no test split; add test.txt" in error(dataset=str(tmp_path / "part"))
     (tmp_path / "part" / "test.txt").write_text("")
     assert "test split" in error(dataset=str(tmp_path / "part"))
+
+
+def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
+    for name in ("d.jsonl", "page.html", "notes.md", "table.parquet", "none"):
+        (tmp_path / name).write_text('{"text": "a"}\n' * 30)
+        with pytest.raises(InputError, match=rf"{name}: .*unknown kind.*\.txt"):
+            text_of(Config(dataset=str(tmp_path / name)), "train")
+    with pytest.raises(InputError, match=r"no \.txt files, only 1 \.html, 1 \.jsonl, 1 \.md, 1 without a suffix"):
+        (tmp_path / "table.parquet").unlink()
+        text_of(Config(dataset=str(tmp_path)), "train")
+
+
+def test_files_of_a_folder_are_read_or_named(tmp_path):
+    """Behind links to folders, whatever the case of their names, and once where links go in a circle."""
+    main, elsewhere = tmp_path / "main", tmp_path / "elsewhere"
+    for folder in (main / "deep", elsewhere):
+        folder.mkdir(parents=True)
+    files = {main / "a.txt": "aa\n", main / "deep" / "B.TXT": "bb\n", elsewhere / "c.Txt": "cc\n", main / "e.md": "ee\n"}
+    for path, text in files.items():
+        path.write_text(text * 100)
+    (main / "linked").symlink_to(elsewhere)
+    (main / "linked.txt").symlink_to(elsewhere / "c.Txt")
+    (main / "deep" / "circle").symlink_to(main)
+    config = Config(dataset=str(main), tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
+    assert sorted("".join(text_of(config, split) for split in SPLITS).split()) == sorted(["aa", "bb", "cc", "cc"] * 100)
+    said = []
+    prepare(config, said.append)
+    assert said[0] == f"note: 1 of the files in {main} are not read: 1 .md"
+    assert corpus.described(config) == f"{main} (4 files, 1,200 bytes)"
+    before = source_fingerprint(config)
+    (elsewhere / "more.txt").write_text("more\n")
+    assert source_fingerprint(config) != before
+
+
+def test_splits_are_found_whatever_the_case_and_what_is_beside_them_is_named(tmp_path):
+    for name in ("Train", "VALID.TXT", "test"):
+        path = tmp_path / "text" / (name if name.endswith("TXT") else f"{name}/a.TXT")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n" * 3)
+    (tmp_path / "text" / "more.txt").write_text("more\n")
+    config = Config(dataset=str(tmp_path / "text"))
+    assert [text_of(config, split).split()[0] for split in SPLITS] == ["Train", "VALID.TXT", "test"]
+    assert corpus.unread(config) == f"1 of the files in {tmp_path / 'text'} are not read: 1 .txt"
+
+
+def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "text" / "closed").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("a\n" * 50)
+    config = Config(dataset=str(tmp_path / "text"))
+    for name in ("b.txt", "linked"):
+        (tmp_path / "text" / name).symlink_to(tmp_path / "gone")
+        for read in (source_fingerprint, corpus.described, lambda config: text_of(config, "train")):
+            with pytest.raises(InputError, match=rf"{name}: links to .*gone, where nothing is"):
+                read(config)
+        (tmp_path / "text" / name).unlink()
+    os.mkfifo(tmp_path / "text" / "pipe.txt")
+    with pytest.raises(InputError, match=r"pipe\.txt: is no regular file"):
+        text_of(config, "train")
+    (tmp_path / "text" / "pipe.txt").unlink()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(InputError, match=r"closed: cannot be read \(Permission denied\)"):
+        text_of(config, "train")
 
 
 # Data sets in the hub's layout
@@ -300,6 +404,9 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
         def encode(self, text):
             return [69_999 - value for value in text.encode()]
 
+        def decode_bytes(self, ids):
+            return bytes([69_999 - value for value in ids])
+
     file = token_file(tmp_path / "t", [10], Large())
     assert file.tokens.dtype == np.uint32 and file.tokens[0] == 69_999
 
@@ -342,7 +449,7 @@ def test_preparing_again_reuses_the_files(config, tmp_path):
     assert said == [] and {path: path.stat().st_mtime_ns for path in files} == files
     assert np.array_equal(first.train.tokens, second.train.tokens)
     assert second.vocab_size == 256 and second.tokenizer.name == "bytes"
-    assert second.tokenizer.decode_bytes(second.test.tokens.tolist()).decode() == text_of(config, "test")
+    assert second.tokenizer.decode_bytes(second.test.tokens.tolist()).decode() == separated_text(config, "test")
 
 
 def test_a_trained_tokenizer_is_reused_and_a_broken_one_trained_again(config, tmp_path):
@@ -409,9 +516,11 @@ def test_a_killed_prepare_leaves_nothing_that_is_trusted(config, folder, tmp_pat
     process.wait()
     process.stdout.close()
     assert [path.name for path in (tmp_path / "cache").rglob("*.tokens")] == ["train.tokens"]
+    assert files_of(tmp_path / "cache", ".tmp"), "nothing was half written, so nothing was tested"
     corpus = prepare(config, lambda line: None)
     for split in SPLITS:
-        assert bytes(getattr(corpus, split).tokens.astype(np.uint8)).decode() == text_of(config, split)
+        assert bytes(getattr(corpus, split).tokens.astype(np.uint8)).decode() == separated_text(config, split)
+    assert not files_of(tmp_path / "cache", ".tmp")
 
 
 def test_concurrent_prepares_do_not_break_each_other(config, folder):
@@ -446,6 +555,268 @@ def test_preparing_a_long_text_takes_bounded_memory(tmp_path):
     unit = 1 if sys.platform == "darwin" else 1024
     assert (tmp_path / "text" / "train" / "a.txt").stat().st_size > 30_000_000
     assert int(output.stdout) * unit < 64 << 20
+
+
+def with_header(whole, **changes):
+    """A token file's bytes with other values in its header."""
+    header = json.loads(whole[len(FORMAT) : HEADER_BYTES]) | changes
+    return (FORMAT + json.dumps(header).encode()).ljust(HEADER_BYTES) + whole[HEADER_BYTES:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "O"}, {"dtype": "int16"}, {"dtype": ["uint16"]},
+        {"tokens": -5}, {"tokens": 1e3}, {"tokens": 10**30}, {"tokens": True},
+        {"documents": -1}, {"documents": 0}, {"documents": None}, {"parts": [-1, 156]}, {"parts": "all"}, {"parts": []},
+        {"vocab_size": 90}, {"vocab_size": "256"}, {"sha256": "0"}, {"bytes": "many"}, {"words": None}, {"scored_bytes": 0.5},
+    ],
+)  # fmt: skip
+def test_a_header_that_no_writer_writes_is_one_clear_error(tmp_path, changes):
+    whole = token_file(tmp_path / "t", [100, 55]).path.read_bytes()
+    (tmp_path / "t").write_bytes(with_header(whole))
+    TokenFile(tmp_path / "t", "key")
+    (tmp_path / "t").write_bytes(with_header(whole, **changes))
+    with pytest.raises(InputError, match="prepare the data again") as caught:
+        TokenFile(tmp_path / "t", "key")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.data())
+def test_no_changed_byte_of_a_token_file_goes_unnoticed(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t"
+        expected = token_file(path, [40, 15]).tokens.tolist()
+        whole = path.read_bytes()
+        place = data.draw(st.one_of(st.integers(HEADER_BYTES, len(whole) - 1), st.integers(0, 400)))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ data.draw(st.integers(1, 255))]) + whole[place + 1 :])
+        try:
+            changed = TokenFile(path, "key")
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:  # in what the header says of words and bytes, or in the padding: the tokens are those that were written
+            assert changed.tokens.tolist() == expected and changed.document_starts.tolist() == [0, 40]
+
+
+def test_a_header_nested_without_end_is_no_token_file(tmp_path):
+    (tmp_path / "t").write_bytes((FORMAT + b"[" * 4000).ljust(HEADER_BYTES))
+    with pytest.raises(InputError, match="no token file"):
+        TokenFile(tmp_path / "t")
+
+
+def test_offsets_and_tokens_are_checked_even_where_the_checksum_is_right(tmp_path):
+    token_file(tmp_path / "t", [20, 10])
+    whole = (tmp_path / "t").read_bytes()
+    starts = HEADER_BYTES + 64
+    for body in (
+        whole[HEADER_BYTES:starts] + np.array([0, 40]).tobytes(),
+        whole[HEADER_BYTES:starts] + np.array([5, 20]).tobytes(),
+        np.array([256] * 32, np.uint16).tobytes() + whole[starts:],
+    ):
+        digest = hashlib.sha256(body[:60] + body[64:]).hexdigest()
+        (tmp_path / "t").write_bytes(with_header(whole[:HEADER_BYTES] + body, sha256=digest))
+        with pytest.raises(InputError, match="prepare the data again"):
+            TokenFile(tmp_path / "t", "key")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_of_one_token_is_an_error_before_any_step(tmp_path, split):
+    for name in SPLITS:
+        (tmp_path / f"{name}.txt").write_text("x" if name == split else "some text\n" * 9)
+    with pytest.raises(InputError, match=f"the {split} split of .* is one token"):
+        prepare(Config(dataset=str(tmp_path), tokenizer="bytes", cache_dir=str(tmp_path / "cache")), lambda line: None)
+
+
+def test_only_what_the_dead_left_behind_is_removed(config, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = tmp_path / "cache" / "other-0123"
+    folder.mkdir(parents=True)
+    here = platform.node()
+    names = {f".train.tokens.{gone.pid}@{here}.tmp": False, f".tokenizer.model.{10**30}@{here}.tmp": False}
+    names |= {f".train.tokens.{os.getppid()}@{here}.tmp": True, f".train.tokens.{gone.pid}@elsewhere.tmp": True}
+    names |= {".mine.tmp": True, "train.tokens": True}
+    for name in names:
+        (folder / name).write_text("")
+    prepare(config, lambda line: None)
+    assert {name for name, stays in names.items() if stays} == {path.name for path in folder.iterdir()}
+
+
+# Between documents
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, trained])
+def test_a_blank_line_ends_every_document_but_the_last(make):
+    texts = ["ever after.", "Once\n", "", "upon\n\n", "a\r\n\r\n", "time\n\n\n", "\n", "end"]
+    tokenizer, pieces = make(), [(True, text) for text in texts]
+    encoded = list(encode_documents(iter(pieces), tokenizer, separate=True))
+    assert "".join(text for _, text, _ in encoded) == "ever after.\n\nOnce\n\nupon\n\na\r\n\r\ntime\n\n\n\n\nend"
+    assert all(tokenizer.decode(ids) == text and first for first, text, ids in encoded)
+    assert "".join(text for _, text, _ in encode_documents(iter(pieces), tokenizer)) == "".join(texts)
+
+
+def test_an_end_of_text_ends_every_document_but_the_last_where_there_is_one(tmp_path):
+    tokenizer = gpt2()
+    pieces = [(True, "ever"), (False, " after."), (True, ""), (True, "Once upon"), (True, " a time")]
+    encoded = list(encode_documents(iter(pieces), tokenizer, separate=True))
+    assert [ids for _, text, ids in encoded if not text] == [[50256], [50256]]
+    assert [text for _, text, _ in encoded] == ["ever after.", "", "Once upon", "", " a time"]
+    write_token_file(tmp_path / "t", [iter(pieces)], tokenizer, "key", [True])
+    file = TokenFile(tmp_path / "t")
+    assert (file.n_bytes, file.n_words, file.scored_bytes, file.scored_words) == (27, 6, 23, 5)
+    assert text_bytes(tokenizer, file.tokens.tolist()) == 27
+    assert file.tokens[file.document_starts[1:] - 1].tolist() == [50256, 50256]
+
+
+def test_a_sentencepiece_with_an_end_of_text_uses_it():
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([LINES * 50]), model_writer=model, vocab_size=330, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2,
+        allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
+    )  # fmt: skip
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    encoded = list(encode_documents(iter([(True, "a"), (True, "b")]), tokenizer, separate=True))
+    assert encoded[1] == (False, "", [tokenizer.end_of_text]) and tokenizer.decode_bytes([tokenizer.end_of_text]) == b""
+    assert trained().end_of_text is None
+
+
+def test_one_document_and_wikitext_are_left_as_they_are(hub, tmp_path):
+    rows = [" = One = \n", " a . \n", "", " = Two = \n", " b \n"]
+    wikitext = Config(dataset="wikitext-103", dataset_path=hub(train=rows, validation=rows, test=rows), tokenizer="bytes")
+    other = wikitext.model_copy(update={"dataset": "tinystories"})
+    (tmp_path / "one").mkdir()
+    for name in SPLITS:
+        (tmp_path / "one" / f"{name}.txt").write_text("no line end")
+    one = Config(dataset=str(tmp_path / "one"), tokenizer="bytes")
+    texts = []
+    for config in (wikitext, other, one):
+        prepared = prepare(config.model_copy(update={"cache_dir": str(tmp_path / "cache")}), lambda line: None)
+        texts.append((bytes(prepared.test.tokens.tolist()).decode(), prepared.separator))
+    assert texts[0] == (" = One = \n a . \n \n = Two = \n b \n", "nothing")
+    assert texts[1] == (" = One = \n\n a . \n\n = Two = \n\n b \n", "a blank line")
+    assert texts[2] == ("no line end", "a blank line")
+
+
+# What is scored
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, trained, gpt2])
+@given(text=st.text("ab é\n中\u3000", min_size=1, max_size=12))
+def test_the_first_token_is_in_no_count_of_what_is_scored(make, text):
+    tokenizer = cached_tokenizer(make)
+    with tempfile.TemporaryDirectory() as folder:
+        write_token_file(Path(folder) / "t", [iter([(True, text)])], tokenizer, "key")
+        file = TokenFile(Path(folder) / "t")
+        rest = tokenizer.decode_bytes(file.tokens[1:].tolist())
+        assert file.scored_bytes == len(rest) == text_bytes(tokenizer, file.tokens[1:].tolist())
+        assert file.scored_words == data.word_count(rest.decode("utf-8", errors="replace"))
+
+
+@functools.cache
+def cached_tokenizer(make):
+    return make()
+
+
+# What a run was trained on
+
+
+@pytest.fixture
+def begun(config, tmp_path):
+    """A run with a SentencePiece of its own text: its config and folder."""
+    config = config.model_copy(update={"tokenizer": "sentencepiece", "vocab_size": 330})
+    (tmp_path / "run").mkdir()
+    run_corpus(config, tmp_path / "run", False, lambda line: None)
+    return config, tmp_path / "run"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_goes_on_with_its_text_wherever_the_clock_the_cache_and_the_folder_are(begun, folder, tmp_path, monkeypatch):
+    config, run = begun
+    before = contents(run)
+    first = run_corpus(config, run, True, lambda line: None)
+    for path in folder.rglob("*.txt"):
+        os.utime(path, (1, 1))
+    shutil.rmtree(config.cache_dir)
+    moved = folder.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    again = run_corpus(config.model_copy(update={"dataset": moved.name}), run, True, lambda line: None)
+    assert contents(run) == before and again.train.digest == first.train.digest
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_run_whose_text_was_edited_does_not_go_on_and_is_left_alone(begun, folder, split):
+    config, run = begun
+    before = contents(run)
+    path = folder / split / "0.txt"
+    path.write_bytes(path.read_bytes().replace(b"second", b"SECOND"))
+    name = "validation" if split == "valid" else split
+    with pytest.raises(InputError, match=rf"resume: .*{name} has [\d,]+ bytes, but others") as caught:
+        run_corpus(config, run, True, lambda line: None)
+    assert "\n" not in str(caught.value) and contents(run) == before
+    path.write_bytes(path.read_bytes() + b"more\n")
+    with pytest.raises(InputError, match=rf"{name} has [\d,]+ bytes, and had [\d,]+; it is from .* bytes\), and was from"):
+        run_corpus(config, run, True, lambda line: None)
+
+
+def test_a_run_whose_tokenizer_is_another_or_gone_does_not_go_on(begun, config):
+    own, run = begun
+    ByteTokenizer().save(run)
+    with pytest.raises(InputError, match="resume: .*the tokenizer is not the one that it began with"):
+        run_corpus(own, run, True, lambda line: None)
+    (run / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="has lost its tokenizer"):
+        run_corpus(own, run, True, lambda line: None)
+
+
+def test_a_runs_own_tokenizer_encodes_whatever_another_training_would_give(begun, folder, tmp_path, monkeypatch):
+    config, run = begun
+    shutil.rmtree(config.cache_dir)
+    monkeypatch.setattr(data, "make_tokenizer", lambda *_: pytest.fail("a tokenizer was made"))
+    own = load_tokenizer(run)
+    assert run_corpus(config, run, True, lambda line: None).tokenizer.fingerprint == own.fingerprint
+    (folder / "test" / "0.txt").write_text("An edited test text.\n" * 5)
+    file = prepare_split(config, "test", own, lambda line: None)
+    assert own.decode(file.tokens.tolist()) == "An edited test text.\n" * 5
+
+
+def test_a_run_of_before_digests_goes_on_without_separators_and_is_bound_from_then_on(begun, folder, config):
+    own, run = begun
+    (run / "data.json").unlink()
+    said = []
+    corpus = run_corpus(own, run, True, said.append)
+    assert corpus.separator == "nothing" and "nothing tells" in said[-1]
+    assert corpus.tokenizer.decode(corpus.train.tokens.tolist()) == text_of(own, "train")
+    run_corpus(own, run, True, lambda line: None)
+    (folder / "test" / "0.txt").write_text("edited\n")
+    with pytest.raises(InputError, match="test has 7 bytes"):
+        run_corpus(own, run, True, lambda line: None)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"splits": {"train": 1}}', '{"splits": null, "separated": true}'])
+def test_a_damaged_data_file_is_one_line_that_names_it(begun, damage):
+    config, run = begun
+    (run / "data.json").write_text(damage)
+    with pytest.raises(InputError, match=r"data\.json") as caught:
+        run_corpus(config, run, True, lambda line: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_of_a_located_config_mean_the_same_from_anywhere(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(dataset="text", dataset_mix={"./text/train": 1.0, "pydoc": 1.0, "wikitext-2": 1.0}, tokenizer="some.model")
+    (tmp_path / "some.model").write_bytes(b"")
+    (tmp_path / "wikitext-2").mkdir()  # a data set's name is not a path, whatever lies there
+    found = corpus.located(config)
+    assert (found.dataset, found.tokenizer) == (str(folder), str(tmp_path / "some.model"))
+    assert [name for name, _ in found.dataset_mix] == [str(folder / "train"), "pydoc", "wikitext-2"]
+    assert corpus.located(Config(dataset="pg19", dataset_path="text")).dataset_path == str(folder)
+    assert corpus.located(Config(dataset="owner/name")).dataset == "owner/name"
 
 
 def test_an_unwritable_cache_is_one_clear_error(config, tmp_path):
@@ -531,8 +902,27 @@ def test_a_blend_draws_its_parts_in_their_shares(tmp_path):
     order = blend(tmp_path, weights=(1.0, 0.5, 0.5), sizes=(900, 400, 2_000))
     drawn = np.concatenate([order.batch(step)[0].numpy() for step in range(125)])  # two cycles
     assert (drawn == drawn[:, :1]).all(), "a window crosses two parts"
-    assert np.bincount(drawn[:, 0]).tolist() == [1000, 500, 500]
-    assert np.bincount(drawn[:200, 0], minlength=3).min() > 30, "a part comes late"
+    assert np.bincount(drawn[:, 0]).tolist() == order.counts(2000) == [1000, 500, 500]
+    for n in (8, 100, 777):
+        assert np.abs(np.bincount(drawn[:n, 0], minlength=3) - n * np.array([0.5, 0.25, 0.25])).max() <= 1
+
+
+@pytest.mark.parametrize("weight", [0.0005, 0.3, 1.0, 2000.0])
+def test_no_weight_is_rounded_away(tmp_path, weight):
+    order = blend(tmp_path, weights=(1.0, weight), batch=1000)
+    drawn = np.concatenate([order.starts(step) for step in range(10)]) >= 16_000
+    assert abs(drawn.sum() - 10_000 * weight / (1 + weight)) <= 0.5
+    assert order.counts(10_000) == [10_000 - drawn.sum(), drawn.sum()] and 0 < drawn.sum() < 10_000
+
+
+def test_a_share_without_a_window_in_the_whole_run_is_an_error(config, folder, tmp_path):
+    (tmp_path / "other.txt").write_text("Other text.\n" * 400)
+    mix = ((str(tmp_path / "other.txt"), 0.0005),)
+    config = config.model_copy(update={"dataset_mix": mix, "max_steps": 400, "epochs": 1e4})
+    corpus = prepare(config, lambda line: None)
+    with pytest.raises(InputError, match=r"dataset_mix: of the run's 800 windows none would be of .*other\.txt"):
+        training_order(corpus, config, 2)
+    training_order(corpus, config.model_copy(update={"max_steps": 2000}), 2)
 
 
 def test_a_blend_reads_each_part_without_replacement(tmp_path):

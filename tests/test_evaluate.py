@@ -7,11 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, tiny
+from conftest import random_model, save_byte_run, tiny
 
 import evaluate
+import quantize
 from checkpoint import save_model
-from config import InputError, save_config
+from config import InputError, load_config, save_config
+from data import run_corpus
 from evaluate import bigram_nats, figures, original_text, read_tokens, score
 from state import State
 from tokenizer import ByteTokenizer
@@ -95,9 +97,9 @@ def test_the_batch_size_has_no_bearing_on_the_figures(monkeypatch):
 
 
 def test_wikitext_test_has_its_published_number_of_words(shared):
-    _, size, words = read_tokens(str(shared / "data/wikitext/test.txt"), tiny(), ByteTokenizer(), print)
-    assert words == 245_569
-    assert size == (shared / "data/wikitext/test.txt").stat().st_size
+    text = read_tokens(str(shared / "data/wikitext/test.txt"), tiny(), ByteTokenizer(), print)
+    assert text.words == 245_569  # its first token is a space, so no word is left out
+    assert text.size == (shared / "data/wikitext/test.txt").stat().st_size - 1
 
 
 def test_the_original_text_is_its_rows_joined_by_blank_lines(shared):
@@ -159,11 +161,94 @@ def test_the_command_prints_the_promised_json(tmp_path, monkeypatch, capsys):
     evaluate.main()
     result = json.loads(capsys.readouterr().out)
     size = (tmp_path / "text.txt").stat().st_size
-    assert (result["bytes"], result["tokens"], result["words"]) == (size, size - 1, 8 * 20)
-    assert result["bits_per_byte"] == pytest.approx(result["nats"] / math.log(2) / size)
+    assert (result["bytes"], result["tokens"], result["words"]) == (size - 1, size - 1, 8 * 20)
+    assert result["bits_per_byte"] == pytest.approx(result["nats"] / math.log(2) / (size - 1))
+    assert (result["text"], result["between_documents"]) == (str(tmp_path / "text.txt"), "nothing")
     assert result["tokenizer"] == "bytes"
     assert {"token_perplexity", "word_perplexity", "window", "stride"} <= result.keys()
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}')
+    monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "text.jsonl")])
+    with pytest.raises(InputError, match=r"text\.jsonl: .*unknown kind"):
+        evaluate.main()
     for extra in (["--window", "0"], ["--stride", "33"], ["--data", "nowhere"]):
         monkeypatch.setattr(sys, "argv", command + extra)
         with pytest.raises(InputError, match=extra[0][2:]):
             evaluate.main()
+
+
+class Twos(torch.nn.Module):
+    """Two bits for every token, whatever it is."""
+
+    vocab_size = 4
+
+    def start(self, rows, stream):
+        return State([])
+
+    def forward(self, ids, state):
+        return torch.zeros(*ids.shape, self.vocab_size), state
+
+
+@pytest.mark.parametrize("text", ["ab", "the ", "éa", "one two\n"])
+def test_bits_per_byte_are_those_of_the_bytes_that_are_scored(text, tmp_path):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    read = read_tokens(str(tmp_path / "a.txt"), tiny(), ByteTokenizer(), print)
+    nats = score(Twos(), read.tokens % 4, 32, 16, "stream")
+    assert figures(nats, len(read.tokens), read.size, read.words)["bits_per_byte"] == pytest.approx(2.0)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run's folder over bytes, of three splits with two files each, none of which ends with a line end."""
+    for name in ("train", "validation", "test"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        for part in ("a", "b"):
+            (tmp_path / "text" / name / f"{part}.txt").write_text(f"{name} {part}, and some more", encoding="utf-8")
+    config = tiny(dataset=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache"), tokenizer="bytes")
+    (tmp_path / "run").mkdir()
+    save_byte_run(config, tmp_path / "run")
+    run_corpus(config, tmp_path / "run", False, lambda line: None)
+    return tmp_path / "run"
+
+
+def evaluation(monkeypatch, capsys, folder, *options):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(folder), "--json", *options])
+    evaluate.main()
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def test_evaluation_says_which_text_it_scored_and_if_it_is_the_runs(trained, tmp_path, monkeypatch, capsys):
+    size = len("test a, and some more\n\ntest b, and some more")
+    result, error = evaluation(monkeypatch, capsys, trained)
+    assert result["protocol"] == "separated"
+    assert result["text"] == f"{tmp_path / 'text'} (6 files, 140 bytes), test"
+    assert (result["text_of_the_run"], result["between_documents"], result["bytes"]) == (True, "a blank line", size - 1)
+    assert "note" not in error
+    result, error = evaluation(monkeypatch, capsys, trained, "--protocol", "verbatim")
+    assert (result["protocol"], result["between_documents"], result["bytes"]) == ("verbatim", "nothing", size - 3)
+    assert result["text_of_the_run"] is None and "note" not in error
+    (tmp_path / "text" / "test" / "a.txt").write_text("edited")
+    result, error = evaluation(monkeypatch, capsys, trained)
+    assert result["text_of_the_run"] is False and "the test split is not the one that this run was made with" in error
+    (trained / "data.json").unlink()
+    result, _ = evaluation(monkeypatch, capsys, trained)
+    assert (result["text_of_the_run"], result["between_documents"]) == (None, "nothing")
+    assert result["bytes"] == len("edited" + "test b, and some more") - 1
+
+
+def test_a_split_is_encoded_by_the_runs_own_tokenizer_whatever_its_source_would_make(trained, tmp_path, monkeypatch, capsys):
+    config = load_config(trained / "config.json").model_copy(update={"tokenizer": "sentencepiece", "vocab_size": 300})
+    save_config(config, trained / "config.json")  # a SentencePiece trained now would have other tokens
+    result, _ = evaluation(monkeypatch, capsys, trained)
+    assert result["tokenizer"] == "bytes" and result["text_of_the_run"] is True
+    assert result["tokens"] == result["bytes"]
+
+
+def test_a_quantised_run_reads_the_text_that_the_run_does(trained, tmp_path, monkeypatch, capsys):
+    arguments = ["quantize.py", "--checkpoint", str(trained), "--bits", "8", "--out", str(tmp_path / "small")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    quantize.main()
+    capsys.readouterr()
+    keys = ("text", "text_of_the_run", "between_documents", "bytes")
+    whole, small = (evaluation(monkeypatch, capsys, folder)[0] for folder in (trained, tmp_path / "small"))
+    assert [small[key] for key in keys] == [whole[key] for key in keys]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import sampling
 from checkpoint import save_model
-from config import InputError, run_command, save_config
+from config import InputError, load_config, run_command, save_config
 from decode import Decoder
-from generate import clean_spacing, main, sample_text
+from generate import bare_prompt, clean_spacing, main, sample_text
 from graphs import GraphedStep
 from model import build_model, build_wavelet
 from sampling import (
@@ -423,6 +423,28 @@ def test_sample_text_starts_with_the_prompt_and_leaves_the_models_mode():
     assert text.startswith("né ") and len(text.encode("utf-8", "replace")) >= 9 and net.training
 
 
+class Spaced(ByteTokenizer):
+    spaced = True
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bare"), [("Return ", "Return"), ("a  ", "a"), ("a \n", "a \n"), (" a", " a"), ("  ", "  ")]
+)
+def test_spaces_at_a_prompts_end_are_left_to_the_next_token_where_it_begins_with_one(prompt, bare):
+    assert bare_prompt(prompt, Spaced()) == bare
+    assert bare_prompt(prompt, ByteTokenizer()) == prompt
+    config = tiny(generation_prompt=prompt, temperature=0.0)
+    net = randomised(build_model(config, 256))
+    stripped = sample_text(net, ByteTokenizer(), config.model_copy(update={"generation_prompt": bare}), 5)
+    assert sample_text(net, Spaced(), config, 5) == stripped
+
+
+def test_the_prompts_that_come_with_the_repository_end_in_no_space():
+    repository = Path(__file__).parent.parent
+    for path in [repository / "config.json", *(repository / "configs").glob("*.json")]:
+        assert not load_config(path).generation_prompt.endswith(" "), path
+
+
 # ===== The command
 
 
@@ -467,6 +489,14 @@ def test_first_of_several_samples_is_the_only_one_alone(run):
     alone = run("--num_tokens", 20).out
     several = run("--num_tokens", 20, "--n", 3).out
     assert several.startswith(f"--- sample 1 of 3\n{alone}--- sample 2 of 3\nOnce ")
+
+
+def test_spaces_that_are_left_out_are_told_of(run, monkeypatch):
+    plain, spaced = run("--prompt", "Return", "--num_tokens", 5), run("--prompt", "Return ", "--num_tokens", 5)
+    assert spaced.out.startswith("Return ") and "note" not in spaced.err
+    monkeypatch.setattr(ByteTokenizer, "spaced", True)
+    told = run("--prompt", "Return ", "--num_tokens", 5)
+    assert told.out == plain.out and told.err.startswith("note: spaces at the prompt's end are left out")
 
 
 def test_zero_tokens_print_the_prompt(run):

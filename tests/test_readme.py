@@ -18,7 +18,7 @@ COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in blo
 
 def test_files_and_links_that_the_readme_names_exist():
     named = re.findall(r"`([\w-]+\.(?:py|json|md))`", README) + re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    made_by_runs = {"config.json", "env.json"}
+    made_by_runs = {"config.json", "data.json", "env.json"}
     missing = [name for name in named if not (REPO / name).exists() and name not in made_by_runs]
     assert not missing
 

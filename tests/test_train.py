@@ -1,5 +1,6 @@
 """Training as a user runs it: files, figures, kills, resumption, bad input. Tiny network, tiny text."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -97,7 +98,7 @@ def test_a_run_writes_exactly_the_promised_files_and_figures(settings, tmp_path,
     folder = only_run(tmp_path)
     assert lines[0] == f"run: {folder}"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "env.json", "log.txt", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.json",
+        "config.json", "env.json", "data.json", "log.txt", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.json",
         "best_model.safetensors", "latest.pt",
     }  # fmt: skip
     figures = dict(line.split(": ", 1) for line in lines[-30:] if ": " in line)
@@ -330,6 +331,8 @@ def test_a_finished_run_resumes_to_the_same_figures(settings, tmp_path, monkeypa
     ("overrides", "named"),
     [
         ({"dataset": "nowhere/tale.txt"}, "nowhere/tale.txt"),
+        ({"dataset_mix": {"nowhere/tale.txt": 1.0}}, "nowhere/tale.txt"),
+        ({"dataset_mix": {"": 1.0}}, "dataset_mix"),
         ({"block_size": 60000}, "block_size"),
         ({"levels": 9}, "levels"),
         ({"C": 0}, "C"),
@@ -461,6 +464,28 @@ def test_a_log_that_cannot_be_written_is_one_line_that_names_it(tmp_path):
     with pytest.raises(InputError, match=r"log.txt: cannot be written") as caught:
         Record(tmp_path / "gone").say("a line")
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_was_edited_is_one_line_on_resume_and_changes_nothing(settings, tmp_path, text, monkeypatch):
+    run(monkeypatch, "--config", settings(max_steps=2))
+    before = {path.name: path.read_bytes() for path in only_run(tmp_path).iterdir()}
+    text.write_text(text.read_text(encoding="utf-8").replace("bears", "boars"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"resume: .* train has [\d,]+ bytes, but others") as caught:
+        run(monkeypatch, "--resume", only_run(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in only_run(tmp_path).iterdir()} == before
+
+
+def test_a_run_has_full_paths_so_it_means_the_same_from_any_folder(settings, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--config", settings(max_steps=2, dataset=text.name))
+    folder = only_run(tmp_path)
+    assert json.loads((folder / "config.json").read_text())["dataset"] == str(text)
+    run(monkeypatch, "--resume", folder, "--config", tmp_path / "config.json")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / text.name).write_text("Another text of the same name.\n" * 200)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run(monkeypatch, "--resume", folder)
 
 
 def test_a_corpus_that_is_gone_on_resume_is_one_line_that_names_it(settings, tmp_path, text, monkeypatch):
@@ -706,12 +731,18 @@ def test_a_save_that_is_not_of_this_run_is_one_line_that_names_it(tmp_path, text
     assert torch.equal(weights(other), before)
 
 
-def test_a_token_file_of_two_gigabytes_trains_in_bounded_memory(tmp_path, text):
+def test_a_token_file_of_half_a_gigabyte_trains_in_bounded_memory(tmp_path, text):
     trainer = trainer_of(tmp_path, text)
-    path, tokens = tmp_path / "large.tokens", 2**30
+    path, tokens = tmp_path / "large.tokens", 2**28
     with open(path, "wb") as file:  # a sparse file: it takes no space on the disk, and reads as zeros
         header = {"dtype": "uint16", "tokens": tokens, "bytes": tokens, "words": 1, "documents": 1, "parts": [tokens]}
-        file.write((FORMAT + json.dumps(header | {"tokenizer": "bytes", "key": ""}).encode()).ljust(HEADER_BYTES))
+        header |= {"scored_bytes": tokens, "scored_words": 1, "vocab_size": 256, "tokenizer": "bytes", "key": ""}
+        zeros = bytes(2**24)
+        digest = hashlib.sha256()
+        for _ in range(0, 2 * tokens, len(zeros)):
+            digest.update(zeros)
+        digest.update(bytes(8))
+        file.write((FORMAT + json.dumps(header | {"sha256": digest.hexdigest()}).encode()).ljust(HEADER_BYTES))
         file.truncate(HEADER_BYTES + 2 * tokens + 8)
     trainer.batches = Windows(TokenFile(path), 16, 4, seed=1)
     trainer.take_step()
