@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from config import Config, InputError, load_config, make_config, read_json
 from decode import Decoder, PackedModel
+from errors import check_regular
 from model import MultinodalLM, WaveletLM, build_model
 from packed import Weights, Widths
 from state import State
@@ -34,6 +35,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, and renames it to `path` if all went well: readers never see half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        check_regular(path)  # a device would be replaced by a file
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the contents
@@ -42,7 +44,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be written ({reason})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that takes no change: what was said of it first counts
+            beside.unlink(missing_ok=True)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ and the weights alone, so a resumed run takes the very steps that it would have 
 
 import argparse
 import math
-import resource
+import shutil
 import signal
 import sys
 import time
@@ -30,7 +30,7 @@ from distributed import World, join
 from evaluate import bigram_nats, figures, score
 from generate import sample_text
 from optimizers import learning_rate, warmup_steps
-from plan import print_plan
+from plan import check_memory, print_plan
 from profiling import profile_steps
 from record import Record
 from trainer import Trainer
@@ -143,13 +143,10 @@ def finish(trainer: Trainer) -> None:
     result["bigram_val_loss"] = bigram
     result["bigram_val_bits_per_byte"] = bigram * (corpus.validation.n_tokens - 1) / math.log(2) / corpus.validation.n_bytes
     trained = trainer.seconds - trainer.evaluation_seconds
-    if trainer.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    result |= {"tokens_per_second": round(trainer.step * trainer.tokens_per_step / max(trained, 1e-9), 1)}
+    if (peak := peak_memory(trainer.device)) is not None:
+        result["peak_memory_mib"] = round(peak / 2**20, 1)
     result |= {
-        "tokens_per_second": round(trainer.step * trainer.tokens_per_step / max(trained, 1e-9), 1),
-        "peak_memory_mib": round(peak, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": trainer.step * trainer.tokens_per_step,
         "steps": trainer.step,
@@ -165,6 +162,17 @@ def finish(trainer: Trainer) -> None:
     record.metric(kind="result", step=trainer.step, **result)
     for key, value in result.items():
         record.say(f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}")
+
+
+def peak_memory(device: str) -> int | None:
+    """The most memory that this process has had on `device`, in bytes; None on a system without a record of it (Windows)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
@@ -213,18 +221,38 @@ def main() -> None:
 
 
 def run(config: Config, folder: Path | None, world: World, profile: bool) -> None:
-    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes."""
+    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes. A new run that fails before its
+    first step leaves no folder."""
     resumed = folder is not None
     if world.rank == 0 and not resumed:
         folder = Record.create(config).folder
     record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
     if world.rank == 0:
         print(f"run: {record.folder}", flush=True)
+    trainer = None
+    try:
+        trainer = start(config, record, world, resumed)
+        if profile:
+            profile_steps(trainer)
+            return
+        with StopRequest() as stop:
+            train(trainer, stop)
+    except BaseException:
+        if world.rank == 0 and not resumed and (trainer is None or trainer.step == 0):
+            shutil.rmtree(record.folder, ignore_errors=True)  # what ended the run is what is to be said
+        raise
+    if world.rank == 0:
+        finish(trainer)
+
+
+def start(config: Config, record: Record, world: World, resumed: bool) -> Trainer:
+    """All that comes before the first step: data, network and optimizers, and what a resumed run had."""
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():
         corpus = prepare(config, record.say)
     if world.rank == 0:
         corpus.tokenizer.save(record.folder)
+    check_memory(config, corpus.vocab_size, world.device, world.size)
     trainer = Trainer(config, record, corpus, world)
     if resumed:
         trainer.restore()
@@ -235,13 +263,7 @@ def run(config: Config, folder: Path | None, world: World, profile: bool) -> Non
         f"{trainer.tokens_per_step:,} tokens ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), "
         f"{world.size} × {trainer.device}, autocast {trainer.cast}"
     )
-    if profile:
-        profile_steps(trainer)
-        return
-    with StopRequest() as stop:
-        train(trainer, stop)
-    if world.rank == 0:
-        finish(trainer)
+    return trainer
 
 
 if __name__ == "__main__":
