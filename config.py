@@ -89,7 +89,7 @@ class Config(BaseModel):
     C: int = option(2048, "channels of the residual stream", ge=2)
     layers: int = option(2, "blocks", "depth 2→10 at equal parameters, without MLP: −0.03 to −0.05", ge=1, le=MOST_REPEATS)
     levels: int = option(5, "levels of the wavelet, with levels + 1 scales (packets: 2^levels)", "5→7: −0.031", ge=1, le=20)
-    mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0)
+    mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0, le=MOST_REPEATS)
     mlp_layers: int = option(2, "linear layers of the MLP", ge=2, le=64)
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
     looped_blocks: bool = option(False, "one block, applied looped_blocks_count times in place of `layers` blocks")
@@ -289,9 +289,6 @@ class Config(BaseModel):
 
 def _contradictions(c: Config):
     """Yields a line for each combination of keys that no network or run can have."""
-    for key, text in c:
-        if isinstance(text, str) and ("\0" in text or text != text.encode("utf-8", "replace").decode("utf-8")):
-            yield f"{key}: {shown(text)} is not UTF-8 without zero bytes, which texts and names of ours are"
     if 2 ** (c.levels - 1) >= c.block_size:
         yield (
             f"levels: {c.levels} levels look back {2 ** (c.levels - 1)} tokens, block_size is {c.block_size}; "
@@ -367,6 +364,9 @@ def make_config(values: dict[str, Any], source: str, given: Collection[str] = ()
             near = difflib.get_close_matches(key, Config.model_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists the keys"
             raise InputError(("" if key in given else f"{source}: ") + f"unknown key {key}{hint}")
+        for text in values[key] if isinstance(values[key], dict) else [values[key]]:
+            if isinstance(text, str) and ("\0" in text or text != text.encode("utf-8", "replace").decode("utf-8")):
+                raise InputError(("" if key in given else f"{source}: ") + f"{key}: is no UTF-8 without zero bytes; give it so")
     try:
         return Config(**values)
     except ValidationError as error:
