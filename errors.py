@@ -54,6 +54,8 @@ def explain(error: BaseException) -> str | None:
         reason = error.strerror or words or type(error).__name__
         advice = ADVICE.get(error.errno, "")
         return (f"{names}: " if names else "") + reason + (f"; {advice}" if advice else "")
+    if isinstance(error, RecursionError):  # nothing of ours recurses: a file's JSON does
+        return "a file's JSON is nested too deep; no value of ours has more than two levels"
     if isinstance(error, UnicodeError):
         return f"{words}; give text and names in UTF-8"
     return None

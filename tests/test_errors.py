@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -49,13 +50,20 @@ class Outcome(NamedTuple):
 
 def run(main: Callable[[], None], arguments: list[str], folder: Path, prepare: Callable[[], None] = lambda: None) -> Outcome:
     """Runs a command's `main` with `arguments` in a forked child, in `folder`, after `prepare()` in the child."""
-    names = [folder / ".out", folder / ".err"]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        code = run_writing(main, arguments, folder, prepare, (out.fileno(), err.fileno()))
+        texts = [Path(f"/proc/self/fd/{file.fileno()}").read_text(errors="replace") for file in (out, err)]
+    return Outcome(code if code >= 0 else f"signal {-code}", *texts)
+
+
+def run_writing(main: Callable, arguments: list[str], folder: Path, prepare: Callable, outputs: tuple[int, int]) -> int:
+    """Does so with stdout and stderr in the files `outputs`, and returns the exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            for number, name in enumerate(names, 1):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
+            for number, file in enumerate(outputs, 1):
+                os.dup2(file, number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
             sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
@@ -84,8 +92,7 @@ def run(main: Callable[[], None], arguments: list[str], folder: Path, prepare: C
         asleep = asleep + 0.02 if state == "S" else 0.0  # what waits for the processor is no hang, whatever the clock says
         if asleep > ASLEEP:
             os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(ended[1])
-    return Outcome(code if code >= 0 else f"signal {-code}", *(name.read_text(errors="replace") for name in names))
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def assert_done_or_said(outcome: Outcome) -> None:
