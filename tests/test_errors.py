@@ -113,12 +113,10 @@ RUN = TINY | {
     "sample_tokens": 4, "num_new_tokens": 4,
 }  # fmt: skip
 VALUES: list[Any] = [
-    0, -1, 1, 2, 3, 5, 7, 64, 2**20, 2**31, 2**63, 10**30, 0.5, -0.5, 1e-320, 1e-45, 1e-9, 1e6, 1e30, 1e308, "", "a", "$x$",
+    0, -1, 1, 2, 3, 5, 7, 64, 2**31, 2**63, 10**30, 0.5, -0.5, 1e-320, 1e-45, 1e-9, 1e6, 1e30, 1e308, "", "a", "$x$",
     "\0", "\udcff", "x" * 300, "/dev/zero", "fifo", "/", "..", ".", "text.txt", [], [0], [1, 2], [0.5, 0.5], [0.9, 0.05, 0.05],
     [[[]]], {}, {"": 1}, {"text.txt": 1}, {"a": -1}, None, True, False, [1e308] * 4, ["haar"] * 3,
 ]  # fmt: skip
-# What is allowed and makes a run of minutes, which is no fault.
-SLOW = {(key, 2**20) for key in ("sample_tokens", "grad_accum", "micro_batch_size", "fwpkm_chunk_size", "num_new_tokens")}
 
 
 def allowed(key: str, value: Any) -> bool:
@@ -126,10 +124,11 @@ def allowed(key: str, value: Any) -> bool:
         make_config(RUN | {key: value}, "x")
     except InputError:
         return False
-    return (key, value) not in SLOW if isinstance(value, int) else True
+    return True
 
 
 CHANGES = [(key, value) for key in Config.model_fields for value in VALUES]
+CHANGES = [(key, value) for key, value in CHANGES if key != "max_steps" or value != 2**31]  # hours, and no fault
 ALLOWED = [(key, value) for key, value in CHANGES if allowed(key, value)]
 TEXTS = [value if isinstance(value, str) else json.dumps(value) for value in VALUES if value not in ("\0", "\udcff")]
 TEXTS += ["nan", "-inf", "1e400", "9" * 5000, "[" * 2000, "\n", "train", "cuda", "folder"]
