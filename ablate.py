@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
@@ -36,11 +37,12 @@ from torch import nn
 from checkpoint import written_whole
 from config import Config, InputError, Parser, load_config, make_config, read_json, run_command, save_config
 from data import Corpus, Windows, differences, prepare, read_data_file
+from errors import parse_json
 from features import fill_features
 from model import build_model
 from optimizers import clipped_step, make_optimizers
 from record import Record
-from tables import markdown_table, mean_deviation, put_first
+from tables import markdown_table, mean_deviation, plain, put_first
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 BASELINE = "baseline"
@@ -72,9 +74,9 @@ def parse_overrides(text: str) -> dict[str, Any]:
         if not equals:
             raise InputError(f"try: {part} must be KEY=VALUE; several are separated by spaces, and lists have none inside")
         try:
-            values[key] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key] = value
+            values[key] = parse_json(value, key)
+        except InputError:
+            values[key] = value  # text, as its key's type says or does not
     return values
 
 
@@ -243,11 +245,12 @@ def describe(runs: dict[str, list[dict[str, Any]]], variants: Sequence[Variant],
         group = runs[name]
         environment = read_json(Path(group[0]["run_dir"]) / "env.json")
         difference = statistics.mean(bits[name]) - base if base is not None else 0.0
+        memory = max(r.get("peak_memory_mib", math.nan) for r in group)  # Windows does not say
         called = "" if name == BASELINE else f"{difference:+.4f}: {verdict(difference, chance.get(name))}"
         rows.append([
             environment["date"][:10], environment["commit"] or "-", name, config.dataset, group[0]["tokenizer"],
             f"{group[0]['parameters'] / 1e6:.2f}M", f"{group[0]['training_tokens'] / 1e6:.2f}M",
-            f"{statistics.mean(r['seconds'] for r in group):.0f} s", f"{max(r['peak_memory_mib'] for r in group):.0f} MiB",
+            f"{statistics.mean(r['seconds'] for r in group):.0f} s", f"{memory:.0f} MiB",
             mean_deviation(bits[name]), called, str(Path(group[0]["run_dir"]).parent.parent.name),
         ])  # fmt: skip
     header = ["date", "commit", "config difference", "data", "tokenizer", "parameters", "tokens", "time", "memory",
@@ -273,7 +276,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.plot(statistics.mean(bits[name]), row, "|", color="black", markersize=14)
     if BASELINE in bits:
         axes.axvline(statistics.mean(bits[BASELINE]), color="C1", linewidth=1, alpha=0.6)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(plain, names))
     axes.set(xlabel="bits per byte (validation): runs, and their mean")
     axes.grid(alpha=0.3, axis="x")
     with written_whole(path) as beside:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from config import Config, InputError, load_config, make_config, read_json
 from decode import Decoder, PackedModel
+from errors import check_regular
 from model import MultinodalLM, WaveletLM, build_model
 from packed import Weights, Widths
 from state import State
@@ -35,6 +36,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to, and renames it to `path` if all went well: readers never see half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        check_regular(path)  # a device would be replaced by a file
         beside.touch()
         mode = beside.stat().st_mode  # what the umask makes of a new file; safetensors' own are for their owner alone
         yield beside

@@ -10,42 +10,28 @@ import contextlib
 import difflib
 import json
 import math
-import os
-import sys
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from errors import InputError, parse_json, read_json, run_command, shown
 
-class InputError(ValueError):
-    """Bad input from the user; its message is the one line that a command prints before it exits with code 2."""
+__all__ = ["Config", "InputError", "Parser", "read_json", "run_command"]  # the scripts take what bad input needs from here
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a script's `main`: an `InputError` ends it with one line on stderr and exit code 2, Ctrl-C with 130, an output that
-    nobody reads any more (`| head`) with 141."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character (cp1252, ascii) is no reason to stop
-            stream.reconfigure(errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        print("the reader of the output is gone", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds when it ends
-        sys.exit(141)
+# The most that a count or a measure may be that has no limit of its own: far above any use, so that a slipped digit is an error
+# in place of a machine without memory. What is done one after the other has MOST_REPEATS: more would seem to hang.
+MOST, MOST_REPEATS = 2**20, 4096
+LONGEST = 10**12  # of a run, in steps or tokens
+LOWEST_TEMPERATURE = 1e-6  # logits divided by less may be beyond fp32; far above it the most probable token is certain already
 
 
 def option(default: Any, meaning: str, effect: str = "", **limits: Any) -> Any:
     """A key: its default, what it means, what it was measured to do (shown in the README) and its limits."""
+    if isinstance(default, int | float) and not isinstance(default, bool) and "lt" not in limits:
+        limits = {"le": MOST} | limits
     return Field(default, description=meaning, json_schema_extra={"effect": effect}, **limits)
 
 
@@ -59,8 +45,9 @@ def _as_pairs(value: Any) -> Any:
     return () if value == [] else value  # [] is how the default is written
 
 
-Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
-Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Floats = Annotated[tuple[Annotated[float, Field(ge=0, le=MOST)], ...], BeforeValidator(_as_tuple)]
+MOST_SEED = 2**32 - 1  # numpy's limit; torch's is above 1,000,003 times as much, see `Trainer.take_step`
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...], BeforeValidator(_as_tuple)]
 Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)]
 Basis = Literal["haar", "zero", "random"]
 Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
@@ -98,18 +85,18 @@ class Config(BaseModel):
     tokenizer: str = option("auto", "auto, bytes, gpt2, sentencepiece, or a SentencePiece .model file")
     vocab_size: int = option(32000, "tokens of a SentencePiece that is trained on the training split", ge=260, le=1_000_000)
     cache_dir: str = option("cache", "folder of the token files and trained tokenizers")
-    block_size: int = option(256, "tokens in a training window", ge=2)
+    block_size: int = option(256, "tokens in a training window", ge=2, le=2**24)
 
     # Network: size
     C: int = option(2048, "channels of the residual stream", ge=2)
-    layers: int = option(2, "blocks", "depth 2→10 at equal parameters, without MLP: −0.03 to −0.05", ge=1)
+    layers: int = option(2, "blocks", "depth 2→10 at equal parameters, without MLP: −0.03 to −0.05", ge=1, le=MOST_REPEATS)
     levels: int = option(5, "levels of the wavelet, with levels + 1 scales (packets: 2^levels)", "5→7: −0.031", ge=1, le=20)
-    mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0)
-    mlp_layers: int = option(2, "linear layers of the MLP, with a GELU between each two; 1 = two without", ge=1)
+    mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0, le=MOST_REPEATS)
+    mlp_layers: int = option(2, "linear layers of the MLP, with a GELU between each two; 1 = two without", ge=1, le=64)
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
     looped_blocks: bool = option(False, "one block, applied looped_blocks_count times in place of `layers` blocks")
-    looped_blocks_count: int = option(8, "applications of the looped block", ge=1)
-    loop_iterations: int = option(1, "passes through the whole stack; the loss averages over them", ge=1)
+    looped_blocks_count: int = option(8, "applications of the looped block", ge=1, le=MOST_REPEATS)
+    loop_iterations: int = option(1, "passes through the whole stack; the loss averages over them", ge=1, le=MOST_REPEATS)
 
     # Network: lifting wavelet
     wavelet_mode: Literal["lifting", "diagonal", "haar", "packets"] = option(
@@ -128,7 +115,7 @@ class Config(BaseModel):
     lifting_gate: bool = option(False, "each level's lagged input is gated per channel by the current one")
     scale_norm: bool = option(False, "RMSNorm of each scale's coefficients, before the mixers and after them", "on: −0.003")
     multi_basis_lifting: bool = option(False, "several liftings, blended per scale (wavelet_mode lifting)")
-    multi_basis_inits: Bases = option(("haar", "random"), "initial lifting of each basis", min_length=1)
+    multi_basis_inits: Bases = option(("haar", "random"), "initial lifting of each basis", min_length=1, max_length=64)
 
     # Network: bypass and embedding
     decompose_bypass: bool = option(True, "the running mean of the residual stream enters every scale")
@@ -138,8 +125,8 @@ class Config(BaseModel):
     )
     per_layer_embedding: bool = option(True, "each block adds the token's embedding again, gated per channel")
     token_features: bool = option(False, "what a token's text looks like (features.py), by a learned map, joins its embedding")
-    ngram_slots: int = option(0, "slots of a table that is read by a hash of the last ngram_n tokens; 0 = none", ge=0)
-    ngram_n: int = option(2, "tokens that are hashed together", ge=2)
+    ngram_slots: int = option(0, "slots of a table that is read by a hash of the last ngram_n tokens; 0 = none", ge=0, le=2**31)
+    ngram_n: int = option(2, "tokens that are hashed together", ge=2, le=64)
     ngram_width: int = option(32, "width of the table's values, which a learned map adds to the embedding", ge=1)
 
     # Network: mixers
@@ -155,18 +142,18 @@ class Config(BaseModel):
     per_scale_mixer_widths: Floats | None = option(
         (1.0, 1.0, 1.0, 0.5, 0.5, 0.5), "mixer width per scale in units of P, coarse to fine; null = full width"
     )
-    mixer_depth: int = option(1, "mixers in a row at each scale", ge=1)
+    mixer_depth: int = option(1, "mixers in a row at each scale", ge=1, le=64)
     mixer_depth_residuals: bool = option(False, "each mixer of several adds its input")
     mixer_depth_stabilizers: bool = option(False, "learned scalars, 1/mixer_depth at first, around the mixers before the last")
     exp_parametrization: bool = option(False, "mixer and gate weights stored as sign and log-magnitude")
 
     # Network: memories
     pkm_enabled: bool = option(True, "product-key memory beside the MLP", "≈ 0")
-    pkm_num_keys: int = option(16384, "memory slots per head, a square", ge=1)
+    pkm_num_keys: int = option(16384, "memory slots per head, a square", ge=1, le=2**31)
     pkm_top_k: int = option(32, "slots read per head", ge=1)
     pkm_heads: int = option(1, "heads", ge=1)
     fwpkm_enabled: bool = option(True, "fast-weight product-key memory beside the MLP", "≈ 0")
-    fwpkm_num_keys: int = option(16384, "memory slots per head, a square", ge=1)
+    fwpkm_num_keys: int = option(16384, "memory slots per head, a square", ge=1, le=2**31)
     fwpkm_top_k: int = option(32, "slots read per head", ge=1)
     fwpkm_heads: int = option(1, "heads", ge=1)
     fwpkm_inference_updates: bool = option(False, "at inference each sequence writes into its fast weights")
@@ -204,18 +191,20 @@ class Config(BaseModel):
 
     # Network: several cells
     multinodal_enabled: bool = option(False, "several whole networks side by side, their logits combined")
-    multinodal_num_cells: int = option(2, "cells", ge=1)
+    multinodal_num_cells: int = option(2, "cells", ge=1, le=256)
     multinodal_cell_dim: int = option(512, "channels of each cell, in place of C", ge=2)
-    multinodal_seeds: Ints = option((42, 137), "seed of each cell's initial weights")
+    multinodal_seeds: Seeds = option((42, 137), "seed of each cell's initial weights")
     multinodal_combination: Literal["average", "sum"] = option("average", "how the cells' logits are combined")
     multinodal_cross_cell_gating: bool = option(False, "cells gate each other's residual stream between blocks")
     multinodal_cross_cell_gate_interval: int = option(1, "blocks from one gate to the next", ge=1)
     multinodal_features_per_cell: int = option(-1, "embedding columns a cell starts with (the others: bagged_eps); -1 = all")
-    multinodal_bagged_eps: float = option(1e-6, "initial value of the embedding columns a cell does not start with")
+    multinodal_bagged_eps: float = option(
+        1e-6, "initial value of the embedding columns a cell does not start with", ge=-1, le=1
+    )
 
     # Run
     out_dir: str = option("logs", "folder of the run folders")
-    seed: int = option(1337, "seed of initialisation, data order, dropout and samples", ge=0)
+    seed: int = option(1337, "seed of initialisation, data order, dropout and samples", ge=0, le=MOST_SEED)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
     compile: bool = option(True, "torch.compile the loss; says so and goes on without where it cannot")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option("default", "mode of torch.compile")
@@ -227,16 +216,16 @@ class Config(BaseModel):
     )
     allow_tf32: bool = option(True, "TF32 matrix products on CUDA")
     epochs: float = option(5.0, "passes over the training split", gt=0)
-    max_steps: int | None = option(None, "optimizer steps at the most; null = as epochs say", ge=1)
+    max_steps: int | None = option(None, "optimizer steps at the most; null = as epochs say", ge=1, le=LONGEST)
     micro_batch_size: int = option(8, "windows in a forward pass, of all processes together", ge=1)
     grad_accum: int = option(1, "forward passes in an optimizer step", ge=1)
     parallel: Literal["auto", "none", "ddp", "fsdp"] = option(
         "auto", "under torchrun: ddp (so auto), or fsdp, which shards weights, gradients and optimizer among the processes"
     )
-    log_interval: int = option(10, "steps from one log line to the next", ge=1)
-    eval_interval: int = option(250, "steps between evaluations on the fixed validation tokens", ge=1)
-    eval_tokens: int = option(65536, "validation tokens of such an evaluation, the same every time", ge=2)
-    save_interval: int = option(250, "steps between saves of the resumable state", ge=1)
+    log_interval: int = option(10, "steps from one log line to the next", ge=1, le=LONGEST)
+    eval_interval: int = option(250, "steps between evaluations on the fixed validation tokens", ge=1, le=LONGEST)
+    eval_tokens: int = option(65536, "validation tokens of such an evaluation, the same every time", ge=2, le=LONGEST)
+    save_interval: int = option(250, "steps between saves of the resumable state", ge=1, le=LONGEST)
     eval_context: Literal["stream", "window"] = option("stream", "context past block_size in final evaluations and samples")
     skip_warmup_saves: bool = option(True, "no best_model.safetensors before the warm-up is over")
     sample_tokens: int = option(64, "tokens of the sample written at each evaluation; 0 = none", ge=0)
@@ -259,11 +248,11 @@ class Config(BaseModel):
     weight_decay: float = option(1e-6, "weight decay on matrices: none on norms, biases, scalars, gains and logits", ge=0)
     decay_all: bool = option(False, "weight decay on norms, biases, scalars, gains and logits too")
     ema_decay: float = option(0.0, "a moving average of the weights, evaluated and saved beside them; 0 = none", ge=0, lt=1)
-    grad_clip: float = option(1.0, "highest gradient norm; 0 = no clipping", ge=0)
+    grad_clip: float = option(1.0, "highest gradient norm; 0 = no clipping", ge=0, le=1e9)
 
     # Generation
     generation_prompt: str = option("The history of", "prompt of samples", min_length=1)
-    num_new_tokens: int = option(512, "tokens to generate", ge=0)
+    num_new_tokens: int = option(512, "tokens to generate", ge=0, le=2**31)
     temperature: float = option(1.0, "softmax temperature; 0 = greedy", ge=0)
     top_p: float = option(0.95, "nucleus: smallest set of tokens with this probability", gt=0, le=1)
     repetition_penalty: float = option(1.1, "divides the logits of tokens seen before; 1 = none", ge=1)
@@ -340,6 +329,10 @@ def _contradictions(c: Config):
         yield "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order; turn one of them off"
     if c.min_lr > c.lr:
         yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
+    if not all(beta < 1 for beta in c.adam_betas):
+        yield f"adam_betas: {list(c.adam_betas)} must both be below 1"
+    if 0 < c.temperature < LOWEST_TEMPERATURE:
+        yield f"temperature: {c.temperature} is too low; it must be 0 (the most probable token) or {LOWEST_TEMPERATURE} or more"
     if c.schedule == "trapezoid" and c.warmup_fraction + c.cooldown_fraction > 1:
         yield f"cooldown_fraction: {c.cooldown_fraction} and warmup_fraction {c.warmup_fraction} add up to more than 1"
     if len(c.split_fractions) != 3 or min(c.split_fractions) <= 0 or abs(sum(c.split_fractions) - 1) > 1e-6:
@@ -366,42 +359,34 @@ def _contradictions(c: Config):
         yield f"multinodal_features_per_cell: must be -1 or from 1 to multinodal_cell_dim, {c.multinodal_cell_dim}"
 
 
-def make_config(values: dict[str, Any], source: str) -> Config:
-    """Checks `values` (key -> value); `source` names them in the error. Raises `InputError` with one line."""
+def make_config(values: dict[str, Any], source: str, given: Collection[str] = ()) -> Config:
+    """Checks `values` (key -> value). Raises `InputError` with one line, which `source` begins, unless the key is one of
+    those `given` beside it: on a command line, say."""
     for key in values:
         if key not in Config.model_fields:
             near = difflib.get_close_matches(key, Config.model_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; python train.py --help lists the keys"
-            raise InputError(f"{source}: unknown key {key}{hint}")
+            raise InputError(("" if key in given else f"{source}: ") + f"unknown key {key}{hint}")
+        for text in values[key] if isinstance(values[key], dict) else [values[key]]:
+            if isinstance(text, str) and ("\0" in text or text != text.encode("utf-8", "replace").decode("utf-8")):
+                raise InputError(("" if key in given else f"{source}: ") + f"{key}: is no UTF-8 without zero bytes; give it so")
     try:
         return Config(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:1])
         message = first["msg"].removeprefix("Value error, ")
-        where = f"{key}: {message}, not {json.dumps(first['input'], default=str)}" if key else message
-        raise InputError(f"{source}: {where}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `InputError` when there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON, line {error.lineno}: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold one JSON object of keys and values")
-    return values
+    if not first["loc"]:  # a combination of keys, which the message begins with
+        beside = f" with {', '.join(f'--{key}' for key in given)}" if given else ""
+        raise InputError(f"{source}{beside}: {message}")
+    key = str(first["loc"][0])
+    raise InputError(("" if key in given else f"{source}: ") + f"{key}: {message}, not {shown(first['input'])}")
 
 
 def load_config(path: str | Path, **overrides: Any) -> Config:
-    """The config in the JSON file at `path`, with `overrides` (key=value) put over it. Raises `InputError`."""
+    """The config in the JSON file at `path`, with `overrides` (key=value) put over it. Raises `InputError`, which names the
+    file where the fault is the file's."""
     path = Path(path)
-    return make_config(read_json(path) | overrides, str(path))
+    return make_config(read_json(path) | overrides, str(path), overrides)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -421,6 +406,10 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
             raise InputError(f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        for name, value in vars(known).items():
+            # What no count or measure of ours is, nan included: kernels count in int64 and compute in fp32.
+            if isinstance(value, int | float) and not abs(value) < (2**63 if isinstance(value, int) else 1e38):
+                raise InputError(f"{name}: {shown(value)} is out of range")
         return known
 
     def error(self, message: str) -> NoReturn:
@@ -447,8 +436,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         values[key] = text
         if Config.model_fields[key].annotation is not str:
-            with contextlib.suppress(json.JSONDecodeError):  # stays text, which the check of its type then names
-                values[key] = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
+            with contextlib.suppress(InputError):  # stays text, which the check of its type then names
+                values[key] = parse_json({"None": "null", "True": "true", "False": "false"}.get(text, text), key)
     return values
 
 

@@ -9,18 +9,21 @@ from pathlib import Path
 from checkpoint import written_whole
 from config import InputError, Parser, run_command
 from record import Record, is_finite
+from tables import plain
 
 
 def points(folder: Path, against: str) -> list[tuple[float, float]]:
     """(step or tokens, bits per byte of validation) of a run."""
     if not (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: is no run directory (it has no metrics.jsonl)")
-    record = Record(folder)
-    each = {line["tokens"] / line["step"] for line in record.metrics("train")[:1]}  # tokens of a step, always the same
-    found = []
-    for line in record.metrics("validation"):
-        if each and is_finite(line["bits_per_byte"]):
-            found.append((line["step"] * (1 if against == "step" else max(each)), line["bits_per_byte"]))
+    record, found = Record(folder), []
+    try:
+        each = {line["tokens"] / line["step"] for line in record.metrics("train")[:1]}  # tokens of a step, always the same
+        for line in record.metrics("validation"):
+            if each and is_finite(line["bits_per_byte"]):
+                found.append((line["step"] * (1 if against == "step" else max(each)), line["bits_per_byte"]))
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise InputError(f"{folder / 'metrics.jsonl'}: a line in it is not one of train.py's; give another run") from None
     return found
 
 
@@ -33,7 +36,7 @@ def draw(folders: Sequence[Path], out: Path, against: str) -> None:
         curve = points(folder, against)
         if not curve:
             raise InputError(f"{folder}: has no measurement on validation yet; let it run on")
-        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=folder.name)
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=plain(folder.name))
     axes.set(xlabel=against, ylabel="bits per byte (validation)")
     axes.grid(alpha=0.3)
     axes.legend()

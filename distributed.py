@@ -166,10 +166,20 @@ class World:
             dist.barrier()
 
 
+def launched(name: str, default: int | None = None) -> int:
+    """A number that torchrun puts into the environment. Raises `InputError` where it is missing, without a default, or none."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not (text.isdecimal() and len(text) < 7 and (int(text) or name != "WORLD_SIZE")):
+        raise InputError(
+            f"{name}: {text!r} in the environment is no number of a process; start several by torchrun, or unset it"
+        )
+    return int(text)
+
+
 @contextlib.contextmanager
 def join(config: Config) -> Iterator[World]:
     """The world of this process: alone, or, under torchrun, one of several."""
-    device, size = pick_device(config), int(os.environ.get("WORLD_SIZE", 1))
+    device, size = pick_device(config), launched("WORLD_SIZE", 1)
     if size == 1:
         yield World(device)
         return
@@ -179,9 +189,17 @@ def join(config: Config) -> Iterator[World]:
     if config.micro_batch_size % size:
         raise InputError(f"micro_batch_size: {config.micro_batch_size} windows do not divide among {size} processes")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(launched("LOCAL_RANK"))
+    if launched("RANK") >= size or not os.environ.get("MASTER_ADDR") or not launched("MASTER_PORT"):
+        raise InputError(
+            f"WORLD_SIZE: {size} processes need RANK below it, MASTER_ADDR and MASTER_PORT; start them by torchrun"
+        )
     # The wait covers what process 0 does alone: making token files before the run, the final figures after it.
-    dist.init_process_group("gloo" if device == "cpu" else None, timeout=timedelta(hours=4))
+    try:
+        dist.init_process_group("gloo" if device == "cpu" else None, timeout=timedelta(hours=4))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"MASTER_ADDR: cannot meet the other processes ({reason}); start all by torchrun") from None
     try:
         world = World(device, dist.get_rank(), size, kind)
         yield world

@@ -9,6 +9,9 @@ buffers of kernels and of communication, and what the allocator loses to fragmen
 took 1.25 times what is planned for gradients, activations and loss.
 """
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,6 +59,37 @@ class SavedTensors:
     @property
     def nbytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
+
+
+def memory_of(device: str) -> int | None:
+    """Bytes of memory of the GPU, or of this machine or container; None where the system does not say (Windows)."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a Linux container: a number, or "max"
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(memory, int(text)) if text.isdecimal() else memory
+
+
+def check_memory(config: Config, vocab_size: int, device: str, processes: int) -> None:
+    """Raises `InputError` where a run cannot fit in memory, before anything is made: a system that runs out of it ends the
+    process without a word. Counted is what is certain: weights, gradients, what the optimizer keeps, and of the activations
+    the residual stream before each block, in 2 bytes a number."""
+    with torch.device("meta"):
+        named = dict(build_model(config, vocab_size).named_parameters())
+    shards = processes if config.parallel == "fsdp" else 1
+    fixed = sum(4 * p.numel() * (2 + optimizer_numbers(name, p, config)) for name, p in named.items()) // shards
+    tokens = config.micro_batch_size // processes * config.block_size
+    blocks = config.loop_iterations * (1 if config.gradient_checkpointing else config.applications)
+    needed, there = fixed + 2 * tokens * config.C * blocks, memory_of(device)
+    if there is not None and needed > there:
+        raise InputError(
+            f"out of memory: {sum(p.numel() for p in named.values()):,} parameters and {tokens:,} tokens at a time take at "
+            f"least {needed / GIB:,.1f} GiB, and there are {there / GIB:,.1f}; lower C, layers, vocab_size, block_size or "
+            "micro_batch_size"
+        )
 
 
 def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -> dict[str, int]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import written_whole
 from config import Config, InputError, save_config
+from tables import plain
 
 
 class Record:
@@ -158,7 +159,7 @@ class Record:
             points = [(m["step"], m["bits_per_byte"]) for m in self.metrics(kind) if is_finite(m["bits_per_byte"])]
             if points:
                 axes.plot(*zip(*points, strict=True), label=kind, **style)
-        axes.set(xlabel="step", ylabel="bits per byte", title=self.folder.name)
+        axes.set(xlabel="step", ylabel="bits per byte", title=plain(self.folder.name))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -203,12 +204,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def environment() -> dict[str, Any]:
     """What a figure depends on beside config and data: versions, machine, commit, command, date."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    try:
+        describe = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here: the commit is good to know, not needed
+        commit = None
     cuda = torch.cuda.is_available()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),

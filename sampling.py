@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import InputError
+from config import LOWEST_TEMPERATURE, MOST, InputError
 from graphs import graphed
 
 PREFILL = 512  # prompt tokens read at once: enough to keep the matrix products busy, and their memory is bounded
@@ -39,17 +39,21 @@ class Settings:
     wavelet_coherence: bool = False
 
     def __post_init__(self):
+        warm = f"from {LOWEST_TEMPERATURE} to {MOST}"
         limits = {
-            "temperature": (0 <= self.temperature < math.inf, "0 (the most probable token) or more"),
+            "temperature": (
+                self.temperature == 0 or LOWEST_TEMPERATURE <= self.temperature <= MOST,
+                f"0 (the most probable token) or {warm}",
+            ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (1 <= self.repetition_penalty < math.inf, "1 (none) or more"),
+            "repetition_penalty": (1 <= self.repetition_penalty <= MOST, f"from 1 (none) to {MOST}"),
             "seed": (self.seed >= 0, "0 or more"),
-            "n": (self.n >= 1, "at least 1"),
-            "best_of_n": (self.best_of_n >= 1, "at least 1"),
+            "n": (1 <= self.n <= MOST, f"from 1 to {MOST}"),
+            "best_of_n": (1 <= self.best_of_n <= MOST, f"from 1 to {MOST}"),
             "context": (self.context in ("stream", "window"), "stream or window"),
-            "min_temperature": (0 < self.min_temperature < math.inf, "above 0"),
-            "lookahead_k": (self.lookahead_k >= 1, "at least 1 (none)"),
-            "lookahead_depth": (self.lookahead_depth >= 1, "at least 1"),
+            "min_temperature": (LOWEST_TEMPERATURE <= self.min_temperature <= MOST, warm),
+            "lookahead_k": (1 <= self.lookahead_k <= MOST, f"from 1 (none) to {MOST}"),
+            "lookahead_depth": (1 <= self.lookahead_depth <= MOST, f"from 1 to {MOST}"),
         }
         for name, (good, right) in limits.items():
             if not good:
@@ -116,7 +120,8 @@ def draw(probs: Tensor, top_p: Tensor, uniform: Callable[[list[int]], Tensor]) -
         token = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.size(1) - 1)
         tokens[rows] = token.squeeze(1)
         probs = probs * before(probs, token)
-        outside = (probs.sum(1, keepdim=True) >= top_p).squeeze(1)
+        left = probs.sum(1, keepdim=True)
+        outside = ((left >= top_p) & (left > 0)).squeeze(1)  # nothing is left before the first: it is in the smallest nucleus
         again = outside.nonzero().squeeze(1)
         rows = [rows[i] for i in again.tolist()]
         probs, top_p = probs[again], top_p[again]

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint import written_whole
-from config import InputError
+from errors import InputError, read_utf8
+
+
+def plain(text: str) -> str:
+    """`text` as matplotlib is to be given it, so that it is shown as it stands: there dollars begin and end a formula."""
+    return text.replace("$", r"\$")
 
 
 def mean_deviation(values: Sequence[float], digits: int = 4) -> str:
@@ -25,7 +30,7 @@ def put_first(path: Path, section: str) -> None:
     """Puts `section` ("## …") before the other sections of the Markdown file `path`; one of the same heading is replaced.
     Raises `InputError` where there is no such file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_utf8(path)
     except OSError as error:
         raise InputError(f"runs: {path} cannot be read ({error.strerror}); give a Markdown file") from None
     heading = section.partition("\n")[0]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from config import Config, InputError, read_json
 from corpus import source_kind
+from errors import check_regular
 
 SPACE = "▁"  # U+2581, by which SentencePiece stores a space
 
@@ -173,7 +174,8 @@ def tokenizer_choice(config: Config) -> str:
         return "gpt2" if source_kind(config) == "hub" else "bytes"
     if choice in ("bytes", "gpt2", "sentencepiece"):
         return choice
-    if choice.endswith(".model") or Path(choice).is_file():
+    if choice.endswith(".model") or Path(choice).exists():
+        check_regular(Path(choice))
         return choice
     near = difflib.get_close_matches(choice, ["auto", "bytes", "gpt2", "sentencepiece"], n=1)
     hint = f"did you mean {near[0]}?" if near else "known are auto, bytes, gpt2, sentencepiece and .model files"
@@ -215,6 +217,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if values.get("type") != "sentencepiece":
         raise InputError(f"{path}: unknown type {values.get('type')}; known are bytes, gpt2 and sentencepiece")
     model = path.with_suffix(".model")
+    check_regular(model)
     try:
         tokenizer = SentencePieceTokenizer(model.read_bytes(), str(model))
     except OSError as error:

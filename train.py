@@ -14,7 +14,7 @@ and the weights alone, so a resumed run takes the very steps that it would have 
 import argparse
 import contextlib
 import math
-import resource
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +33,7 @@ from distributed import World, join
 from evaluate import bigram_nats, figures, score
 from generate import sample_text
 from optimizers import learning_rate, warmup_steps
-from plan import print_plan
+from plan import check_memory, print_plan
 from profiling import matmul_rate, profile_steps, work_per_token
 from record import Record
 from tokenizer import text_bytes
@@ -167,13 +167,10 @@ def finish(trainer: Trainer) -> None:
     scored = (corpus.validation.n_tokens - 1) / corpus.validation.scored_bytes
     result["bigram_val_bits_per_byte"] = bigram * scored / math.log(2)
     trained = trainer.seconds - trainer.evaluation_seconds
-    if trainer.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    result |= {"tokens_per_second": round(trainer.step * trainer.tokens_per_step / max(trained, 1e-9), 1)}
+    if (peak := peak_memory(trainer.device)) is not None:
+        result["peak_memory_mib"] = round(peak / 2**20, 1)
     result |= {
-        "tokens_per_second": round(trainer.step * trainer.tokens_per_step / max(trained, 1e-9), 1),
-        "peak_memory_mib": round(peak, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": trainer.step * trainer.tokens_per_step,
         "steps": trainer.step,
@@ -196,6 +193,17 @@ def figure_lines(result: dict[str, float | int | str]) -> list[str]:
         f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}"
         for key, value in result.items()
     ]
+
+
+def peak_memory(device: str) -> int | None:
+    """The most memory that this process has had on `device`, in bytes; None on a system without a record of it (Windows)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
@@ -261,7 +269,7 @@ def main() -> None:
 
 def run(config: Config, folder: Path | None, world: World, held: contextlib.ExitStack, profile: bool) -> None:
     """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and holds the run while `held`
-    is open."""
+    is open. A new run that fails before its first step leaves no folder."""
     resumed = folder is not None
     begun = resumed and (folder / LATEST).exists()
     if not resumed:
@@ -273,6 +281,24 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
     if world.rank == 0:
         held.enter_context(record.locked())
         print(f"run: {record.folder}", flush=True)
+    trainer = None
+    try:
+        trainer = start(config, record, world, resumed, begun)
+        if profile:
+            profile_steps(trainer)
+            return
+        with StopRequest() as stop:
+            train(trainer, stop)
+    except BaseException:
+        if world.rank == 0 and not resumed and (trainer is None or trainer.step == 0):
+            shutil.rmtree(record.folder, ignore_errors=True)  # what ended the run is what is to be said
+        raise
+    if world.rank == 0:
+        finish(trainer)
+
+
+def start(config: Config, record: Record, world: World, resumed: bool, begun: bool) -> Trainer:
+    """All that comes before the first step: data, network and optimizers, and what a resumed run had, if it had `begun`."""
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():
         # What a run that is refused would have in its log is not of the run, so a resumed one only prints it.
@@ -282,6 +308,7 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
         f"text: {corpus.source}; {corpus.train.n_bytes:,} bytes of training, {corpus.validation.n_bytes:,} of validation, "
         f"{corpus.test.n_bytes:,} of test; between documents {corpus.separator}"
     )
+    check_memory(config, corpus.vocab_size, world.device, world.size)
     trainer = Trainer(config, record, corpus, world)
     if resumed:
         trainer.restore()
@@ -292,13 +319,7 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
         f"{trainer.tokens_per_step:,} tokens ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), "
         f"{world.size} × {trainer.device}, autocast {trainer.cast}"
     )
-    if profile:
-        profile_steps(trainer)
-        return
-    with StopRequest() as stop:
-        train(trainer, stop)
-    if world.rank == 0:
-        finish(trainer)
+    return trainer
 
 
 if __name__ == "__main__":

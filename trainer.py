@@ -184,9 +184,11 @@ class Trainer:
         self.bad_in_a_row += 1
         self.record.say(f"step {step} skipped: gradient of {first} is not finite")
         if self.bad_in_a_row >= PATIENCE:
+            latest = self.record.folder / LATEST
+            state = f"; the last good state is {latest}" if latest.exists() else ""
             raise InputError(
-                f"{self.bad_in_a_row} steps in a row without a finite gradient, first of {first}; the last good state is "
-                f"{self.record.folder / LATEST}. Lower lr, or set use_amp to false"
+                f"{self.bad_in_a_row} steps in a row without a finite gradient, first of {first}{state}. "
+                "Lower lr, or set use_amp to false"
             )
 
     @torch.inference_mode()

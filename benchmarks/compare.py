@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from ablate import seconds_of_each, step_timer, steps_in  # noqa: E402
 from checkpoint import written_whole  # noqa: E402
-from config import Config, InputError, Parser, load_config, run_command  # noqa: E402
+from config import Config, InputError, Parser, load_config, make_config, run_command  # noqa: E402
 from data import Corpus, Windows, prepare  # noqa: E402
 from evaluate import figures, score  # noqa: E402
 from features import fill_features  # noqa: E402
@@ -47,7 +47,7 @@ from model import build_model  # noqa: E402
 from ngrams import NgramEmbedding  # noqa: E402
 from optimizers import clipped_step, learning_rate, make_optimizers, rates  # noqa: E402
 from record import environment  # noqa: E402
-from tables import markdown_table, mean_deviation, put_first  # noqa: E402
+from tables import markdown_table, mean_deviation, plain, put_first  # noqa: E402
 from tokenizer import text_bytes  # noqa: E402
 
 CURVE_POINTS = 10  # measurements on validation during a run
@@ -302,7 +302,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         new = result["model"] not in colours
         colour = colours.setdefault(result["model"], f"C{len(colours)}")
         minutes, _, bits = zip(*result["curve"], strict=True)
-        axes.plot(minutes, bits, color=colour, marker="o", markersize=3, alpha=0.7, label=result["model"] if new else None)
+        axes.plot(
+            minutes, bits, color=colour, marker="o", markersize=3, alpha=0.7, label=plain(result["model"]) if new else None
+        )
     axes.set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -351,10 +353,8 @@ def main() -> None:
         raise InputError("minutes, seeds, jobs and batch must be above 0, choice_minutes not below")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    data = Config(
-        dataset=args.dataset, tokenizer="sentencepiece", vocab_size=args.vocab_size, cache_dir=args.cache_dir,
-        block_size=args.block_size,
-    )  # fmt: skip
+    keys = {key: getattr(args, key) for key in ("dataset", "vocab_size", "cache_dir", "block_size")}
+    data = make_config(keys | {"tokenizer": "sentencepiece"}, "command line", keys)
     entrants = {model: contestant(model, args.block_size) for model in args.models}
     corpus = prepare(data)
     digest = data_digest(corpus, args.batch)

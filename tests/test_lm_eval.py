@@ -1,6 +1,9 @@
 """The adapter's three kinds of requests against plain computations, and a task of the harness from end to end."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,22 +11,37 @@ import torch
 from conftest import randomised, tiny
 
 from checkpoint import save_model
-from config import save_config
+from config import InputError, save_config
 from model import build_model
 from tokenizer import ByteTokenizer
 
 pytest.importorskip("lm_eval")
 
 
-@pytest.fixture
-def adapter(tmp_path):
-    from lm_eval_adapter import WaveletAdapter
+ROOT = Path(__file__).parents[1]
+TEXTS = [
+    "The bear met",
+    "a fox",
+    "",
+    "The hens of the bear met the fox where the fox had met the bear, and more than once",
+    "x",
+]
 
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
     model = randomised(build_model(tiny(), 256)).eval()
     save_model(model, tmp_path / "best_model.safetensors")
     save_config(model.config, tmp_path / "config.json")
     ByteTokenizer().save(tmp_path)
-    return WaveletAdapter(str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def adapter(folder):
+    from lm_eval_adapter import WaveletAdapter
+
+    return WaveletAdapter(str(folder))
 
 
 def request(*arguments):
@@ -63,6 +81,65 @@ def test_generation_is_greedy_and_ends_before_a_stop_text(adapter):
     stop = long[10:12]
     (short,) = adapter.generate_until([request("The bear", {"until": [stop], "max_gen_toks": 40})])
     assert short == long[: long.index(stop)]
+
+
+@pytest.mark.parametrize("context", ["stream", "window"])
+def test_texts_side_by_side_have_the_answers_of_each_alone(folder, context):
+    from lm_eval_adapter import WaveletAdapter
+
+    alone, batched = (WaveletAdapter(str(folder), context=context, batch_size=n) for n in (1, 3))
+    pairs = [request(before, after) for before in TEXTS for after in (" hen", "", "s met the fox")]
+    for one, other in zip(alone.loglikelihood(pairs), batched.loglikelihood(pairs), strict=True):
+        assert one[0] == pytest.approx(other[0], rel=1e-4, abs=1e-6) and one[1] == other[1]
+    wholes = [request(text) for text in TEXTS]
+    assert alone.loglikelihood_rolling(wholes) == pytest.approx(batched.loglikelihood_rolling(wholes), rel=1e-4)
+    wishes = [request(text, {"until": ["e"], "max_gen_toks": n}) for text, n in zip(TEXTS, (40, 0, 50, 3, 20), strict=True)]
+    assert alone.generate_until(wishes) == batched.generate_until(wishes)
+
+
+@pytest.mark.parametrize("context", ["stream", "window"])
+def test_an_empty_text_has_probability_one_and_ends_nothing(folder, context):
+    from lm_eval_adapter import WaveletAdapter
+
+    adapter = WaveletAdapter(str(folder), context=context)
+    nothing, something = adapter.loglikelihood_rolling([request(""), request("fox")])
+    assert nothing == 0 and something < 0
+    assert adapter.loglikelihood([request("", "")]) == [(0.0, True)]
+
+
+def test_the_command_needs_no_gpu_and_tasks_find_the_package_evaluate(tmp_path):
+    """A task's own module may import the package `evaluate`: it must not get the script of that name."""
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "__init__.py").write_text("here = 'the package'")
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; sys.path.append({str(tmp_path)!r})\n"
+        "import lm_eval_adapter as adapter, evaluate\n"
+        "assert hasattr(evaluate, 'score')\n"
+        "def command():\n"
+        "    import evaluate\n"
+        "    print(hasattr(evaluate, 'score'), sys.argv[1:])\n"
+        "adapter.cli_evaluate = command\n"
+        "sys.argv = ['adapter', '--model', 'waveletlm', '--tasks', 'bears']\n"
+        "adapter.main()\n"
+        "sys.argv = ['adapter', 'run', '--model', 'waveletlm', '--device', 'cuda:1']\n"
+        "adapter.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    ours = f"'--device', '{device}', '--batch_size', 'auto', "
+    assert done.stdout.splitlines() == [
+        f"False [{ours}'--model', 'waveletlm', '--tasks', 'bears']",
+        f"False ['run', {ours}'--model', 'waveletlm', '--device', 'cuda:1']",
+    ]
+
+
+def test_a_gpu_that_is_not_there_is_an_error_that_names_the_option(folder, monkeypatch):
+    from lm_eval_adapter import WaveletAdapter
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="device: cuda:0"):
+        WaveletAdapter(str(folder), device="cuda:0")
 
 
 @pytest.mark.slow
