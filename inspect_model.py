@@ -22,7 +22,7 @@ from decode import PackedModel
 from evaluate import read_tokens
 from features import NAMES
 from memory import ProductKeyMemory
-from model import Lifting, Mixers
+from model import Block, Lifting, Mixers
 from ngrams import NgramEmbedding, read_slots
 from tables import markdown_table
 
@@ -103,9 +103,14 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
             hooks.append(module.register_forward_pre_hook(mixers(name.rpartition(".")[0])))
         elif isinstance(module, ProductKeyMemory | NgramEmbedding):
             hooks.append(module.register_forward_pre_hook(slots(name)))
+    branches = {module: module.branch for module in model.modules() if isinstance(module, Block)}
+    for block in branches:
+        block.branch = Block.wavelet_branch  # the plain one, in which the mixers are a step of their own
     try:
         yield
     finally:
+        for block, branch in branches.items():
+            block.branch = branch
         for hook in hooks:
             hook.remove()
 

@@ -125,7 +125,7 @@ class AssociativeMemory(nn.Module):
     """
 
     TAPS = 4
-    CHUNK = 64  # positions solved at once: the sequential part has T / CHUNK steps
+    CHUNK = 32  # positions solved as one system: solving 64 costs a CPU more, 16 too, by its T / CHUNK steps in a row
 
     def __init__(self, config: Config):
         super().__init__()
@@ -177,23 +177,34 @@ class AssociativeMemory(nn.Module):
     def scan(self, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """q, k, v (B, heads, T, d), log α and β (B, heads, T), S before them (B, heads, d, d) → o (B, heads, T, d), S after.
 
-        Within a chunk, with γ_t the product of its α up to t, the recurrence unrolls to a triangular system for all u:
+        Within a chunk, with γ_t the product of its α up to t and S the matrix before it, the recurrence unrolls to a triangular
+        system for all u:
         u_t + β_t Σ_{s<t} γ_t/γ_s (k_t·k_s) u_s = β_t (v_t − γ_t S k_t).
         """
         if q.size(2) == 1:  # the recurrence itself
             pairs = log_alpha.exp()[..., None] * pairs
             pairs = pairs + (beta[..., None] * (v - k @ pairs.mT)).mT @ k
             return q @ pairs.mT, pairs
-        reads = []
-        pieces = zip(*(x.split(self.CHUNK, dim=2) for x in (q, k, v, log_alpha, beta)), strict=True)
-        for q_c, k_c, v_c, log_c, beta_c in pieces:
-            log_gamma = log_c.cumsum(-1)
-            gamma, beta_c = log_gamma.exp()[..., None], beta_c[..., None]
-            future = torch.ones(2 * [q_c.size(2)], dtype=torch.bool, device=q.device).triu(1)
-            decay = (log_gamma[..., :, None] - log_gamma[..., None, :]).masked_fill(future, -math.inf).exp()
-            system = (beta_c * decay * (k_c @ k_c.mT)).tril(-1)
-            wanted = beta_c * (v_c - gamma * (k_c @ pairs.mT))
-            u = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-            reads.append(gamma * (q_c @ pairs.mT) + (decay * (q_c @ k_c.mT)) @ u)
-            pairs = gamma[..., -1:, :] * pairs + (decay[..., -1, :, None] * u).mT @ k_c
-        return torch.cat(reads, dim=2), pairs
+        length, size = q.size(2), min(self.CHUNK, q.size(2))
+        filler = -length % size
+        if filler:  # positions that write nothing and forget nothing
+            q, k, v = (F.pad(x, (0, 0, 0, filler)) for x in (q, k, v))
+            log_alpha, beta = F.pad(log_alpha, (0, filler)), F.pad(beta, (0, filler))
+        # All chunks at once, (B, heads, chunks, size, ·), but for S: u = own − through Sᵀ, where both solve the same system.
+        q, k, v = (x.unflatten(2, (-1, size)) for x in (q, k, v))
+        log_gamma, beta = log_alpha.unflatten(2, (-1, size)).cumsum(-1), beta.unflatten(2, (-1, size))[..., None]
+        gamma = log_gamma.exp()[..., None]
+        future = torch.ones(2 * [size], dtype=torch.bool, device=q.device).triu(1)
+        decay = (log_gamma[..., :, None] - log_gamma[..., None, :]).masked_fill(future, -math.inf).exp()
+        system = beta * decay * (k @ k.mT)  # only what is below its diagonal is read
+        wanted = torch.cat([beta * v, beta * gamma * k], dim=-1)
+        solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+        own, through = solved.chunk(2, dim=-1)
+        last, kept = gamma[..., -1:, :], decay[..., -1, :, None] * k
+        before, us = [], []
+        for own_c, through_c, last_c, kept_c in zip(*(x.unbind(2) for x in (own, through, last, kept)), strict=True):
+            before.append(pairs)
+            us.append(own_c - through_c @ pairs.mT)
+            pairs = last_c * pairs + us[-1].mT @ kept_c
+        read = gamma * (q @ torch.stack(before, dim=2).mT) + (decay * (q @ k.mT)) @ torch.stack(us, dim=2)
+        return read.flatten(2, 3)[:, :, :length], pairs

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from bypass import Bypass
 from config import Config
 from features import FeatureEmbedding
-from loss import linear_cross_entropy
+from haar import HaarCoefficients
+from loss import autocast_type, linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from ngrams import NgramEmbedding
 from state import BlockState, State, remember
@@ -149,6 +150,21 @@ class Lifting(nn.Module):
         return cur
 
 
+class Haar(Lifting):
+    """The fixed wavelet in as few passes over memory as there can be (haar.py): the same coefficients."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.lifting_init)
+        halvings = [config.levels, *range(config.levels, 0, -1)]  # of each scale's power on its way through `reconstruct`
+        shares = torch.tensor([math.sqrt(0.5) ** n for n in halvings], device="cpu")
+        self.register_buffer("shares", shares, persistent=False)  # (S,): reconstruct(u) = Σ_s shares_s · u_s
+
+    def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        names = [f"lag{level}" for level in range(len(self.longest_lag))]
+        c, *new = HaarCoefficients.apply(cur, *(state[name] for name in names))
+        return c, dict(zip(names, new, strict=True))
+
+
 def basis_weights(config: Config) -> nn.Parameter:
     """Logits of a blend of bases, (bases, S): column 0 of the approximation, column l + 1 of the detail of level l."""
     logits = torch.zeros(len(config.multi_basis_inits), config.scales)
@@ -234,6 +250,8 @@ def has_bases(config: Config) -> bool:
 def build_wavelet(config: Config) -> Lifting | MultiBasis | HaarPackets:
     if config.wavelet_mode == "packets":
         return HaarPackets(config)
+    if config.wavelet_mode == "haar" and not config.lifting_gate:
+        return Haar(config)
     return MultiBasis(config) if has_bases(config) else Lifting(config, config.lifting_init)
 
 
@@ -310,32 +328,57 @@ class MixerBank(nn.ModuleList):
             config.mixer_gate_activation
         ]
 
+    @property
+    def members(self) -> list[list[Mixer]]:
+        """The mixers of each run."""
+        return [list(self)[run] for run in self.runs]
+
+    def by_run(self, x: Tensor) -> Sequence[Tensor]:
+        """x (S, …) cut into its runs; whole where there is one, for even the gradient of a cut into one piece is a copy."""
+        return [x] if len(self.runs) == 1 else x.split([run.stop - run.start for run in self.runs])
+
     def forward(self, z: Tensor, r: Tensor, transform: Transform | Matrix = NO_TRANSFORM) -> Tensor:
         """z: what is mixed, r: what the gate reads, both (S, N, P); transform: that which neither has had yet."""
-        mixers, same = list(self), r is z
-        return torch.cat([self._mix(mixers[run], z[run], None if same else r[run], transform) for run in self.runs])
+        parts = []
+        for mixers, y in zip(self.members, self.narrow(z, r, transform), strict=True):
+            out = self.outward(mixers, transform)
+            parts.append(transform.inverse(y) if out is None else torch.bmm(y, out.to(y.dtype)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor | None, transform: Transform | Matrix) -> Tensor:
-        def product(x: Tensor, weights: list[Tensor], before: Transform | Matrix = NO_TRANSFORM) -> Tensor:
-            """x (n, N, in), still without the transform `before`, by n matrices (out, in)."""
-            return torch.bmm(x, before.inverse(torch.stack(weights)).mT.to(x.dtype))
+    def narrow(self, z: Tensor, r: Tensor, transform: Transform | Matrix) -> list[Tensor]:
+        """For each run of n scales what its mixers make of them, in their own width, (n, N, w)."""
+        return [
+            self._mix(mixers, z_run, r_run, transform)
+            for mixers, z_run, r_run in zip(self.members, self.by_run(z), self.by_run(r), strict=True)
+        ]
 
-        first = mixers[0]
-        projected = first.proj_in is not None
-        if projected:
-            into = transform.inverse(torch.stack([m.proj_in.weight for m in mixers])).mT.to(z.dtype)
-            z, r = torch.bmm(z, into), None if r is None else torch.bmm(r, into)
-        before = NO_TRANSFORM if projected else transform
-        y = product(z, [m.mixer.weight for m in mixers], before)
+    def outward(self, mixers: Sequence[Mixer], transform: Transform | Matrix) -> Tensor | None:
+        """The matrices (n, w, P) from n mixers' width back to the coefficients; None where that is the transform alone."""
+        if mixers[0].proj_out is None:
+            return None
+        return transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers]))
+
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: Transform | Matrix) -> Tensor:
+        first, inward = mixers[0], None
+        if first.proj_in is not None:
+            inward = transform.inverse(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
+
+        def product(x: Tensor, weights: list[Tensor]) -> Tensor:
+            """x (n, N, P) by n matrices (out, w), into which the way to their width and the transform are multiplied: they
+            have fewer rows than x has."""
+            matrices = torch.stack(weights)
+            matrices = transform.inverse(matrices) if inward is None else matrices @ inward
+            return torch.bmm(x, matrices.mT.to(x.dtype))
+
+        y = product(z, [m.mixer.weight for m in mixers])
         if first.gate is not None:
-            y = y * self.activation(product(z if r is None else r, [m.gate.weight for m in mixers], before))
+            y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
         if hasattr(first, "U"):
-            y = y + product(product(z, [m.V.mT for m in mixers], before), [m.U for m in mixers])
+            u = torch.stack([m.U for m in mixers])
+            y = y + torch.bmm(product(z, [m.V.mT for m in mixers]), u.mT.to(y.dtype))
         if first.bias is not None:
             y = y + torch.stack([m.bias for m in mixers])[:, None]
-        if not projected:
-            return transform.inverse(y)
-        return torch.bmm(y, transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers])).to(y.dtype))
+        return y
 
 
 class Mixers(nn.Module):
@@ -377,8 +420,7 @@ class Mixers(nn.Module):
     def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
         transform = self.transform.prepared()
         if len(self.banks) == 1 and not self.top_k and c.size(1) >= self.FOLDS_FROM * c.size(2):
-            if torch.is_autocast_enabled(c.device.type):  # once, in place of once for each product that reads it
-                c = c.to(torch.get_autocast_dtype(c.device.type))
+            c = c.to(autocast_type(c))  # once, in place of once for each product that reads it
             return self.banks[0](c, self.routed(c), transform)
         z = self.kept(transform(c))
         for d, norms in enumerate(self.norms):
@@ -391,6 +433,15 @@ class Mixers(nn.Module):
             z = z + mixed if self.residuals else mixed
         mixed = self.banks[-1](z, self.routed(z))
         return transform.inverse(z + mixed if self.residuals else mixed)
+
+    def folded(self, c: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """Of mixers that are all narrow, in one bank, what makes a weighted sum over scales of what they mix: their outputs
+        side by side (N, Σw), and a matrix (Σw, P) by which Σ_s shares_s · forward(c)_s is one product."""
+        transform, bank, c = self.transform.prepared(), self.banks[0], c.to(autocast_type(c))
+        y = torch.cat([scale for run in bank.narrow(c, self.routed(c), transform) for scale in run], dim=1)
+        out = [bank.outward(mixers, transform) for mixers in bank.members]
+        weighted = [share[:, None, None] * matrices for share, matrices in zip(bank.by_run(shares), out, strict=True)]
+        return y, torch.cat([matrices.flatten(0, 1) for matrices in weighted])
 
 
 # ===== The wide MLP
@@ -437,6 +488,14 @@ class CoarseModulation(nn.Module):
         return torch.cat([c[:1], c[1:] * (1 + torch.tanh(self.gains[:, None, None] * c[:-1]))])
 
 
+def folds(config: Config) -> bool:
+    """Whether a block's mixers are all narrow and all behind them is linear: then it is one product (`Block.folded_branch`)."""
+    shares = config.per_scale_mixer_widths or (1.0,)
+    narrow = config.mixer_depth == 1 and config.mixer_top_k == 0 and max(shares) < 1
+    linear = config.wavelet_mode == "haar" and not (config.lifting_gate or config.scale_norm or config.dropout_mixer)
+    return narrow and linear and not config.skip_proj_out
+
+
 class Block(nn.Module):
     """One block: a wavelet branch that mixes positions, then a position-wise memory branch, both added to the stream."""
 
@@ -463,6 +522,7 @@ class Block(nn.Module):
             if config.stab("proj_out_scaling"):
                 self.proj_out.weight.data.div_(math.sqrt(width * config.applications))
             nn.init.zeros_(self.proj_out.bias)
+        self.branch = Block.folded_branch if folds(config) else Block.wavelet_branch
         self.dropout_projection = nn.Dropout(config.dropout_projection)
         self.residual_alpha_spectral = self.residual_alpha_mlp = 1.0
         if config.learned_residual:
@@ -494,6 +554,16 @@ class Block(nn.Module):
         y = self.dropout_mixer(self.mixers(self.coarse_modulation(self.scale_norm_in(c)).flatten(1, 2)))
         return self.scale_norm_out((y * self.scale_weights[:, None, None]).view_as(c))
 
+    def wavelet_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
+        """What the stream gains (B, T, C) from the coefficients (S, B, T, P): mixed, reconstructed and projected."""
+        return self.proj_out(wavelet.reconstruct(self.mix(c), self.inverse_update_nets))
+
+    def folded_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
+        """The same where all that follows the mixers is linear (see `folds`): one product of their outputs side by side, so
+        nothing of the size of the coefficients is written behind them, nor in the backward pass until it is before them."""
+        mixed, out = self.mixers.folded(self.coarse_modulation(c).flatten(1, 2), self.scale_weights * wavelet.shares)
+        return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias).unflatten(0, c.shape[1:3])
+
     def remember_and_think(self, h: Tensor, state: BlockState) -> tuple[Tensor | float, BlockState]:
         """The sum of the memory branches of the normed stream h (B, T, C)."""
         total: Tensor | float = 0.0
@@ -518,8 +588,7 @@ class Block(nn.Module):
         c, lags = wavelet.decompose(F.pad(self.ln1(x), (0, self.pad)), state)
         if self.bypass is not None:
             c = c + F.pad(bias, (0, self.pad))
-        mixed = self.proj_out(wavelet.reconstruct(self.mix(c), self.inverse_update_nets))
-        x = self.residual_alpha_spectral * x + self.dropout_projection(mixed)
+        x = self.residual_alpha_spectral * x + self.dropout_projection(self.branch(self, c, wavelet))
         thought, written = self.remember_and_think(self.ln2(x), state)
         return self.residual_alpha_mlp * x + thought, mean, lags | averages | written
 

@@ -25,11 +25,16 @@ def test_lag_filters_are_the_softmax_around_each_levels_lag():
     assert levels == [([1], [1.0]), ([2], [1.0]), ([4], [1.0])]
 
 
-def test_activity_is_the_same_in_pieces_of_any_size_and_energy_that_of_the_coefficients():
-    model, ids = random_model(tiny()), random_ids(1, 60)
+NARROW = {"wavelet_mode": "haar", "per_scale_mixer_widths": (0.5,) * 4}
+
+
+@pytest.mark.parametrize("overrides", [{}, NARROW])
+def test_activity_is_the_same_in_pieces_of_any_size_and_energy_that_of_the_coefficients(overrides):
+    model, ids = random_model(tiny(**overrides)), random_ids(1, 60)
     small, large = (inspect_model.watch(model, ids[0].numpy(), piece) for piece in (7, 60))
     block = model.layers[0]
     seen = []
+    block.branch = type(block).wavelet_branch  # in which the mixers are called as such
     handle = block.mixers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(ids, model.start(1, stream=True))

@@ -18,7 +18,9 @@ from config import Config, InputError, load_config
 from loss import LinearCrossEntropy
 from memory import AssociativeMemory
 from model import (
+    Block,
     FastWeightMemory,
+    Haar,
     HaarPackets,
     Lifting,
     MultiBasis,
@@ -35,6 +37,7 @@ KINDS = {  # the ways of looking back
     "no bypass, no crawl": {"decompose_bypass": False, "wavelet_crawl": False},
     "moving average": {"decompose_bypass_ema": True},
     "haar": {"wavelet_mode": "haar"},
+    "narrow haar": {"wavelet_mode": "haar", "per_scale_mixer_widths": (0.5, 0.5, 0.25, 0.25)},
     "packets": {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
     "gated lags": {"lifting_gate": True},
     "diagonal": {"wavelet_mode": "diagonal"},
@@ -107,6 +110,61 @@ def test_haar_coefficients_are_scaled_sums_and_differences_of_the_past():
     approximation = sum(past[:, 7 - lag : 27 - lag] for lag in range(8)) / math.sqrt(8)
     torch.testing.assert_close(c[0], approximation, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(c[3], (x - past[:, 6:26]) / math.sqrt(2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5])
+@pytest.mark.parametrize("lengths", [[40], [1, 2, 3, 34], [17, 1, 22]])
+def test_haar_by_hand_equals_lifting_with_its_gradients_and_those_of_its_state(lengths, levels):
+    config = tiny(wavelet_mode="haar", levels=levels)
+    x, wanted = torch.randn(2, 40, 16).double(), torch.randn(levels + 1, 2, 40, 16).double()
+    results = []
+    for wavelet in (Haar(config), Lifting(config, "haar")):
+        h = x.clone().requires_grad_()
+        start = {name: (past + 1).requires_grad_() for name, past in wavelet.start(2, x).items()}
+        state, pieces = start, []
+        for piece in h.split(lengths, dim=1):
+            c, state = wavelet.decompose(piece, state)
+            pieces.append(c)
+        c = torch.cat(pieces, dim=2)
+        loss = (c * wanted).sum() + sum(past.square().sum() for past in state.values())
+        results.append([c, *state.values(), *torch.autograd.grad(loss, [h, *start.values()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
+FOLDING = {  # options of a network whose mixers' outputs go to the stream by one product
+    "plain": {},
+    "as best-small": {"decompose_bypass": False, "low_rank": 0, "per_scale_mixer_widths": (0.25,) * 4},
+    "padded width": {"C": 12},
+    "no routing, no gate": {"cross_scale_gating": False, "use_mixer_gate": False},
+    "cosine transform": {"mixer_transform": "dct"},
+    "coarse modulation": {"coarse_modulation": True},
+    "signs and logarithms": {"exp_parametrization": True},
+}
+
+
+@pytest.mark.parametrize("options", FOLDING.values(), ids=FOLDING)
+def test_mixers_outputs_by_one_product_equal_the_reconstruction_with_its_gradients(options):
+    model = random_model(tiny(**KINDS["narrow haar"] | options))
+    block, wavelet = model.double().block(1)
+    assert block.branch is Block.folded_branch
+    c = torch.randn(4, 2, 20, 16).double().requires_grad_()
+    parameters = [p for part in (block.mixers, block.coarse_modulation, block.proj_out) for p in part.parameters()]
+    results = []
+    for branch in (Block.folded_branch, Block.wavelet_branch):
+        gained = branch(block, c, wavelet)
+        inputs = [c, block.scale_weights, *parameters]
+        results.append([gained, *torch.autograd.grad(gained.square().sum(), inputs, allow_unused=True)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)  # the factors of √½ are kept in fp32
+
+
+@pytest.mark.parametrize(
+    "key, value", [("dropout_mixer", 0.1), ("scale_norm", True), ("mixer_top_k", 3), ("lifting_gate", True)]
+)
+def test_what_is_not_linear_behind_the_mixers_is_reconstructed(key, value):
+    model = build_model(tiny(**KINDS["narrow haar"] | {key: value}), VOCAB)
+    assert all(block.branch is Block.wavelet_branch for block in model.layers)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 5])
@@ -299,7 +357,7 @@ def network_and_split(draw):
         "block_size": draw(st.integers(2 ** (levels - 1) + 1, 40)),
         "wavelet_crawl_k": draw(st.sampled_from([1, 3, 7])),
         "fwpkm_chunk_size": draw(st.sampled_from([2, 5, 8])),
-        "per_scale_mixer_widths": None,
+        "per_scale_mixer_widths": (0.5,) * (levels + 1) if kind == "narrow haar" else None,
     }
     whole = draw(st.integers(1, 40))
     lengths, left = [], whole
@@ -472,8 +530,9 @@ def test_loss_of_a_large_vocabulary_equals_cross_entropy():
         torch.testing.assert_close(loss, F.cross_entropy(model(ids)[0][0], targets[0]), atol=1e-5, rtol=1e-5)
 
 
-def test_loss_under_bf16_autocast_is_near_that_in_fp32():
-    model, ids, targets = model_of("released"), random_ids(2, 30), random_ids(2, 30, seed=1)
+@pytest.mark.parametrize("kind", ["released", "narrow haar"])
+def test_loss_under_bf16_autocast_is_near_that_in_fp32(kind):
+    model, ids, targets = model_of(kind), random_ids(2, 30), random_ids(2, 30, seed=1)
     exact, _ = model.loss(ids, targets)
     with torch.autocast("cpu", torch.bfloat16):
         rough, _ = model.loss(ids, targets)
@@ -605,10 +664,11 @@ def test_stochastic_depth_drops_nothing_outside_training():
         assert torch.equal(model(random_ids())[0], same_weights(model, tiny(layers=3))(random_ids())[0])
 
 
-def test_gradient_checkpointing_keeps_loss_and_gradients():
-    some_dropout = {"dropout_mixer": 0.2, "dropout_mlp": 0.2, "lifting_dropout": 0.2, "stochastic_depth_rate": 0.5}
-    plain = model_of("released", **some_dropout).train()
-    saving = same_weights(plain, tiny(gradient_checkpointing=True, **some_dropout))
+@pytest.mark.parametrize("kind, dropout", [("released", 0.2), ("narrow haar", 0.0)])
+def test_gradient_checkpointing_keeps_loss_and_gradients(kind, dropout):
+    some_dropout = {"dropout_mixer": dropout, "dropout_mlp": 0.2, "lifting_dropout": dropout, "stochastic_depth_rate": 0.5}
+    plain = model_of(kind, **some_dropout).train()
+    saving = same_weights(plain, tiny(gradient_checkpointing=True, **KINDS[kind] | some_dropout))
     results = []
     for model in (plain, saving):
         torch.manual_seed(1)
