@@ -225,7 +225,10 @@ class Config(BaseModel):
     log_interval: int = option(10, "steps from one log line to the next", ge=1, le=LONGEST)
     eval_interval: int = option(250, "steps between evaluations on the fixed validation tokens", ge=1, le=LONGEST)
     eval_tokens: int = option(65536, "validation tokens of such an evaluation, the same every time", ge=2, le=LONGEST)
-    save_interval: int = option(250, "steps between saves of the resumable state", ge=1, le=LONGEST)
+    save_interval: int | None = option(
+        None, "steps between saves of the resumable state; null = by save_minutes", ge=1, le=LONGEST
+    )
+    save_minutes: float = option(5.0, "minutes between such saves; a run that ends or is stopped saves too", gt=0)
     eval_context: Literal["stream", "window"] = option("stream", "context past block_size in final evaluations and samples")
     skip_warmup_saves: bool = option(True, "no best_model.safetensors before the warm-up is over")
     sample_tokens: int = option(64, "tokens of the sample written at each evaluation; 0 = none", ge=0)

@@ -105,12 +105,12 @@ class World:
         return squares.sqrt()
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, on the CPU, in process 0; every process must take part, and gets none of the sharded ones."""
+        """Whole tensors in process 0, sharded ones on the CPU; every process must take part, and gets none of those."""
         gathered = {}
         for name, tensor in tensors.items():
-            full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+            full = tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach()
             if self.rank == 0:
-                gathered[name] = full.cpu()
+                gathered[name] = full
         return gathered
 
     def forget_gathered(self, model: nn.Module) -> None:

@@ -131,9 +131,10 @@ def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -
     return figures
 
 
-def print_plan(config: Config, gpus: int) -> None:
-    """Prints the plan as a block of `key: value` lines."""
-    cast = {"fp16": torch.float16, "bf16": torch.bfloat16}[config.amp_dtype] if config.use_amp else None
+def print_plan(config: Config, gpus: int, memory: float | None = None) -> None:
+    """Prints the plan as a block of `key: value` lines, and whether it fits GPUs of `memory` GiB each, with what margin."""
+    kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+    cast = kinds[config.amp_dtype] if config.use_amp else None
     vocab_size = planned_vocab_size(config)
     figures = plan(config, gpus, vocab_size, cast)
     how = "sharded by FSDP" if config.parallel == "fsdp" and gpus > 1 else "whole on each"
@@ -141,3 +142,10 @@ def print_plan(config: Config, gpus: int) -> None:
     for key, value in figures.items():
         whole = key in ("parameters", "tokens_per_step", "flops_per_token")
         print(f"{key}: {value:,}" if whole else f"{key}_gib: {value / GIB:.2f}")
+    if memory is not None:
+        margin = memory - figures["total"] / GIB
+        # What is not planned (temporaries, libraries, fragments) took up to a GiB beside 11 on an H200.
+        verdict = (
+            "yes" if margin > 1 else "barely" if margin > 0 else "no; lower micro_batch_size, or take gradient_checkpointing"
+        )
+        print(f"memory_gib: {memory:.2f}\nmargin_gib: {margin:.2f}\nfits: {verdict}")

@@ -139,13 +139,15 @@ class Record:
     def metrics(self, kind: str) -> list[dict[str, Any]]:
         return [values for values in read_metrics(self.folder / "metrics.jsonl") if values["kind"] == kind]
 
-    def has_lost_its_save(self, save_interval: int) -> bool:
+    def has_lost_its_save(self, save_interval: int | None) -> bool:
         """Whether the run is further than its first save, so that one that finds no save must not begin anew: it would write
-        over what there is."""
+        over what there is. Where saves go by time, it is as soon as there are weights."""
         lines = read_metrics(self.folder / "metrics.jsonl")
         steps = max((line.get("step", 0) for line in lines), default=0)
         weights = any(self.folder.glob("*_model.safetensors"))
-        return steps > save_interval or any(line["kind"] == "result" for line in lines) or (weights and not lines)
+        by_steps = save_interval is not None
+        further = steps > save_interval if by_steps else weights
+        return further or any(line["kind"] == "result" for line in lines) or (weights and not lines)
 
     def draw_curves(self) -> None:
         """curves.png: bits per byte in training and validation by step."""

@@ -70,7 +70,7 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
     if trainer.device == "cuda":
         work = work_per_token(trainer) / matmul_rate("cuda", trainer.cast or torch.float32)
     began, before = time.perf_counter(), trainer.seconds
-    last, losses = (time.perf_counter(), trainer.step), []
+    last, losses, saved = (time.perf_counter(), trainer.step), [], time.perf_counter()
     progress = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=not sys.stderr.isatty(), leave=False)
     stopping = 0
     while trainer.step < trainer.total_steps and not stopping:
@@ -105,13 +105,19 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
             trainer.evaluation_seconds += paused
             last = (last[0] + paused, last[1])
         trainer.seconds = before + time.perf_counter() - began
-        if step % config.save_interval == 0 or ended:
-            trainer.save()
+        due = ended or (config.save_interval is not None and step % config.save_interval == 0)
         if trainer.world.size == 1 or step % config.log_interval == 0:  # several processes must agree, which takes time
             stopping = trainer.world.highest(stop.signal or 0)
+            late = config.save_interval is None and time.perf_counter() - saved > 60 * config.save_minutes
+            due = due or bool(trainer.world.highest(int(late)))
+        if due:
+            trainer.save()
+            saved = time.perf_counter()
     progress.close()
     if stopping:
         trainer.save()
+    trainer.writer.finish()
+    if stopping:
         record.say(f"stopped after step {trainer.step}; go on with: python train.py --resume {record.folder}")
         sys.exit(128 + stopping)
 
@@ -146,7 +152,7 @@ def validate(trainer: Trainer, held_out: Tensor, bits: float, kind: str, file: s
         return best
     tensors = trainer.world.whole(own_tensors(trainer.model))
     if trainer.world.rank == 0:
-        save_model(trainer.model, record.folder / file, tensors)
+        trainer.writer.write(lambda ready: save_model(trainer.model, record.folder / file, ready), tensors)
     return nats
 
 
@@ -234,6 +240,7 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     parser.add_argument("--config", default=None, metavar="FILE", help="JSON file of keys and values (default config.json)")
     parser.add_argument("--resume", default=None, metavar="RUN_DIR", help="go on with the run in this folder")
     parser.add_argument("--plan", type=int, metavar="GPUS", help="print what a run on so many GPUs needs, and stop")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="with --plan: of each GPU; says whether the run fits")
     parser.add_argument("--profile", action="store_true", help="a few steps under the profiler, their table, and stop")
     add_config_options(parser)
     args = parser.parse_args()
@@ -261,7 +268,7 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
 def main() -> None:
     config, folder, options = read_arguments()
     if options.plan is not None:
-        print_plan(config, options.plan)
+        print_plan(config, options.plan, options.memory)
         return
     with join(config) as world, contextlib.ExitStack() as held:
         run(config, folder, world, held, profile=options.profile)

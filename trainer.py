@@ -6,6 +6,7 @@ very steps that the one that was saved would have taken.
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,7 @@ class Trainer:
         self.unchecked: list[tuple] = []  # (step, names, norms, event) of steps whose gradients nobody has looked at yet
         self.step, self.best, self.seconds, self.skipped, self.bad_in_a_row = 0, math.inf, 0.0, 0, 0
         self.best_average, self.evaluation_seconds, self.saved_step = math.inf, 0.0, -1
+        self.writer = Writer(self.device)
         self.loss = world.parallel_loss(self.model, compiled_loss(self) if config.compile else self.model.loss)
         self.graph: StepGraph | None = None
         self.eager_steps = EAGER_STEPS if self.may_be_a_graph() else math.inf  # left before the step becomes a CUDA graph
@@ -236,10 +238,13 @@ class Trainer:
         else:
             values |= self.tensors()
         if world.rank == 0:
-            save_plain(values, path)
-            if self.config.parallel == "fsdp":
-                remove_other_shards(shards)
+            self.writer.write(lambda ready: self.write_save(ready, path, shards), values)
         self.saved_step = self.step
+
+    def write_save(self, values: dict[str, Any], path: Path, shards: Path) -> None:
+        save_plain(values, path)
+        if self.config.parallel == "fsdp":
+            remove_other_shards(shards)
 
     def restore(self) -> None:
         """Goes back to the state last saved, and cuts the logs back to it, unless they hold the run's result: it has ended, and
@@ -315,6 +320,55 @@ class Trainer:
         except (AttributeError, TypeError):  # no lists of dicts of tensors
             return False
         return len(found) == self.config.grad_accum and all(own in (None, shapes) for own in found)
+
+
+class Writer:
+    """Writes files of tensors, one at a time: from a GPU out of a copy in pinned memory, on a thread of its own, since training
+    can go on while some gigabytes go to a disk. A CPU's tensors change under a thread, so there it writes at once."""
+
+    def __init__(self, device: str):
+        self.behind = device == "cuda"
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def write(self, save: Callable[[Any], None], values: Any) -> None:
+        """Calls `save` with `values`, tensors in dicts and lists, as they are now. What goes wrong on the thread is raised by
+        the next call."""
+        self.finish()
+        if not self.behind:
+            save(values)
+            return
+        ready = on_host(values)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def work() -> None:
+            copied.synchronize()
+            try:
+                save(ready)
+            except Exception as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Waits until all is written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+def on_host(values: Any) -> Any:
+    """Tensors of a GPU as copies in pinned memory, in the same dicts and lists; they are whole once the device got there."""
+    if isinstance(values, dict):
+        return {key: on_host(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [on_host(value) for value in values]
+    return values.to("cpu", non_blocking=True, copy=True) if isinstance(values, Tensor) else values
 
 
 class StepGraph:

@@ -76,9 +76,23 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped(optimizer, tmp_path):
     one = trainer_of(tmp_path, optimizer=optimizer, cuda_graph=False)
     losses(one, 4)
     one.save()
+    one.writer.finish()
     other = trainer_of(tmp_path, optimizer=optimizer, cuda_graph=False)
     other.restore()
     assert losses(other, 4) == pytest.approx(losses(one, 4), rel=1e-3)  # sums of atomic additions have no order
+
+
+def test_a_save_holds_what_was_when_it_was_asked_for(tmp_path):
+    trainer = trainer_of(tmp_path, optimizer="AdamW", cuda_graph=False)
+    losses(trainer, 2)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.save()
+    for p in trainer.model.parameters():
+        p.data.zero_()  # while it is written, as a step would
+    trainer.writer.finish()
+    other = trainer_of(tmp_path, optimizer="AdamW", cuda_graph=False)
+    other.restore()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.model.state_dict().items())
 
 
 def test_no_step_waits_for_the_device(tmp_path):

@@ -8,7 +8,7 @@ from checkpoint import own_tensors
 from config import InputError
 from model import build_model
 from optimizers import make_optimizers, state_tensors
-from plan import SavedTensors, plan
+from plan import SavedTensors, plan, print_plan
 
 
 @pytest.mark.parametrize("optimizer", ["Adagrad", "AdamW", "Muon", "SGD"])
@@ -51,3 +51,13 @@ def test_recomputation_and_shards_take_less_memory():
 def test_a_batch_that_does_not_divide_among_the_gpus_is_an_error():
     with pytest.raises(InputError, match="micro_batch_size"):
         plan(tiny(micro_batch_size=2), 3, VOCAB, None)
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(64.0, "fits: yes"), (0.0001, "fits: no")])
+def test_a_plan_says_whether_a_card_is_large_enough(memory, fits, capsys):
+    print_plan(tiny(dataset="pydoc", tokenizer="bytes"), 1, memory)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(fits) for line in lines)
+    total = next(float(line.split()[1]) for line in lines if line.startswith("total_gib"))
+    margin = next(float(line.split()[1]) for line in lines if line.startswith("margin_gib"))
+    assert margin == pytest.approx(memory - total, abs=0.02)
