@@ -136,6 +136,8 @@ FOREIGN = {
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
     "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON),
     "llama-muon-ngrams": (partial(build_llama, width=128, layers=5, inner=88), MUON | {"ngram_slots": 16900}),
+    # Its blocks traded for MLP and slots, as best-small's were.
+    "llama-muon-ngrams-2": (partial(build_llama, width=128, layers=2, inner=256), MUON | {"ngram_slots": 21000}),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
     "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
     "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON),
