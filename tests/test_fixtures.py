@@ -10,11 +10,10 @@ from conftest import SHARED, run_in_chunks
 from checkpoint import load_model
 from decode import Decoder
 
-FIXTURES = SHARED / "fixtures"
-ALL = sorted(path.parent for path in FIXTURES.glob("*/expected.pt"))
-NETWORKS = [pytest.param(path, id=path.name) for path in ALL if not path.name.startswith("train5_")]
-if not NETWORKS:
-    NETWORKS = [pytest.param(FIXTURES, marks=pytest.mark.skip(reason=f"{FIXTURES} is absent"))]
+OWN = Path(__file__).parent / "fixtures"  # two networks, which every clone has
+# One folder a name: the two of the repository, and those beside it where there are any, of which two are the same ones.
+ALL = {file.parent.name: file.parent for place in (SHARED / "fixtures", OWN) for file in sorted(place.glob("*/expected.pt"))}
+NETWORKS = [pytest.param(path, id=name) for name, path in ALL.items() if not name.startswith("train5_")]
 
 
 def expected_of(folder: Path) -> dict:
@@ -60,10 +59,14 @@ def test_five_adagrad_steps_equal_the_first_implementation_s(shared):
     torch.testing.assert_close(model.lm_head.weight.detach(), expected["final_lm_head"], atol=1e-5, rtol=0)
 
 
-def test_the_expected_loss_is_the_cross_entropy_of_the_expected_logits(shared):
+@pytest.mark.parametrize("folder", NETWORKS)
+def test_the_expected_loss_is_the_cross_entropy_of_the_expected_logits(folder):
     """Guards the fixtures themselves: a wrong file would make the tests above say nothing."""
-    for folder in (shared / "fixtures").glob("*/expected.pt"):
-        expected = expected_of(folder.parent)
-        if "logits" in expected:
-            loss = F.cross_entropy(expected["logits"].flatten(0, 1), expected["targets"].flatten())
-            torch.testing.assert_close(loss, expected["loss"], atol=1e-5, rtol=0)
+    expected = expected_of(folder)
+    loss = F.cross_entropy(expected["logits"].flatten(0, 1), expected["targets"].flatten())
+    torch.testing.assert_close(loss, expected["loss"], atol=1e-5, rtol=0)
+
+
+def test_a_clone_has_the_plain_and_the_released_network():
+    """Without them the tests above would have no case and pass in silence."""
+    assert {path.parent.name for path in OWN.glob("*/expected.pt")} == {"base_plain", "released"}
