@@ -29,7 +29,7 @@ LOWEST_TEMPERATURE = 1e-6  # logits divided by less may be beyond fp32; far abov
 
 
 def option(default: Any, meaning: str, effect: str = "", **limits: Any) -> Any:
-    """A key: its default, what it means, what it was measured to do (shown in the README) and its limits."""
+    """A key: its default, what it means, what it was measured to do (shown in docs/options.md) and its limits."""
     if isinstance(default, int | float) and not isinstance(default, bool) and "lt" not in limits:
         limits = {"le": MOST} | limits
     return Field(default, description=meaning, json_schema_extra={"effect": effect}, **limits)
@@ -52,7 +52,7 @@ Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), P
 Basis = Literal["haar", "zero", "random"]
 Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
 
-SECTIONS = {  # the first key of each section of `Config`, for --help and the README
+SECTIONS = {  # the first key of each section of `Config`, for --help and docs/options.md
     "dataset": "Data",
     "C": "Network: size",
     "wavelet_mode": "Network: lifting wavelet",
@@ -444,14 +444,41 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def legal_values(schema: dict[str, Any]) -> str:
+    """What a key may be, in words, from its JSON schema. Combinations of keys have limits of their own (`_contradictions`)."""
+    if "anyOf" in schema:
+        return " or ".join(legal_values(kind) for kind in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    kind = schema["type"]
+    if kind == "array" and "prefixItems" in schema.get("items", {}):
+        return "JSON object, name -> number"  # `Weights`: kept as pairs
+    if kind == "array":
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        count = "" if most is None else f"{least} " if least == most else f"{least} to {most} "
+        return f"list of {count}({legal_values(schema['items'])})"
+    if kind in ("boolean", "null", "string"):
+        return {"boolean": "`true`, `false`", "null": "`null`", "string": "text"}[kind]
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if high == MOST:  # what a key without a limit of its own has
+        high = None
+    if kind == "integer" and low is not None and high is not None:
+        return f"integer, {low:,} to {high:,}"
+    bounds = [(low, "{} or more"), (above, "above {}"), (high, "at most {}"), (below, "below {}")]
+    return ", ".join([kind, *(words.format(f"{bound:,.15g}") for bound, words in bounds if bound is not None)])
+
+
 def options_table() -> str:
-    """The README's table of options in Markdown: key, default, meaning, measured effect."""
+    """The table of options of docs/options.md, in Markdown: key, default, legal values, meaning, measured effect."""
+    schemas = Config.model_json_schema()["properties"]
     lines = []
     for key, field in Config.model_fields.items():
         if key in SECTIONS:
-            lines += [f"\n**{SECTIONS[key]}**\n", "| key | default | meaning | effect |", "|---|---|---|---|"]
+            lines += [f"\n**{SECTIONS[key]}**\n", "| key | default | values | meaning | effect |", "|---|---|---|---|---|"]
         default = json.dumps(field.get_default(), ensure_ascii=False)
-        lines.append(f"| `{key}` | `{default}` | {field.description} | {field.json_schema_extra['effect']} |")
+        cells = [f"`{key}`", f"`{default}`", legal_values(schemas[key]), field.description, field.json_schema_extra["effect"]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip() + "\n"
 
 

@@ -21,7 +21,6 @@ from config import (
     given_options,
     load_config,
     make_config,
-    options_table,
     run_command,
     save_config,
 )
@@ -277,16 +276,6 @@ def test_every_key_is_documented_and_in_a_section():
     assert KEYS[0] in SECTIONS and SECTIONS.keys() <= set(KEYS)
     for key, field in Config.model_fields.items():
         assert field.description, key
-
-
-def test_readme_holds_the_table_of_options():
-    readme = ROOT / "README.md"
-    table = options_table()
-    header = "| key | default | meaning | effect |"
-    assert all(f"| `{key}` |" in table for key in KEYS)
-    if not readme.is_file() or header not in (text := readme.read_text(encoding="utf-8")):
-        pytest.skip("README.md has no table of options yet")
-    assert table.strip() in text, "README.md: renew the table with `python config.py`"
 
 
 def test_a_saved_config_loads_as_itself(tmp_path):

@@ -1,4 +1,4 @@
-"""What the README says is there, and its commands are commands."""
+"""What the README and the pages of docs/ say is there, their links lead somewhere, and their commands are commands."""
 
 import importlib
 import re
@@ -8,23 +8,61 @@ from pathlib import Path
 
 import pytest
 
-from config import options_table
+from config import Config, options_table
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
+GUIDES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [*GUIDES, REPO / "runs.md", REPO / "tests/fixtures/README.md", *sorted((REPO / "plans").glob("*.md"))]
+MADE_BY_RUNS = {"config.json", "data.json", "env.json", "tokenizer.json", "inspection.md"}
 
 
-def test_files_and_links_that_the_readme_names_exist():
-    named = re.findall(r"`([\w-]+\.(?:py|json|md))`", README) + re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    made_by_runs = {"config.json", "data.json", "env.json"}
-    missing = [name for name in named if not (REPO / name).exists() and name not in made_by_runs]
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of a page's bash blocks that begin with `python`, each as words."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text_of(page), re.DOTALL) for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+
+
+COMMANDS = [command for page in GUIDES for command in commands(page)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub lets headings be linked: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(REPO))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_to_a_file_and_to_a_heading_in_it(page):
+    broken = []
+    for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", text_of(page)):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=named)
+def test_files_that_a_page_names_exist(page):
+    files = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|json|md))`", text_of(page))
+    places = [REPO, REPO / "configs"]
+    missing = [name for name in files if name not in MADE_BY_RUNS and not any((place / name).exists() for place in places)]
     assert not missing
 
 
 @pytest.mark.parametrize("script", sorted({command[1] for command in COMMANDS}))
-def test_options_in_the_readme_are_options_of_the_command(script, monkeypatch, capsys):
+def test_options_on_the_pages_are_options_of_the_command(script, monkeypatch, capsys):
+    if script == "lm_eval_adapter.py":
+        pytest.importorskip("lm_eval")  # whose command it is
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as end:
@@ -35,6 +73,15 @@ def test_options_in_the_readme_are_options_of_the_command(script, monkeypatch, c
     assert used <= known
 
 
+def test_config_files_in_commands_exist():
+    files = [word.split("=")[-1] for command in COMMANDS for word in command if word.endswith(".json")]
+    assert not [name for name in files if not (REPO / name).is_file()]
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    assert len(README.encode()) <= 8192
+
+
 def test_the_two_commands_stand_alone_and_ci_runs_them():
     ci = (REPO / ".ci/run").read_text(encoding="utf-8")
     for name in ("quickstart", "tests"):
@@ -42,9 +89,48 @@ def test_the_two_commands_stand_alone_and_ci_runs_them():
         assert "\n" not in command
         assert command.startswith("python3 -m venv .venv && ")
         assert f"command_of {name}" in ci
+    assert ".ci/run" in (REPO / ".github/workflows/ci.yml").read_text(encoding="utf-8")
 
 
 def test_the_table_of_options_is_that_of_the_config():
     """Made again by: python config.py."""
-    table = README.split("<!-- options: made by python config.py -->\n")[1].split("<!-- end of options -->")[0]
+    page = text_of(REPO / "docs/options.md")
+    table = page.split("<!-- options: made by python config.py -->\n")[1].split("<!-- end of options -->")[0]
     assert table.strip() == options_table().strip()
+    assert all(f"| `{key}` |" in table for key in Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("layers", "integer, 1 to 4,096"),
+        ("C", "integer, 2 or more"),
+        ("top_p", "number, above 0, at most 1"),
+        ("momentum", "number, 0 or more, below 1"),
+        ("multinodal_bagged_eps", "number, -1 or more, at most 1"),
+        ("compile", "`true`, `false`"),
+        ("max_steps", "integer, 1 to 1,000,000,000,000 or `null`"),
+        ("eval_context", "`stream`, `window`"),
+        ("adam_betas", "list of 2 (number, 0 or more)"),
+    ],
+)
+def test_the_table_says_what_a_key_may_be(key, values):
+    row = next(line for line in options_table().splitlines() if line.startswith(f"| `{key}` |"))
+    assert row.split(" | ")[2] == values
+
+
+def test_sections_of_runs_that_are_quoted_are_there():
+    """As in: [runs.md](../runs.md), "Recall with …". An ellipsis stands for anything; what was folded has its old heading."""
+    runs = text_of(REPO / "runs.md")
+    index, *_ = runs.partition("\n## ")
+    titles = re.findall(r"^## (.*)$", runs, re.MULTILINE) + re.findall(r'^\| "([^"]*)"', runs, re.MULTILINE)
+    assert index
+    lost = []
+    for page in [*GUIDES, *sorted((REPO / "plans").glob("*.md"))]:
+        # Lines are filled, so a title may go over a line's end.
+        flowing = re.sub(r"\s+", " ", text_of(page))
+        for title in re.findall(r'\[runs\.md\]\([./]*runs\.md\), "([^"]+)"', flowing):
+            wanted = re.escape(title).replace("…", ".*")
+            if not any(re.match(wanted, line) for line in titles):
+                lost.append((named(page), title))
+    assert not lost
