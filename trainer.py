@@ -18,6 +18,7 @@ from checkpoint import own_tensors, save_plain
 from config import Config, InputError
 from data import Corpus, training_order
 from distributed import World, load_shards, remove_other_shards, save_shards, saved_shapes
+from errors import check_regular
 from features import fill_features
 from model import build_model
 from optimizers import (
@@ -209,6 +210,7 @@ class Trainer:
     def restore(self) -> None:
         """Goes back to the state last saved, and cuts the logs back to it. Without one the run starts from the beginning."""
         path = self.record.folder / LATEST
+        check_regular(path)  # a FIFO would be waited for
         if not path.exists():
             self.record.cut_back({})
             return
