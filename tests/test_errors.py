@@ -38,7 +38,7 @@ from sampling import draw
 SECONDS = 60  # of processor time that a command may take: each takes about one
 ASLEEP = 10  # seconds that it may wait for something other than the processor
 MEMORY = 8 * 2**30  # bytes that a command may ask for beyond what Python and torch have: a machine's memory is not for tests
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 12))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 8))
 FUZZ = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 
 
@@ -284,7 +284,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_no_half_file(copy):
     outcome = run(train.main, ["--config", "run.json"], folder, full)
     assert outcome.code == 2, outcome
     assert_done_or_said(outcome)
-    assert not list(folder.glob("logs/*/.*")) and "best_model.safetensors" in outcome.err
+    assert not list(folder.glob("logs/*/.*")) and "error: logs/" in outcome.err and "cannot be written" in outcome.err
 
 
 def test_an_output_that_takes_nothing_is_said_in_one_line(place):
