@@ -10,6 +10,7 @@ its id and one replay. Without a GPU the same steps are taken one by one.
 """
 
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class GraphedStep:
             if "count" in block:
                 block["count"] = self.held[0]["count"]
         self.reader = None  # whose text this is now; for `sampling.Reader`
+        self.kept = None  # the rules of the last text, with their graph; for `sampling.generate`
         self.graph, self.logits, self.program = None, None, self.advance
         if compiled:
             advance = types.MethodType(own_code(GraphedStep.advance), self)
@@ -72,6 +74,23 @@ class GraphedStep:
         with torch.cuda.graph(graph):
             self.logits = self.program(self.ids, self.position, self.held)
         self.graph = graph
+
+    def then(self, token: Tensor, rule: Callable[[Tensor], None]) -> Callable[[], None]:
+        """A function that reads `token` (B, 1) and gives the logits (B, V) to `rule`, all as one graph.
+
+        token is a tensor that stays where it is: what it holds at the time of a call is read. The rule too must keep to such
+        tensors and ask the device nothing; it has been called before, so that its kernels are loaded."""
+
+        def turn() -> None:
+            self.ids.copy_(token)
+            rule(self.program(self.ids, self.position, self.held))
+
+        if self.graph is None:
+            return turn
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            turn()
+        return graph.replay
 
     def advance(self, ids: Tensor, position: Tensor, held: list[dict]) -> Tensor:
         """The step itself, by operations whose tensors stay where they are: ids (B, 1) → logits (B, V)."""
