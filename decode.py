@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused
 from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
@@ -383,7 +384,11 @@ class Memory:
         query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
         keys = weights.module(f"{name}.keys", without_modules(memory))
         keys.query_proj = lambda h: query(h).float()
-        self.lookup = keys.lookup
+        self.keys, self.lookup, self.folded = keys, keys.lookup, None
+        if fused.MemoryReads.takes(memory, weights.device):  # for one row
+            rows = torch.arange(memory.query_proj.out_features, device=weights.device)
+            exact = weights.table(f"{name}.query", memory.query_proj.weight, "query")(rows)
+            self.folded = fused.MemoryReads.fold(exact, keys.keys_a, keys.keys_b)
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         slot, weight = self.lookup(h)
@@ -474,6 +479,11 @@ class DecoderBlock:
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
         if block.recall is not None:
             self.memories.append(Recall(block.recall, block.alpha_recall, f"{name}.recall", weights))
+        folded = [memory for memory in self.memories if isinstance(memory, Memory) and memory.folded is not None]
+        self.reads = fused.MemoryReads(folded) if folded else None  # of one row
+        for memory in folded:
+            memory.folded = None  # all lie together now
+        self.other_memories = [memory for memory in self.memories if memory not in folded]
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as this decoder keeps it."""
@@ -513,7 +523,10 @@ class DecoderBlock:
         x = self.reconstruction(self.mixers(c), x, self.alphas[0], length)
         h = F.layer_norm(x, *self.norms[1])
         x = self.alphas[1] * x if self.mlp is None else self.mlp(h, x, self.alphas[1])
-        for memory in self.memories:
+        alone = self.reads is not None and x.size(0) == 1
+        if alone:
+            x = self.reads(h, x)
+        for memory in self.other_memories if alone else self.memories:
             read, written = memory(h, length, part)
             x, new = x + read, new | written
         return x, mean, new

@@ -125,6 +125,11 @@ if HAS_TRITON:
         _store(tl.sum(sums, 1), y, add, s, rows, inside, add_s, add_n, width, beta, HAS_ADD)
 
 
+def usable(device: torch.device) -> bool:
+    """Whether products of one row on this device are by these kernels."""
+    return HAS_TRITON and device.type == "cuda"
+
+
 def _aligned(tensors: dict[str, Tensor], kind: str) -> Tensor:
     """The rows of one matrix, their inputs filled up to a multiple of STEP; quantised ones are already."""
     weight = tensors[kind]

@@ -153,8 +153,7 @@ class FloatMatrix:
 
 def for_gpu(tensors: dict[str, Tensor]) -> "kernels.Stack | None":
     """The product of one row on a GPU by our own kernel; None on a CPU, and where there is no Triton."""
-    usable = next(iter(tensors.values())).device.type == "cuda" and kernels.HAS_TRITON
-    return kernels.Stack([tensors]) if usable else None
+    return kernels.Stack([tensors]) if kernels.usable(next(iter(tensors.values())).device) else None
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -313,7 +312,7 @@ class PackedStack:
         self.outputs, self.inputs, self.width = outputs, inputs, max(outputs)
         self.kind = torch.float32 if 32 in bits else torch.bfloat16
         self.stacks = None
-        if next(iter(tensors[0].values())).device.type == "cuda" and kernels.HAS_TRITON:
+        if kernels.usable(next(iter(tensors[0].values())).device):
             groups = [[s for s, b in enumerate(bits) if b == width] for width in sorted(set(bits))]
             self.stacks = [kernels.Stack([tensors[s] for s in group], group) for group in groups]
             for stack, group in zip(self.stacks, groups, strict=True):  # what holds them one by one for many rows

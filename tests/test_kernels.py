@@ -1,14 +1,11 @@
 """The GPU's kernels against the plain products, by Triton's interpreter where there is no GPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+from conftest import random_model, tiny
 
 import kernels
+from decode import Decoder
 from packed import Table, quantised
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
@@ -62,3 +59,34 @@ def test_stacks_of_several_widths_fill_one_result():
     kernels.Stack([quantised(weights[s], 32) for s in (0, 2)], [0, 2])(x, y=y)
     for s, w in enumerate(weights):
         assert_near(y[s], w @ x[s], 0.02 if s == 1 else 1e-4)
+
+
+# ===== What lies between the products
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The decoder's own kernels for one row, also where an interpreter runs them."""
+    monkeypatch.setattr(kernels, "usable", lambda device: True)
+
+
+MEMORIES = [
+    {"pkm_num_keys": 400, "pkm_top_k": 6, "pkm_heads": 2},  # 20 keys a half, no power of two
+    {
+        "fwpkm_enabled": True,
+        "pkm_top_k": 32,
+        "pkm_num_keys": 1024,
+        "fwpkm_num_keys": 4,
+    },  # 119 pairs; few slots
+]
+
+
+@pytest.mark.parametrize("bits", [None, 16, 8, 4])
+@pytest.mark.parametrize("options", MEMORIES)
+def test_memories_read_what_they_read_by_torch(options, bits, fused):
+    config = tiny(C=96, layers=1, levels=1, pkm_enabled=True, **options)
+    decoder = Decoder(random_model(config).to(DEVICE), bits)
+    for block in decoder.blocks:
+        h, x = torch.randn(2, 1, config.C, device=DEVICE)
+        expected = x + sum(memory(h, 1, {})[0] for memory in block.memories)
+        assert_near(block.reads(h, x) - x, expected - x, 1e-4 if bits is None else 0.03)
