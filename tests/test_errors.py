@@ -379,3 +379,13 @@ def test_the_smallest_nucleus_is_the_most_probable_token(top_p):
     probs = torch.rand(4, 50).softmax(-1)
     drawn = draw(probs, torch.full((4, 1), top_p), torch.rand(4, 1, dtype=torch.float64))
     assert drawn.tolist() == probs.argmax(-1).tolist()
+
+
+def test_a_damaged_table_is_blamed_itself(copy):
+    folder = copy()
+    (folder / "tables").mkdir()
+    (folder / "tables" / "train.parquet").write_bytes(b"PAR1, and no more")
+    outcome = run(train.main, ["--config", "run.json", "--dataset", "tables"], folder)
+    assert outcome.code == 2 and "tables" in outcome.err and "hub" not in outcome.err.lower(), outcome
+    assert len(outcome.err.splitlines()) == 1, outcome
+    assert not left_by_failed_starts(folder)
