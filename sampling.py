@@ -95,31 +95,33 @@ def adaptive_temperature(entropy: Tensor, vocab_size: int, lowest: float, highes
     return highest - entropy / math.log(vocab_size) * (highest - lowest)
 
 
-def nucleus(probs: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
-    """The smallest set of tokens whose probability reaches top_p, the most probable first and among equals by id: a mask
-    (R, V). A token is in it where those before it in this order hold less than top_p.
+def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
+    """The probabilities of the smallest set of tokens that reach top_p, 0 for all others: (R, V) in units of 1 / UNIT.
 
-    Nothing is sorted: the last token's probability is found digit by digit, from the highest, by adding up the mass of the
-    tokens that share a digit. These are whole numbers, so the sums are the same in whatever order a device adds them.
+    Tokens are taken in falling order, equals by id: one is in the set where those before it hold less than top_p. Nothing is
+    sorted: the last token's probability is found digit by digit, from the highest, by adding up the tokens that have each
+    digit. They are added as whole numbers, whose sums are the same in whatever order a device adds them.
 
-    probs (R, V) fp32, mass (R, V) and top_p (R, 1) in units of 1 / UNIT.
+    probs (R, V) fp32, top_p (R, 1).
     """
-    goal = torch.minimum(top_p, mass.sum(1, keepdim=True))  # rounding may leave a little less than 1 in all
+    mass = (probs * UNIT).long().clamp(min=0)  # what is not a number becomes one below 0
+    # At least one token, and no more than there are: rounding may leave a little less than 1 in all.
+    missing = torch.minimum((top_p * UNIT).long(), mass.sum(1, keepdim=True)).clamp(min=1)
     # The bits of a positive float, read as a whole number, are in the order of the floats. Turned round, a key falls as the
-    # probability rises. The bits of 1 have 30 digits; what is not a number is made to have no more.
-    keys = (2**30 - 1 - probs.contiguous().view(torch.int32)).clamp(0, 2**30 - 1).long()
-    width = 15 if probs.size(1) >= 2**14 else 10  # bits of a digit: few passes, and no more buckets than tokens by far
-    last, missing = torch.zeros_like(goal), goal  # (R, 1): the digits found of the last token's key; the mass from there on
+    # probability rises. Up to the bits of 1 it has 30 digits.
+    keys = 2**30 - 1 - probs.contiguous().view(torch.int32).long()
+    width = 15 if probs.size(1) >= 2**14 else 10  # bits of a digit: few passes, and a sum for each value of a digit
+    last, equal = torch.zeros_like(missing), mass  # the last token's digits so far; the mass of those that have the same
     for shift in range(30 - width, -1, -width):
-        digits = keys >> shift
-        here = mass * (digits >> width == last)
-        buckets = mass.new_zeros(len(mass), 2**width).scatter_add_(1, digits & (2**width - 1), here)
-        reached = buckets.cumsum(1)
-        short = reached < missing
-        last = (last << width) + short.sum(1, keepdim=True)
-        missing = missing - (reached * short).amax(1, keepdim=True)
-    equal = keys == last
-    return (keys < last) | (equal & ((equal.cumsum(1) - 1) * mass < missing))
+        digits = (keys >> shift) & (2**width - 1)
+        before = mass.new_zeros(len(mass), 2**width + 1)
+        before[:, 1:].scatter_add_(1, digits, equal)
+        before = before.cumsum(1)  # what tokens of a lower digit hold
+        digit = torch.searchsorted(before, missing) - 1
+        missing = missing - before.gather(1, digit)
+        equal = equal * (digits == digit)
+        last = (last << width) + digit
+    return mass * (keys < last) + equal * (equal.cumsum(1) - equal < missing)
 
 
 def draw(probs: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -129,9 +131,7 @@ def draw(probs: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     wait. Tokens are drawn by the inverse of the cumulative distribution in order of id: unlike falling order, it hardly moves
     when rounding (another batch size, another kernel) swaps two tokens of nearly the same probability.
     """
-    mass = (probs * UNIT).long()
-    mass = mass * nucleus(probs, mass, (top_p * UNIT).long().clamp(min=1))  # 1: the smallest nucleus is one token
-    cumulative = mass.cumsum(1)
+    cumulative = nucleus(probs, top_p).cumsum(1)
     target = (uniform * cumulative[:, -1:]).long()
     token = torch.searchsorted(cumulative, target, right=True)
     return token.clamp(max=probs.size(1) - 1).squeeze(1)  # where probabilities are not finite there may be no such token

@@ -29,6 +29,7 @@ from sampling import (
     generate,
     haar_mean,
     measure,
+    nucleus,
     penalised,
     tightened,
     window_start,
@@ -98,6 +99,15 @@ def test_no_draw_leaves_the_nucleus(vocab_size, p, spread, seed):
     probs = (spread * torch.randn(1, vocab_size, generator=generator)).softmax(-1)
     nucleus = in_nucleus(probs[0].tolist(), p + 1e-6)
     assert set(draw(probs.repeat(20, 1), torch.full((20, 1), p), grid(20)).tolist()) <= nucleus
+
+
+@pytest.mark.parametrize("p", [0.05, 0.6, 0.97, 1.0])
+def test_the_nucleus_of_a_large_vocabulary_is_the_one_by_definition(p):
+    logits = 2 * torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1))
+    probs = logits.mul(16).round().div(16).softmax(-1)  # rounded, so that many tokens are equals
+    order = probs.double().sort(descending=True, stable=True)
+    wanted = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order.indices, order.values.cumsum(1) - order.values < p)
+    assert torch.equal(nucleus(probs, torch.full((2, 1), p)) > 0, wanted)
 
 
 def test_whole_distribution_is_drawn_by_its_inverse():
@@ -605,7 +615,21 @@ def test_steps_in_place_write_the_same_texts(model, monkeypatch):
     expected = [generate(decoder, ids, 40, settings).ids for settings in several]
     monkeypatch.setattr(sampling, "graphed", always)
     for settings, text in zip(several, expected, strict=True):
-        assert torch.equal(generate(decoder, ids, 40, settings).ids, text)
+        for _ in range(2):  # the second text finds what the first has left
+            assert torch.equal(generate(decoder, ids, 40, settings).ids, text)
+
+
+def test_a_text_begun_while_another_is_written_changes_neither(model, monkeypatch):
+    decoder, ids = Decoder(model), random_ids(1, 7)
+    step, inner = GraphedStep(decoder, 1), []
+    expected = generate(decoder, ids, 12, Settings()).ids
+
+    def begin_another(tokens):
+        inner.append(generate(decoder, ids, 12, Settings()).ids)
+
+    monkeypatch.setattr(sampling, "graphed", lambda decoder, rows, stream: step)
+    outer = generate(decoder, ids, 12, Settings(), begin_another).ids
+    assert all(torch.equal(text, expected) for text in [outer, *inner])
 
 
 def test_logits_that_are_not_finite_are_an_error():
