@@ -69,7 +69,6 @@ class FoldedLifting:
         self.update = [self._layers(n, f"{name}.update.{i}", 1, weights) for i, n in enumerate(wavelet.update_nets)]
         self.predict_bias = torch.stack([bias for *_, bias in self.predict])  # (J, P)
         self.has_kernels = self.predict[0][2].one is not None  # for one row
-        self.rows = 2 * self.levels + 1  # that `step_by_kernels` fills
         self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @staticmethod
@@ -142,8 +141,8 @@ class FoldedLifting:
         """odd: what `lagged` gives."""
         odd = odd + self.predict_bias
         if self.has_kernels and cur.size(0) == 1:
-            rows = cur.new_empty(self.rows, self.width)
-            rows[:1] = cur
+            rows = self.room(cur)
+            rows[0].copy_(cur)
             return self.step_by_kernels(rows, odd)
         details, curs = [], []
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
@@ -153,15 +152,26 @@ class FoldedLifting:
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": curs}
 
-    def step_by_kernels(self, rows: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
-        """The same of one row, the first of `rows`; each product writes where its result is wanted: the J approximations to
-        remember, the last one, and the details lie below one another. odd: with the bias."""
+    def room(self, like: Tensor) -> list[Tensor | None]:
+        """For `step_by_kernels`: rows below one another, where each product writes what is wanted of it. Of those that follow
+        the first there are none for torch.compile: it would copy all of a tensor of which a part is written."""
+        if torch.compiler.is_compiling():
+            return [like.new_empty(1, self.width), *[None] * 2 * self.levels]
+        return list(like.new_empty(2 * self.levels + 1, self.width).split(1))
+
+    def step_by_kernels(self, rows: list[Tensor | None], odd: Tensor) -> tuple[Tensor, dict]:
+        """The same of one text, from the first of what `room` gives: rows become the J approximations to remember, the last
+        one, and the details. odd: with the bias."""
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
-            cur, after = rows[level : level + 1], rows[level + 1 : level + 2]
-            detail = rows[2 * self.levels - level :][:1]
-            predict[2].one(self._inside(predict, cur), odd[:, level], y=detail)
-            update[2].one(self._inside(update, detail), cur, math.sqrt(0.5), y=after, bias=update[3])
-        return rows[self.levels :, None], {"lags": rows[None, : self.levels]}
+            cur, after, detail = rows[level], level + 1, 2 * self.levels - level
+            rows[detail] = predict[2].one(self._inside(predict, cur), odd[:, level], y=rows[detail])
+            inside = self._inside(update, rows[detail])
+            rows[after] = update[2].one(inside, cur, math.sqrt(0.5), y=rows[after], bias=update[3])
+        if torch.compiler.is_compiling():
+            whole = torch.cat(rows)
+        else:
+            whole = rows[0].as_strided((len(rows), self.width), (self.width, 1))
+        return whole[self.levels :, None], {"lags": whole[None, : self.levels]}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """The lags of a model's state, on a tape."""
@@ -539,8 +549,8 @@ class DecoderBlock:
 
         At one token `part` is what `look_back` gives, and the new state has one entry for each tape."""
         if "position" in part:  # one row, whose state is changed where it lies
-            rows = x.new_empty(self.wavelet.rows, self.wavelet.width)
-            x, mean = fused.open_block(x, e, self.gamma, self.norms[0], part, self.window, rows[:1])
+            rows = self.wavelet.room(x)
+            x, mean = fused.open_block(x, e, self.gamma, self.norms[0], part, self.window, rows[0])
             new = {} if counts is None else {"count": counts[0]}
             c, lags = self.wavelet.step_by_kernels(rows, part["odd"])
         else:

@@ -361,7 +361,8 @@ class PackedStack:
 
     def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
         """Multiplies y (S, N, out) by the activation of the product."""
-        if activation is F.silu and self.stacks is not None and x.size(1) == 1:
+        alone = self.stacks is not None and x.size(1) == 1
+        if alone and activation is F.silu and not torch.compiler.is_compiling():  # which would copy y, a part of a tensor
             for stack in self.stacks:
                 stack(x[:, 0], y=y[:, 0], finish="gate")
         else:
