@@ -38,12 +38,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
+import kernels
 from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
 from ngrams import NgramEmbedding, read_slots
-from packed import GROUP, Table, Weights, Widths, round_up
+from packed import GROUP, Table, Weights, Widths, product_gelu, product_sum, round_up
 from state import State
 from tape import DecoderState, Tape, plain
 
@@ -67,6 +68,7 @@ class FoldedLifting:
         self.predict = [self._layers(n, f"{name}.predict.{i}", -1, weights) for i, n in enumerate(wavelet.predict_nets)]
         self.update = [self._layers(n, f"{name}.update.{i}", 1, weights) for i, n in enumerate(wavelet.update_nets)]
         self.predict_bias = torch.stack([bias for *_, bias in self.predict])  # (J, P)
+        self.has_kernels = self.predict[0][2].one is not None  # for one row
         self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @staticmethod
@@ -82,7 +84,7 @@ class FoldedLifting:
     @staticmethod
     def _inside(net, x: Tensor) -> Tensor:
         hidden, bias, *_ = net
-        return x if hidden is None else F.gelu(hidden(x, bias))
+        return x if hidden is None else product_gelu(hidden, x, bias)
 
     def lagged(self, tape: Tape) -> Tensor:
         """What each level takes as odd at the next token, over √2: (B, J, P)."""
@@ -111,6 +113,12 @@ class FoldedLifting:
         odd = torch.embedding_bag(ring.view(-1, self.width), entry, starts, False, 0, False, shares)[0]
         return odd.view(rows, self.levels, self.width)
 
+    def lagged_by_kernel(self, ring: Tensor, position: Tensor) -> Tensor:
+        """The same and the bias, of one row."""
+        if (1, -1) not in self.gathers:
+            self.gathers[1, -1] = (torch.tensor(self.offsets).to(self.shares.device),)
+        return fused.lags_in_ring(ring, position, *self.gathers[1, -1], self.shares, self.predict_bias)
+
     def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         """h (N, P) → coefficients (S, N, P), and what to remember."""
         if length == 1:
@@ -132,6 +140,10 @@ class FoldedLifting:
     def step(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
         """odd: what `lagged` gives."""
         odd = odd + self.predict_bias
+        if self.has_kernels and cur.size(0) == 1:
+            rows = self.room(cur)
+            rows[0].copy_(cur)
+            return self.step_by_kernels(rows, odd)
         details, curs = [], []
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
             curs.append(cur)
@@ -139,6 +151,27 @@ class FoldedLifting:
             cur = update[2](self._inside(update, detail), cur, math.sqrt(0.5)).add_(update[3])
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": curs}
+
+    def room(self, like: Tensor) -> list[Tensor | None]:
+        """For `step_by_kernels`: rows below one another, where each product writes what is wanted of it. Of those that follow
+        the first there are none for torch.compile: it would copy all of a tensor of which a part is written."""
+        if torch.compiler.is_compiling():
+            return [like.new_empty(1, self.width), *[None] * 2 * self.levels]
+        return list(like.new_empty(2 * self.levels + 1, self.width).split(1))
+
+    def step_by_kernels(self, rows: list[Tensor | None], odd: Tensor) -> tuple[Tensor, dict]:
+        """The same of one text, from the first of what `room` gives: rows become the J approximations to remember, the last
+        one, and the details. odd: with the bias."""
+        for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
+            cur, after, detail = rows[level], level + 1, 2 * self.levels - level
+            rows[detail] = predict[2].one(self._inside(predict, cur), odd[:, level], y=rows[detail])
+            inside = self._inside(update, rows[detail])
+            rows[after] = update[2].one(inside, cur, math.sqrt(0.5), y=rows[after], bias=update[3])
+        if torch.compiler.is_compiling():
+            whole = torch.cat(rows)
+        else:
+            whole = rows[0].as_strided((len(rows), self.width), (self.width, 1))
+        return whole[self.levels :, None], {"lags": whole[None, : self.levels]}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """The lags of a model's state, on a tape."""
@@ -212,11 +245,12 @@ class FoldedMixers:
         routing = block.mixers.scale_routing
         self.routing = None if routing is None or not gated else weights.keep(f"{name}.routing", routing)
 
-    def __call__(self, c: Tensor) -> Tensor:
+    def __call__(self, c: Tensor, routed: Tensor | None = None) -> Tensor:
+        """routed: what the routing makes of c, where that is known."""
         y = self.first(c)
         if self.gate is not None:
-            r = c if self.routing is None else (self.routing @ c.flatten(1)).view_as(c)
-            y[..., self.head :].mul_(self.activation(self.gate(r)))
+            r = c if self.routing is None else (self.routing @ c.flatten(1)).view_as(c) if routed is None else routed
+            self.gate.gate(r, y[..., self.head :], self.activation)
         return y
 
 
@@ -280,9 +314,9 @@ class FoldedReconstruction:
 
     def __call__(self, y: Tensor, x: Tensor, alpha: float, length: int) -> Tensor:
         """alpha·x + what it gains."""
-        scales = y.unbind(0) if self.hidden is None else [y[0], *F.gelu(self.hidden(y[1:], self.hidden_bias)).unbind(0)]
+        scales = y.unbind(0) if self.hidden is None else [y[0], *self.hidden.gelu(y[1:], self.hidden_bias).unbind(0)]
         joined = torch.cat([part[:, :n] for part, n in zip(scales, self.widths, strict=True)], dim=1)
-        return self.last(joined, torch.add(self.bias, x, alpha=alpha))
+        return product_sum(self.last, joined, self.bias, x, alpha)
 
 
 class OwnReconstruction:
@@ -302,7 +336,7 @@ class OwnReconstruction:
         u = self.after(y).float()
         u = self.norm(u.view(u.size(0), -1, length, u.size(2)))
         cur = self.wavelet.reconstruct(u, self.updates).flatten(0, 1)
-        return self.last(cur, torch.add(self.bias, x, alpha=alpha))
+        return product_sum(self.last, cur, self.bias, x, alpha)
 
 
 # ===== Bypass and memories
@@ -348,7 +382,7 @@ class OwnAverage:
 class MLP:
     def __init__(self, block: Block, name: str, weights: Weights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
-        self.activation = F.gelu if any(isinstance(module, nn.GELU) for module in block.ffwd) else nn.Identity()
+        self.gelu = any(isinstance(module, nn.GELU) for module in block.ffwd)  # none between the two maps of mlp_layers 1
         self.inner = []
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
@@ -359,8 +393,8 @@ class MLP:
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """alpha·x + MLP(h)."""
         for matrix, bias in self.inner:
-            h = self.activation(matrix(h, bias))
-        return self.last(h, torch.add(self.bias, x, alpha=alpha))
+            h = product_gelu(matrix, h, bias) if self.gelu else matrix(h, bias)
+        return product_sum(self.last, h, self.bias, x, alpha)
 
 
 def without_modules(memory: nn.Module) -> nn.Module:
@@ -448,11 +482,13 @@ class DecoderBlock:
         table of values."""
         self.pad, self.wavelet = block.pad, wavelet
         self.gamma = self.average = self.below = self.mlp = None
+        self.window = 0  # of the running mean
         if block.embedding_residual_gamma is not None:
             self.gamma = weights.keep(f"{name}.gamma", block.embedding_residual_gamma)
         if block.bypass is not None:
             average = block.bypass.average
             own = not isinstance(average, RunningMean)
+            self.window = 0 if own else average.window
             self.average = OwnAverage(average, f"{name}.average", weights) if own else Mean(average)
             self.below = weights.matrix(f"{name}.below", block.bypass.cross_layer_mix.weight, "bypass")
             self.gains = weights.keep(f"{name}.gains", F.pad(block.bypass.history_gains, (0, self.pad)))[:, None]  # (S, 1, P)
@@ -471,6 +507,11 @@ class DecoderBlock:
         ]
         if block.ffwd is not None:
             self.mlp = MLP(block, f"{name}.mlp", weights)
+        # Whether a step of one row may change what is remembered where it lies, by kernels of our own.
+        self.in_place = kernels.usable(weights.device) and isinstance(wavelet, FoldedLifting) and wavelet.has_kernels
+        self.in_place = self.in_place and not isinstance(self.average, OwnAverage)
+        plain_scales = isinstance(self.norm_in, nn.Identity) and isinstance(self.modulation, nn.Identity)
+        self.joins = self.in_place and self.average is not None and plain_mixers and plain_scales
         self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
             self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, values))
@@ -508,19 +549,29 @@ class DecoderBlock:
         """x, the token embedding e, the mean of the block below (all (N, C)) → new x, this block's mean, new state.
 
         At one token `part` is what `look_back` gives, and the new state has one entry for each tape."""
-        mean, new = None, {}
-        if self.average is not None:
-            mean, new = self.average(x, length, part, counts)
-            context = mean if below is None else self.below(below, mean)
-        if self.gamma is not None:
-            x = torch.addcmul(x, e, self.gamma)
-        h = F.layer_norm(x, *self.norms[0])
-        c, lags = self.wavelet.decompose(F.pad(h, (0, self.pad)) if self.pad else h, length, part)
+        if "position" in part:  # one row, whose state is changed where it lies
+            rows = self.wavelet.room(x)
+            x, mean = fused.open_block(x, e, self.gamma, self.norms[0], part, self.window, rows[0])
+            new = {} if counts is None else {"count": counts[0]}
+            c, lags = self.wavelet.step_by_kernels(rows, part["odd"])
+        else:
+            mean, new = None, {}
+            if self.average is not None:
+                mean, new = self.average(x, length, part, counts)
+            if self.gamma is not None:
+                x = torch.addcmul(x, e, self.gamma)
+            h = F.layer_norm(x, *self.norms[0])
+            c, lags = self.wavelet.decompose(F.pad(h, (0, self.pad)) if self.pad else h, length, part)
         new |= lags
         if self.average is not None:
-            c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
-        c = self.modulation(self.norm_in(c[:, None]))[:, 0]
-        x = self.reconstruction(self.mixers(c), x, self.alphas[0], length)
+            context = mean if below is None else self.below(below, mean)
+        if self.joins and x.size(0) == 1:
+            y = self.mixers(*fused.join(c, context, self.gains, self.mixers.routing))
+        else:
+            if self.average is not None:
+                c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
+            y = self.mixers(self.modulation(self.norm_in(c[:, None]))[:, 0])
+        x = self.reconstruction(y, x, self.alphas[0], length)
         h = F.layer_norm(x, *self.norms[1])
         x = self.alphas[1] * x if self.mlp is None else self.mlp(h, x, self.alphas[1])
         alone = self.reads is not None and x.size(0) == 1

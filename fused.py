@@ -79,6 +79,74 @@ if kernels.HAS_TRITON:
         else:
             tl.store(y + channel, tl.load(x + channel, mask=inside, other=0.0) + alpha * first, mask=inside)
 
+    @triton.jit
+    def _open_kernel(
+        x, e, gamma, total, count, ring, position, weight, bias, x_new, mean, h, width, padded, window, size, eps,
+        HAS_GAMMA: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_RING: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program, since a norm is over all channels."""
+        c = tl.arange(0, BLOCK)
+        inside = c < width
+        v = tl.load(x + c, mask=inside, other=0.0)
+        if HAS_MEAN:
+            n = tl.load(count) + 1
+            summed = tl.load(total + c, mask=inside, other=0.0)
+            summed += v.to(summed.dtype)
+            if HAS_RING:
+                n = tl.minimum(n, window)
+                place = ring + (tl.load(position) % size) * width + c
+                summed -= tl.load(place, mask=inside, other=0.0).to(summed.dtype)
+                tl.store(place, v, mask=inside)
+            tl.store(total + c, summed, mask=inside)
+            tl.store(mean + c, (summed / n.to(summed.dtype)).to(tl.float32), mask=inside)
+        if HAS_GAMMA:
+            v += tl.load(e + c, mask=inside, other=0.0) * tl.load(gamma + c, mask=inside, other=0.0)
+        tl.store(x_new + c, v, mask=inside)
+        away = tl.where(inside, v - tl.sum(v, 0) / width, 0.0)
+        normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + eps)
+        normed = normed * tl.load(weight + c, mask=inside, other=0.0) + tl.load(bias + c, mask=inside, other=0.0)
+        tl.store(h + c, normed, mask=c < padded)
+
+    @triton.jit
+    def _lags_kernel(
+        ring, position, offsets, shares, bias, odd, size, width, levels,
+        COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        level = tl.program_id(1)
+        c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = c < width
+        at = tl.load(position)
+        total = tl.load(bias + level * width + c, mask=inside, other=0.0)
+        for k in range(COUNT):
+            entry = (at + tl.load(offsets + level * COUNT + k)) % size
+            share = tl.load(shares + level * COUNT + k)
+            total += share * tl.load(ring + (entry * levels + level) * width + c, mask=inside, other=0.0)
+        tl.store(odd + level * width + c, total, mask=inside)
+
+    @triton.jit
+    def _put_kernel(ring, position, value, size, numbers, BLOCK: tl.constexpr):
+        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = n < numbers
+        tl.store(ring + (tl.load(position) % size) * numbers + n, tl.load(value + n, mask=inside), mask=inside)
+
+    @triton.jit
+    def _join_kernel(
+        c, context, gains, routing, joined, routed, scales, width, narrow,
+        HAS_ROUTING: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        s = tl.arange(0, SCALES)
+        n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = (s < scales)[:, None] & (n < width)[None, :]
+        at = s[:, None] * width + n[None, :]
+        gain = tl.load(gains + at, mask=inside, other=0.0)
+        v = tl.load(c + at, mask=inside, other=0.0)
+        v += gain * tl.load(context + n, mask=n < narrow, other=0.0).to(tl.float32)[None, :]  # (SCALES, BLOCK)
+        tl.store(joined + at, v, mask=inside)
+        if HAS_ROUTING:
+            both = (s < scales)[:, None] & (s < scales)[None, :]
+            share = tl.load(routing + s[:, None] * scales + s[None, :], mask=both, other=0.0)
+            tl.store(routed + at, tl.sum(share[:, :, None] * v[None, :, :], 1), mask=inside)
+
 
 class MemoryReads:
     """What one row reads of a block's product-key memories: one product for the scores of all keys, then a launch for each.
@@ -123,3 +191,50 @@ class MemoryReads:
             )  # fmt: skip
             x, at = y, at + heads * 2 * side
         return x
+
+
+def open_block(
+    x: Tensor, e: Tensor, gamma: Tensor | None, norm: tuple, part: dict[str, Tensor], window: int, h: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What a block of one row begins with: x + gamma·e, of which h (1, P) becomes the norm, and the running mean of x, both
+    (1, C). It writes part's sum, and its ring at its position, in place. window: positions that a mean with a ring is over."""
+    x_new, has_mean, has_ring = torch.empty_like(x), "sum" in part, "ring" in part
+    mean = torch.empty_like(x) if has_mean else None
+    _, weight, bias, eps = norm
+    width, position = x.size(1), part["position"]
+    _open_kernel[(1,)](
+        x, e, x if gamma is None else gamma, part["sum"] if has_mean else x, part["count"] if has_mean else position,
+        part["ring"] if has_ring else x, position, weight, bias, x_new, mean if has_mean else x_new, h,
+        width, h.size(1), window, part["ring"].size(1) if has_ring else 1, eps,
+        HAS_GAMMA=gamma is not None, HAS_MEAN=has_mean, HAS_RING=has_ring,
+        BLOCK=triton.next_power_of_2(h.size(1)), num_warps=8,
+    )  # fmt: skip
+    return x_new, mean
+
+
+def lags_in_ring(ring: Tensor, position: Tensor, offsets: Tensor, shares: Tensor, bias: Tensor) -> Tensor:
+    """`FoldedLifting.lagged_in_ring` of a ring (1, size, J, P) and bias (J, P) besides: (1, J, P). offsets, shares (J, K)."""
+    _, size, levels, width = ring.shape
+    odd = ring.new_empty(1, levels, width)
+    _lags_kernel[(triton.cdiv(width, 256), levels)](
+        ring, position, offsets, shares, bias, odd, size, width, levels, COUNT=shares.size(1), BLOCK=256
+    )
+    return odd
+
+
+def put(ring: Tensor, position: Tensor, value: Tensor) -> None:
+    """Writes value (1, …) to the ring (1, size, …), at position modulo its size."""
+    numbers = value.numel()
+    _put_kernel[(triton.cdiv(numbers, 1024),)](ring, position, value, ring.size(1), numbers, BLOCK=1024)
+
+
+def join(c: Tensor, context: Tensor, gains: Tensor, routing: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """c + context·gains, c (S, 1, P), context (1, C ≤ P), gains (S, 1, P); and routing (S, S) times it."""
+    scales, _, width = c.shape
+    joined = torch.empty_like(c)
+    routed = None if routing is None else torch.empty_like(c)
+    _join_kernel[(triton.cdiv(width, 64),)](
+        c, context, gains, c if routing is None else routing, joined, c if routed is None else routed,
+        scales, width, context.size(1), HAS_ROUTING=routing is not None, SCALES=triton.next_power_of_2(scales), BLOCK=64,
+    )  # fmt: skip
+    return joined, routed

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import fused
 from decode import Decoder, WrittenMemory, own_code
 from state import State
 from tape import DecoderState, Tape
@@ -103,7 +104,10 @@ class GraphedStep:
             for name, value in new.items():
                 if name in rings:
                     entry = torch.stack(value, dim=1) if isinstance(value, list) else value
-                    parts[name].index_copy_(1, position % parts[name].size(1), entry[:, None])
+                    if self.decoder.blocks[i].in_place and self.rows == 1:
+                        fused.put(parts[name], position, entry)
+                    else:
+                        parts[name].index_copy_(1, position % parts[name].size(1), entry[:, None])
                 elif name != "count" or i == 0:
                     parts[name].copy_(value)
         position.add_(1)
@@ -111,7 +115,9 @@ class GraphedStep:
 
     @staticmethod
     def look_back(block, parts: dict[str, Tensor], rings: list[str], position: Tensor) -> dict[str, Tensor]:
-        """What `DecoderBlock.look_back` gives, from rings."""
+        """What `DecoderBlock.look_back` gives, from rings; or, for a block that changes its state in place, all of it."""
+        if block.in_place and parts["lags"].size(0) == 1:
+            return parts | {"odd": block.wavelet.lagged_by_kernel(parts["lags"], position), "position": position}
         seen = {name: value for name, value in parts.items() if name not in rings}
         if "lags" in rings:
             seen["odd"] = block.wavelet.lagged_in_ring(parts["lags"], position)
