@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
+from lags import CausalFilter
 from state import BlockState, remember
 
 
@@ -165,7 +166,7 @@ class AssociativeMemory(nn.Module):
         """What the projections of h, (B, T, 2·heads·d) twice and (B, T, 2·heads) in fp32, find: (B, T, heads·d), gated."""
         joined, new_keys = remember(state["keys"], query_key)
         taps = self.taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
-        filtered = sum(taps[i] * joined[:, i : i + query_key.size(1)] for i in range(self.TAPS))
+        filtered = CausalFilter.apply(joined, taps, query_key.size(1))
         value, gate = value_gate.chunk(2, dim=-1)
         with torch.autocast(joined.device.type, enabled=False):
             q, k = self.unit(self.split(filtered.float().unflatten(-1, (2, -1)).movedim(2, 0)))

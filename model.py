@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from bypass import Bypass
 from config import Config
 from features import FeatureEmbedding
-from haar import HaarCoefficients
+from lags import CausalFilter, HaarCoefficients
 from loss import autocast_type, linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from ngrams import NgramEmbedding
@@ -114,12 +114,10 @@ class Lifting(nn.Module):
 
     def lagged(self, joined: Tensor, level: int, length: int) -> Tensor:
         """The last `length` positions of `joined`, delayed by 2^level, or by the learned mixture of lags around it."""
-        longest = self.longest_lag[level]
         if self.dilation_logits is None:
             return joined[:, :length]
         weights = self.dilation_logits[level].float().softmax(0).to(joined.dtype)
-        lags = range(self.first_lag[level], longest + 1)
-        return sum(w * joined[:, longest - lag : longest - lag + length] for w, lag in zip(weights, lags, strict=True))
+        return CausalFilter.apply(joined, weights.flip(0)[:, None], length)  # the longest lag first
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), the approximation first, then the details from coarse to fine."""
@@ -151,7 +149,7 @@ class Lifting(nn.Module):
 
 
 class Haar(Lifting):
-    """The fixed wavelet in as few passes over memory as there can be (haar.py): the same coefficients."""
+    """The fixed wavelet in as few passes over memory as there can be (lags.py): the same coefficients."""
 
     def __init__(self, config: Config):
         super().__init__(config, config.lifting_init)
@@ -564,33 +562,37 @@ class Block(nn.Module):
         mixed, out = self.mixers.folded(self.coarse_modulation(c).flatten(1, 2), self.scale_weights * wavelet.shares)
         return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias).unflatten(0, c.shape[1:3])
 
-    def remember_and_think(self, h: Tensor, state: BlockState) -> tuple[Tensor | float, BlockState]:
-        """The sum of the memory branches of the normed stream h (B, T, C)."""
-        total: Tensor | float = 0.0
+    def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The stream x (B, T, C) with what the memory branches make of its norm."""
+        h, x = self.ln2(x), self.residual_alpha_mlp * x
         written: BlockState = {}
         if self.ffwd is not None:
-            total = total + self.alpha_mlp * self.ffwd(h)
+            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(h))
         if self.pkm is not None:
-            total = total + self.alpha_pkm * self.pkm(h)
+            x = torch.addcmul(x, self.alpha_pkm, self.pkm(h))
         if self.fwpkm is not None:
             read, new = self.fwpkm(h, state)
-            total, written = total + self.alpha_fwpkm * read, written | new
+            x, written = torch.addcmul(x, self.alpha_fwpkm, read), written | new
         if self.recall is not None:
             read, new = self.recall(h, state)
-            total, written = total + self.alpha_recall * read, written | new
-        return total, written
+            x, written = torch.addcmul(x, self.alpha_recall, read), written | new
+        return x, written
+
+    def padded(self, x: Tensor) -> Tensor:
+        """x (…, C) with zeros for the channels up to P."""
+        return F.pad(x, (0, self.pad)) if self.pad else x
 
     def forward(self, x: Tensor, e: Tensor, below: Tensor | None, wavelet: nn.Module, state: BlockState):
         """x, the token embedding e, the mean of the block below (all (B, T, C)) → new x, this block's mean, new state."""
         bias, mean, averages = self.bypass(x, below, state) if self.bypass is not None else (0.0, None, {})
         if self.embedding_residual_gamma is not None:
             x = x + self.embedding_residual_gamma * e
-        c, lags = wavelet.decompose(F.pad(self.ln1(x), (0, self.pad)), state)
+        c, lags = wavelet.decompose(self.padded(self.ln1(x)), state)
         if self.bypass is not None:
-            c = c + F.pad(bias, (0, self.pad))
+            c = c + self.padded(bias)
         x = self.residual_alpha_spectral * x + self.dropout_projection(self.branch(self, c, wavelet))
-        thought, written = self.remember_and_think(self.ln2(x), state)
-        return self.residual_alpha_mlp * x + thought, mean, lags | averages | written
+        x, written = self.remember_and_think(x, state)
+        return x, mean, lags | averages | written
 
 
 # ===== The network
@@ -693,7 +695,9 @@ class WaveletLM(LanguageModel):
 
     def embed(self, ids: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The embedding of ids (B, T), (B, T, C), and what of them is to be remembered."""
-        e = self.token_embedding(ids) * self.embed_scale
+        e = self.token_embedding(ids)
+        if self.embed_scale != 1.0:
+            e = e * self.embed_scale
         if self.ngrams is None:
             return e, {}
         read, past = self.ngrams(ids, state)
