@@ -41,7 +41,7 @@ import fused
 from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
+from model import Block, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
 from ngrams import NgramEmbedding, read_slots
 from packed import GROUP, Table, Weights, Widths, round_up
 from state import State
@@ -167,11 +167,10 @@ class OwnWavelet:
 
 def has_matrices(wavelet: nn.Module) -> bool:
     """Whether its decomposition is products of matrices alone, that others can be folded into."""
-    learned = isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
-    return learned and not isinstance(wavelet.predict_nets[0], Diagonal)
+    return isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
 
 
-def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear | Diagonal]:
+def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear]:
     """A Predict or Update network's hidden layer (None where it is linear) and last layer."""
     return (net[0], net[-1]) if isinstance(net, nn.Sequential) else (None, net)
 
@@ -265,8 +264,7 @@ class FoldedReconstruction:
             for (hidden, last), gain, below in zip(nets, gains, after[1:], strict=True):
                 # of a quantised file, what else stands here has shapes only, and lies on the meta device
                 weight, offset = last.weight.to(matrix.device), last.bias.to(matrix.device)
-                updated = matrix * weight if isinstance(last, Diagonal) else matrix @ weight
-                parts.append(gain * (updated if hidden is not None else updated @ below))
+                parts.append(gain * (matrix @ weight if hidden is not None else matrix @ weight @ below))
                 bias = bias + gain * (matrix @ offset)
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]

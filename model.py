@@ -38,26 +38,14 @@ from transform import NO_TRANSFORM, Matrix, Transform, build_transform, hadamard
 # ===== Lifting wavelet
 
 
-class Diagonal(nn.Module):
-    """A linear map with a diagonal for its matrix: a gain and an offset per channel."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight + self.bias
-
-
 def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module:
     """A Predict (gain 1) or Update (gain ½) network of one level, position-wise, P → P.
 
     Under `init` "haar" it starts as gain·identity (up to the GELU), so that an untrained lifting is close to Haar's.
     """
     width, hidden = config.padded_width, config.padded_width * config.lifting_hidden_mult
-    diagonal = config.wavelet_mode == "diagonal"
-    if diagonal or config.lifting_linear_only:
-        net = last = Diagonal(width) if diagonal else nn.Linear(width, width)
+    if config.lifting_linear_only:
+        net = last = nn.Linear(width, width)
     else:
         first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
         net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
@@ -66,7 +54,7 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
         if init == "haar":
             nn.init.eye_(first.weight.data[:width])
     if init == "haar":
-        (nn.init.ones_ if diagonal else nn.init.eye_)(last.weight).data.mul_(gain)
+        nn.init.eye_(last.weight).data.mul_(gain)
     elif init == "zero":
         nn.init.zeros_(last.weight)
     else:
@@ -82,8 +70,8 @@ class Lifting(nn.Module):
 
     odd = lagged cur [⊙ 2σ(Gate(cur))], detail = (odd − Predict(cur)) / √2, approx = (cur + Update(detail)) / √2, cur ← approx
     (after Sweldens, "The lifting scheme", 1998; here without subsampling, so that every position has its coefficients).
-    wavelet_mode "diagonal" has a gain per channel for each network; "haar" is the fixed wavelet detail = (cur − odd) / √2,
-    approx = (cur + odd) / √2, without weights. Gate: lifting_gate, a linear map per level, zero at first.
+    wavelet_mode "haar" is the fixed wavelet detail = (cur − odd) / √2, approx = (cur + odd) / √2, without weights.
+    Gate: lifting_gate, a linear map per level, zero at first.
     """
 
     def __init__(self, config: Config, init: str):

@@ -40,7 +40,6 @@ KINDS = {  # the ways of looking back
     "narrow haar": {"wavelet_mode": "haar", "per_scale_mixer_widths": (0.5, 0.5, 0.25, 0.25)},
     "packets": {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
     "gated lags": {"lifting_gate": True},
-    "diagonal": {"wavelet_mode": "diagonal"},
     "two bases": {"multi_basis_lifting": True},
     "untied": {"untied_reconstruction": True, "shared_lifting_weights": False},
     "loops": {"looped_blocks": True, "looped_blocks_count": 3, "loop_iterations": 2},

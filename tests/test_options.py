@@ -28,7 +28,7 @@ OPTIONS: dict[str, list[dict]] = {
     "levels": [{}, {"levels": 1}, {"levels": 5}, {"levels": 5, "block_size": 8}],  # the last look back beyond the block
     "wavelet": [
         {}, {"multi_basis_lifting": True}, {"untied_reconstruction": True}, {"wavelet_mode": "haar"},
-        {"wavelet_mode": "diagonal"}, {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
+        {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
         {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
         {"multi_basis_lifting": True, "untied_reconstruction": True},
         {"wavelet_mode": "haar", "per_scale_mixer_widths": (0.5, 0.5, 0.25, 0.25), "decompose_bypass": False},
