@@ -55,7 +55,7 @@ Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
 # Options that were measured, gained nothing and were taken out. The config.json of an old run may still name them: at the value
 # that meant "off" its network is one that can still be built. A `Config` has none of them.
 REMOVED_KEYS: dict[str, Any] = {}  # key -> its value for "off"
-REMOVED_VALUES = {"wavelet_mode": ["diagonal"]}  # of keys that stay
+REMOVED_VALUES = {"wavelet_mode": ["diagonal"], "mixer_transform": ["dct", "butterfly"]}  # of keys that stay
 LAST_WITH_REMOVED = "5ddc828"  # the last commit that has their code
 
 SECTIONS = {  # the first key of each section of `Config`, for --help and the README
@@ -134,8 +134,8 @@ class Config(BaseModel):
     ngram_width: int = option(32, "width of the table's values, which a learned map adds to the embedding", ge=1)
 
     # Network: mixers
-    mixer_transform: Literal["hadamard", "dct", "identity", "butterfly"] = option(
-        "hadamard", "transform of the channels around the mixers; butterfly is learned", "identity: −0.0024"
+    mixer_transform: Literal["hadamard", "identity"] = option(
+        "hadamard", "transform of the channels around the mixers: Walsh–Hadamard, or none (identity)", "identity: −0.0024"
     )
     mixer_top_k: int = option(0, "coefficients that a mixer takes of each scale, the largest; 0 = all", ge=0)
     coarse_modulation: bool = option(False, "each scale's coefficients are modulated, per channel, by the next coarser scale's")

@@ -185,15 +185,15 @@ class FoldedMixers:
     def __init__(self, block: Block, name: str, weights: Weights):
         mixers, self.activation = list(block.mixers.banks[0]), block.mixers.banks[0].activation
         scales = len(mixers)
-        before, behind = transforms(block)
+        transform = block.mixers.transform(channels(block))  # symmetric and its own inverse: before the mixers and behind
         kinds = [weights.widths.of_scale(s, scales) for s in range(scales)]
         gated, low_rank = mixers[0].gate is not None, hasattr(mixers[0], "U")
         rank = mixers[0].U.size(1) if low_rank and gated else 0
         self.head = round_up(rank, 16 if min(weights.widths[k] for k in kinds) == 32 else 64) if rank else 0
         first, gates, self.after = [], [], []
         for s, m in enumerate(mixers):
-            inner = before if m.proj_in is None else m.proj_in.weight.float() @ before  # (w, P)
-            outer = behind if m.proj_out is None else behind @ m.proj_out.weight.float()  # (P, w)
+            inner = transform if m.proj_in is None else m.proj_in.weight.float() @ transform  # (w, P)
+            outer = transform if m.proj_out is None else transform @ m.proj_out.weight.float()  # (P, w)
             w = m.mixer.weight
             if low_rank and not gated:
                 w = w + m.U @ m.V.T
@@ -219,11 +219,9 @@ class FoldedMixers:
         return y
 
 
-def transforms(block: Block) -> tuple[Tensor, Tensor]:
-    """The channels' transform before the mixers and its inverse behind them, as matrices (P, P)."""
-    identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
-    transform = block.mixers.transform.prepared()
-    return transform(identity).T, transform.inverse(identity).T
+def channels(block: Block) -> Tensor:
+    """The identity of the coefficients' channels, (P, P)."""
+    return torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
 
 
 class OwnMixers:
@@ -231,7 +229,7 @@ class OwnMixers:
 
     def __init__(self, block: Block, name: str, weights: Weights):
         self.mixers = weights.module(f"{name}.own", block.mixers)
-        identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
+        identity = channels(block)
         self.after = [weight * identity for weight in block.scale_weights]
 
     def __call__(self, c: Tensor) -> Tensor:

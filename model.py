@@ -33,7 +33,7 @@ from loss import autocast_type, linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from ngrams import NgramEmbedding
 from state import BlockState, State, remember
-from transform import NO_TRANSFORM, Matrix, Transform, build_transform, hadamard
+from transform import NO_TRANSFORM, build_transform, hadamard
 
 # ===== Lifting wavelet
 
@@ -325,37 +325,37 @@ class MixerBank(nn.ModuleList):
         """x (S, …) cut into its runs; whole where there is one, for even the gradient of a cut into one piece is a copy."""
         return [x] if len(self.runs) == 1 else x.split([run.stop - run.start for run in self.runs])
 
-    def forward(self, z: Tensor, r: Tensor, transform: Transform | Matrix = NO_TRANSFORM) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, transform: nn.Module = NO_TRANSFORM) -> Tensor:
         """z: what is mixed, r: what the gate reads, both (S, N, P); transform: that which neither has had yet."""
         parts = []
         for mixers, y in zip(self.members, self.narrow(z, r, transform), strict=True):
             out = self.outward(mixers, transform)
-            parts.append(transform.inverse(y) if out is None else torch.bmm(y, out.to(y.dtype)))
+            parts.append(transform(y) if out is None else torch.bmm(y, out.to(y.dtype)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def narrow(self, z: Tensor, r: Tensor, transform: Transform | Matrix) -> list[Tensor]:
+    def narrow(self, z: Tensor, r: Tensor, transform: nn.Module) -> list[Tensor]:
         """For each run of n scales what its mixers make of them, in their own width, (n, N, w)."""
         return [
             self._mix(mixers, z_run, r_run, transform)
             for mixers, z_run, r_run in zip(self.members, self.by_run(z), self.by_run(r), strict=True)
         ]
 
-    def outward(self, mixers: Sequence[Mixer], transform: Transform | Matrix) -> Tensor | None:
+    def outward(self, mixers: Sequence[Mixer], transform: nn.Module) -> Tensor | None:
         """The matrices (n, w, P) from n mixers' width back to the coefficients; None where that is the transform alone."""
         if mixers[0].proj_out is None:
             return None
-        return transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers]))
+        return transform(torch.stack([m.proj_out.weight.mT for m in mixers]))
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: Transform | Matrix) -> Tensor:
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
         first, inward = mixers[0], None
         if first.proj_in is not None:
-            inward = transform.inverse(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
+            inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
 
         def product(x: Tensor, weights: list[Tensor]) -> Tensor:
             """x (n, N, P) by n matrices (out, w), into which the way to their width and the transform are multiplied: they
             have fewer rows than x has."""
             matrices = torch.stack(weights)
-            matrices = transform.inverse(matrices) if inward is None else matrices @ inward
+            matrices = transform(matrices) if inward is None else matrices @ inward
             return torch.bmm(x, matrices.mT.to(x.dtype))
 
         y = product(z, [m.mixer.weight for m in mixers])
@@ -406,11 +406,10 @@ class Mixers(nn.Module):
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
 
     def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
-        transform = self.transform.prepared()
         if len(self.banks) == 1 and not self.top_k and c.size(1) >= self.FOLDS_FROM * c.size(2):
             c = c.to(autocast_type(c))  # once, in place of once for each product that reads it
-            return self.banks[0](c, self.routed(c), transform)
-        z = self.kept(transform(c))
+            return self.banks[0](c, self.routed(c), self.transform)
+        z = self.kept(self.transform(c))
         for d, norms in enumerate(self.norms):
             normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
             if self.betas is not None:
@@ -420,12 +419,12 @@ class Mixers(nn.Module):
                 mixed = self.alphas[d] * mixed
             z = z + mixed if self.residuals else mixed
         mixed = self.banks[-1](z, self.routed(z))
-        return transform.inverse(z + mixed if self.residuals else mixed)
+        return self.transform(z + mixed if self.residuals else mixed)
 
     def folded(self, c: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Of mixers that are all narrow, in one bank, what makes a weighted sum over scales of what they mix: their outputs
         side by side (N, Σw), and a matrix (Σw, P) by which Σ_s shares_s · forward(c)_s is one product."""
-        transform, bank, c = self.transform.prepared(), self.banks[0], c.to(autocast_type(c))
+        transform, bank, c = self.transform, self.banks[0], c.to(autocast_type(c))
         y = torch.cat([scale for run in bank.narrow(c, self.routed(c), transform) for scale in run], dim=1)
         out = [bank.outward(mixers, transform) for mixers in bank.members]
         weighted = [share[:, None, None] * matrices for share, matrices in zip(bank.by_run(shares), out, strict=True)]

@@ -68,9 +68,7 @@ OPTIONS: dict[str, list[dict]] = {
     "memories": [{}, {"pkm_query_norm": True, "pkm_gate": True, "pkm_shared": True}],
     "recall": [{}, {"recall_heads": 2, "recall_dim": 4}, {"recall_heads": 1, "recall_dim": 8, "recall_every": 2}],
     "scale_norm": [{}, {"scale_norm": True}],
-    "mixer_transform": [
-        {}, {"mixer_transform": "dct"}, {"mixer_transform": "butterfly"}, {"mixer_transform": "identity"},
-    ],
+    "mixer_transform": [{}, {"mixer_transform": "identity"}],
     "mixer_top_k": [{}, {"mixer_top_k": 6}],
     "coarse_modulation": [{}, {"coarse_modulation": True}],
     "token_features": [{}, {"token_features": True}],
@@ -332,7 +330,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     **{key: ({"fwpkm_inference_updates": True}, {"fwpkm_inference_updates": True, key: value}) for key, value in (
         ("fwpkm_update_lr", 5.0), ("fwpkm_chunk_size", 5),
     )},
-    "mixer_transform": ({}, {"mixer_transform": "dct"}),
+    "mixer_transform": ({}, {"mixer_transform": "identity"}),
     "mixer_top_k": ({}, {"mixer_top_k": 6}),
     "ngram_slots": ({}, {"ngram_slots": 11}),
     "ngram_n": ({"ngram_slots": 11}, {"ngram_slots": 11, "ngram_n": 3}),
