@@ -54,7 +54,7 @@ Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
 
 # Options that were measured, gained nothing and were taken out. The config.json of an old run may still name them: at the value
 # that meant "off" its network is one that can still be built. A `Config` has none of them.
-REMOVED_KEYS: dict[str, Any] = {}  # key -> its value for "off"
+REMOVED_KEYS = {"pkm_query_norm": False, "pkm_gate": False, "pkm_shared": False, "pkm_lr_scale": 1.0}  # key -> "off"
 REMOVED_VALUES = {"wavelet_mode": ["diagonal"], "mixer_transform": ["dct", "butterfly"]}  # of keys that stay
 LAST_WITH_REMOVED = "5ddc828"  # the last commit that has their code
 
@@ -163,11 +163,6 @@ class Config(BaseModel):
     fwpkm_inference_updates: bool = option(False, "at inference each sequence writes into its fast weights")
     fwpkm_update_lr: float = option(0.01, "step of a fast-weight update", gt=0)
     fwpkm_chunk_size: int = option(64, "tokens between two fast-weight updates", ge=2)
-
-    pkm_query_norm: bool = option(False, "RMSNorm on the halves of PKM's and FwPKM's queries")
-    pkm_gate: bool = option(False, "what PKM and FwPKM read is gated by their input")
-    pkm_shared: bool = option(False, "one table of PKM's values for all blocks (FwPKM's stay apart)")
-    pkm_lr_scale: float = option(1.0, "learning rate of PKM's and FwPKM's values in units of the schedule's", gt=0)
 
     recall_heads: int = option(0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0)
     recall_dim: int = option(32, "width of its keys and values", ge=1)
@@ -352,8 +347,6 @@ def _contradictions(c: Config):
         yield "amp_dtype: fp8 needs use_amp, and a parallel other than fsdp; take bf16"
     if c.untied_reconstruction and c.wavelet_mode in ("haar", "packets"):
         yield f"untied_reconstruction: wavelet_mode {c.wavelet_mode} has no networks to untie; take lifting"
-    if c.pkm_shared and (c.parallel == "fsdp" or not c.pkm_enabled):
-        yield "pkm_shared: needs pkm_enabled, and a parallel other than fsdp, which holds each block's weights apart"
     if c.lifting_gate and c.wavelet_mode == "packets":
         yield "lifting_gate: wavelet_mode packets has none; take another mode"
     if not c.decompose_bypass and c.decompose_bypass_ema:

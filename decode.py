@@ -43,7 +43,7 @@ from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from model import Block, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
 from ngrams import NgramEmbedding, read_slots
-from packed import GROUP, Table, Weights, Widths, round_up
+from packed import GROUP, Weights, Widths, round_up
 from state import State
 from tape import DecoderState, Tape, plain
 
@@ -369,14 +369,9 @@ def without_modules(memory: nn.Module) -> nn.Module:
 class Memory:
     """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
-    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights, values: Table | None = None):
-        """values: the table of values, where blocks share one."""
+    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights):
         self.alpha = weights.number(f"{name}.alpha", alpha)
-        self.values = values or weights.table(f"{name}.values", memory.values.weight, "memory")
-        self.gate = None
-        if memory.gate is not None:
-            self.gate = weights.matrix(f"{name}.gate", memory.gate.weight, "query")
-            self.gate_bias = weights.bias(f"{name}.gate.bias", memory.gate.bias, self.gate)
+        self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
         query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
         keys = weights.module(f"{name}.keys", without_modules(memory))
         keys.query_proj = lambda h: query(h).float()
@@ -388,8 +383,7 @@ class Memory:
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         slot, weight = self.lookup(h)
-        read = self.alpha * self.values.weighted(slot, weight)
-        return read if self.gate is None else read * F.silu(self.gate(h, self.gate_bias).float()), {}
+        return self.alpha * self.values.weighted(slot, weight), {}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         return {}
@@ -436,12 +430,8 @@ class WrittenMemory:
 
 
 class DecoderBlock:
-    def __init__(
-        self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights,
-        values: Table | None,
-    ):  # fmt: skip
-        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share, as they may a
-        table of values."""
+    def __init__(self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights):
+        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share."""
         self.pad, self.wavelet = block.pad, wavelet
         self.gamma = self.average = self.below = self.mlp = None
         if block.embedding_residual_gamma is not None:
@@ -469,7 +459,7 @@ class DecoderBlock:
             self.mlp = MLP(block, f"{name}.mlp", weights)
         self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
-            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, values))
+            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
             kind = WrittenMemory if block.fwpkm.writes else Memory
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
@@ -557,11 +547,8 @@ class DecoderCell:
             (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
         ]
-        values = None
-        if cell.config.pkm_shared:
-            values = weights.table(f"{name}pkm.values", cell.layers[0].pkm.values.weight, "memory")
         blocks = [
-            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights, values)
+            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights)
             for i, b in enumerate(cell.layers)
         ]
         self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]

@@ -664,9 +664,6 @@ class WaveletLM(LanguageModel):
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
         count = 1 if config.looped_blocks else config.layers
         self.layers = nn.ModuleList(Block(config, after) for after in reversed(range(count)))
-        if config.pkm_shared:
-            for block in self.layers[1:]:
-                block.pkm.values = self.layers[0].pkm.values
         self.wavelets = nn.ModuleList(build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)

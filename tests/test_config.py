@@ -162,8 +162,6 @@ CONTRADICTIONS = [
     ("lifting_gate", {"lifting_gate": True, "wavelet_mode": "packets", "per_scale_mixer_widths": None}),
     ("levels", {"wavelet_mode": "packets", "levels": 9, "block_size": 1024, "per_scale_mixer_widths": None}),
     ("mixer_top_k", {"mixer_top_k": 2048}),
-    ("pkm_shared", {"pkm_shared": True, "pkm_enabled": False}),
-    ("pkm_shared", {"pkm_shared": True, "parallel": "fsdp", "amp_dtype": "bf16"}),
     ("decompose_bypass_ema", {"decompose_bypass": False, "decompose_bypass_ema": True}),
     (
         "multinodal_cross_cell_gating",

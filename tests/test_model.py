@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
 from bypass import MovingAverage, RunningMean
-from checkpoint import load_state, own_tensors, save_model, save_state
+from checkpoint import load_state, save_model, save_state
 from config import Config, InputError, load_config
 from loss import LinearCrossEntropy
 from memory import AssociativeMemory
@@ -26,7 +26,6 @@ from model import (
     ProductKeyMemory,
     build_model,
 )
-from optimizers import make_optimizers
 from transform import WalshHadamard
 
 AROUND_POWERS_OF_TWO = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
@@ -210,15 +209,12 @@ def test_an_untied_reconstruction_of_bases_is_the_blend_of_each_by_its_own_netwo
     assert not torch.allclose(bases.reconstruct(u), expected, atol=0.1), "the decomposition has other networks"
 
 
-@pytest.mark.parametrize("options", [{}, {"pkm_query_norm": True, "pkm_gate": True}])
 @pytest.mark.parametrize("heads, keys, top_k", [(1, 16, 1), (1, 64, 8), (2, 64, 5), (4, 25, 25), (2, 16, 40), (1, 100, 32)])
-def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k, options):
-    memory = randomised(ProductKeyMemory(tiny(**options), keys, top_k, heads))
+def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k):
+    memory = randomised(ProductKeyMemory(tiny(), keys, top_k, heads))
     h = torch.randn(2, 9, 16)
     side, half = math.isqrt(keys), 16 // heads // 2
     query = (h @ memory.query_proj.weight.T).view(2, 9, heads, 2, half)
-    if options:
-        query = query / (query.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     expected = torch.zeros(2, 9, 16)
     for head in range(heads):
         every_key = torch.cat(  # slot a·side + b has the key (a, b)
@@ -231,21 +227,7 @@ def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k, op
         score, slot = (query[:, :, head].flatten(2) @ every_key.T).topk(min(top_k, keys))
         values = memory.values.weight[head * keys : (head + 1) * keys][slot]
         expected = expected + (score.softmax(-1)[..., None] * values).sum(2)
-    if options:
-        expected = expected * F.silu(h @ memory.gate.weight.T + memory.gate.bias)
     torch.testing.assert_close(memory(h), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_blocks_that_share_values_have_one_table_and_its_rate():
-    config = tiny(pkm_shared=True, pkm_lr_scale=3.0, optimizer="AdamW")
-    model = random_model(config)
-    first, second = (block.pkm for block in model.layers)
-    assert first.values.weight is second.values.weight and first.keys_a is not second.keys_a
-    assert sum(name.endswith(".pkm.values.weight") for name in own_tensors(model)) == 1
-    (optimizer,) = make_optimizers(model, config)
-    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert scales[id(parameter)] == (3.0 if name.endswith("pkm.values.weight") else 1.0), name
 
 
 # ===== Averages

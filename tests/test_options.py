@@ -65,7 +65,6 @@ OPTIONS: dict[str, list[dict]] = {
         {}, {"fwpkm_inference_updates": True, "fwpkm_chunk_size": 5, "fwpkm_update_lr": 0.5, "fwpkm_num_keys": 25},
         {"fwpkm_enabled": False}, {"fwpkm_heads": 2, "fwpkm_top_k": 1}, {"fwpkm_inference_updates": True},
     ],
-    "memories": [{}, {"pkm_query_norm": True, "pkm_gate": True, "pkm_shared": True}],
     "recall": [{}, {"recall_heads": 2, "recall_dim": 4}, {"recall_heads": 1, "recall_dim": 8, "recall_every": 2}],
     "scale_norm": [{}, {"scale_norm": True}],
     "mixer_transform": [{}, {"mixer_transform": "identity"}],
@@ -355,9 +354,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
         {**CELLS, "multinodal_features_per_cell": 5, "multinodal_bagged_eps": 0.1},
     ),
 }  # fmt: skip
-READ_BY_TRAINING = {  # how windows follow each other, and how fast values learn
-    "decompose_bypass_cross_window", "pkm_lr_scale",
-}  # fmt: skip
+READ_BY_TRAINING = {"decompose_bypass_cross_window"}  # how windows follow each other
 
 
 def change_of(key: str) -> tuple[dict, dict]:
