@@ -187,7 +187,7 @@ class FoldedMixers:
         scales = len(mixers)
         transform = block.mixers.transform(channels(block))  # symmetric and its own inverse: before the mixers and behind
         kinds = [weights.widths.of_scale(s, scales) for s in range(scales)]
-        gated, low_rank = mixers[0].gate is not None, hasattr(mixers[0], "U")
+        gated, low_rank = mixers[0].gate is not None, mixers[0].U is not None
         rank = mixers[0].U.size(1) if low_rank and gated else 0
         self.head = round_up(rank, 16 if min(weights.widths[k] for k in kinds) == 32 else 64) if rank else 0
         first, gates, self.after = [], [], []
@@ -289,7 +289,7 @@ class OwnReconstruction:
         kinds = [weights.widths.of_scale(s, len(after)) for s in range(len(after))]
         self.wavelet, self.after = wavelet, weights.stack(f"{name}.after", after, kinds)
         self.norm = weights.module(f"{name}.norm", block.scale_norm_out)
-        nets = block.inverse_update_nets or getattr(wavelet, "update_nets", None)
+        nets = block.inverse_update_nets or wavelet.update_nets
         self.updates = None if nets is None else weights.module(f"{name}.updates", nets)
         self.last = weights.matrix(f"{name}.last", matrix, "lifting")
         self.bias = weights.keep(f"{name}.last.bias", bias)

@@ -93,6 +93,7 @@ class Lifting(nn.Module):
             for gate in self.odd_gates:
                 nn.init.zeros_(gate.weight)
                 nn.init.zeros_(gate.bias)
+        self.predict_nets = self.update_nets = None
         if not self.fixed:
             self.predict_nets = nn.ModuleList(lifting_net(config, init, 1.0, level) for level in levels)
             self.update_nets = nn.ModuleList(lifting_net(config, init, 0.5, level) for level in levels)
@@ -163,6 +164,8 @@ def basis_weights(config: Config) -> nn.Parameter:
 class MultiBasis(nn.Module):
     """Several liftings side by side; per scale their coefficients are blended by a softmax over the bases."""
 
+    update_nets = None  # each basis has its own
+
     def __init__(self, config: Config):
         super().__init__()
         self.wavelets = nn.ModuleList(Lifting(config, init) for init in config.multi_basis_inits)
@@ -211,6 +214,8 @@ def inverse_nets(config: Config, init: str) -> nn.ModuleList:
 class HaarPackets(nn.Module):
     """Haar's wavelet packets, undecimated: every band is split at each level, details too, into 2^J bands of equal width. They
     are a Walsh–Hadamard transform of the last 2^J positions, by number of sign changes: from coarse to fine."""
+
+    update_nets = None  # nothing is learned
 
     def __init__(self, config: Config):
         super().__init__()
@@ -282,6 +287,7 @@ class Mixer(nn.Module):
         if config.use_mixer_gate:
             self.gate = nn.Linear(width, width, bias=False)
             nn.init.normal_(self.gate.weight, std=0.02)
+        self.U = self.V = None
         if config.low_rank:
             self.U = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
             self.V = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
@@ -361,7 +367,7 @@ class MixerBank(nn.ModuleList):
         y = product(z, [m.mixer.weight for m in mixers])
         if first.gate is not None:
             y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
-        if hasattr(first, "U"):
+        if first.U is not None:
             u = torch.stack([m.U for m in mixers])
             y = y + torch.bmm(product(z, [m.V.mT for m in mixers]), u.mT.to(y.dtype))
         if first.bias is not None:
