@@ -21,7 +21,6 @@ The same numbers as the model's, from fewer and larger products, read at full ba
 What cannot be folded is the model's own module, chosen here when the decoder is built: mixers in a row or of the largest
 coefficients, several bases, packets, a wavelet without matrices or with gated lags, norms of each scale and what coarse ones
 do to fine ones, fast weights, the moving average. A step of one token and a chunk of many share all but the way through time.
-Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
 """
@@ -42,9 +41,9 @@ import kernels
 from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
+from model import Block, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
 from ngrams import NgramEmbedding, read_slots
-from packed import GROUP, Table, Weights, Widths, product_gelu, product_sum, round_up
+from packed import GROUP, Weights, Widths, product_gelu, product_sum, round_up
 from state import State
 from tape import DecoderState, Tape, plain
 
@@ -200,11 +199,10 @@ class OwnWavelet:
 
 def has_matrices(wavelet: nn.Module) -> bool:
     """Whether its decomposition is products of matrices alone, that others can be folded into."""
-    learned = isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
-    return learned and not isinstance(wavelet.predict_nets[0], Diagonal)
+    return isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
 
 
-def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear | Diagonal]:
+def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear]:
     """A Predict or Update network's hidden layer (None where it is linear) and last layer."""
     return (net[0], net[-1]) if isinstance(net, nn.Sequential) else (None, net)
 
@@ -219,15 +217,15 @@ class FoldedMixers:
     def __init__(self, block: Block, name: str, weights: Weights):
         mixers, self.activation = list(block.mixers.banks[0]), block.mixers.banks[0].activation
         scales = len(mixers)
-        before, behind = transforms(block)
+        transform = block.mixers.transform(channels(block))  # symmetric and its own inverse: before the mixers and behind
         kinds = [weights.widths.of_scale(s, scales) for s in range(scales)]
-        gated, low_rank = mixers[0].gate is not None, hasattr(mixers[0], "U")
+        gated, low_rank = mixers[0].gate is not None, mixers[0].U is not None
         rank = mixers[0].U.size(1) if low_rank and gated else 0
         self.head = round_up(rank, 16 if min(weights.widths[k] for k in kinds) == 32 else 64) if rank else 0
         first, gates, self.after = [], [], []
         for s, m in enumerate(mixers):
-            inner = before if m.proj_in is None else m.proj_in.weight.float() @ before  # (w, P)
-            outer = behind if m.proj_out is None else behind @ m.proj_out.weight.float()  # (P, w)
+            inner = transform if m.proj_in is None else m.proj_in.weight.float() @ transform  # (w, P)
+            outer = transform if m.proj_out is None else transform @ m.proj_out.weight.float()  # (P, w)
             w = m.mixer.weight
             if low_rank and not gated:
                 w = w + m.U @ m.V.T
@@ -254,11 +252,9 @@ class FoldedMixers:
         return y
 
 
-def transforms(block: Block) -> tuple[Tensor, Tensor]:
-    """The channels' transform before the mixers and its inverse behind them, as matrices (P, P)."""
-    identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
-    transform = block.mixers.transform.prepared()
-    return transform(identity).T, transform.inverse(identity).T
+def channels(block: Block) -> Tensor:
+    """The identity of the coefficients' channels, (P, P)."""
+    return torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
 
 
 class OwnMixers:
@@ -266,7 +262,7 @@ class OwnMixers:
 
     def __init__(self, block: Block, name: str, weights: Weights):
         self.mixers = weights.module(f"{name}.own", block.mixers)
-        identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
+        identity = channels(block)
         self.after = [weight * identity for weight in block.scale_weights]
 
     def __call__(self, c: Tensor) -> Tensor:
@@ -299,8 +295,7 @@ class FoldedReconstruction:
             for (hidden, last), gain, below in zip(nets, gains, after[1:], strict=True):
                 # of a quantised file, what else stands here has shapes only, and lies on the meta device
                 weight, offset = last.weight.to(matrix.device), last.bias.to(matrix.device)
-                updated = matrix * weight if isinstance(last, Diagonal) else matrix @ weight
-                parts.append(gain * (updated if hidden is not None else updated @ below))
+                parts.append(gain * (matrix @ weight if hidden is not None else matrix @ weight @ below))
                 bias = bias + gain * (matrix @ offset)
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
@@ -327,7 +322,7 @@ class OwnReconstruction:
         kinds = [weights.widths.of_scale(s, len(after)) for s in range(len(after))]
         self.wavelet, self.after = wavelet, weights.stack(f"{name}.after", after, kinds)
         self.norm = weights.module(f"{name}.norm", block.scale_norm_out)
-        nets = block.inverse_update_nets or getattr(wavelet, "update_nets", None)
+        nets = block.inverse_update_nets or wavelet.update_nets
         self.updates = None if nets is None else weights.module(f"{name}.updates", nets)
         self.last = weights.matrix(f"{name}.last", matrix, "lifting")
         self.bias = weights.keep(f"{name}.last.bias", bias)
@@ -407,14 +402,9 @@ def without_modules(memory: nn.Module) -> nn.Module:
 class Memory:
     """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
-    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights, values: Table | None = None):
-        """values: the table of values, where blocks share one."""
+    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights):
         self.alpha = weights.number(f"{name}.alpha", alpha)
-        self.values = values or weights.table(f"{name}.values", memory.values.weight, "memory")
-        self.gate = None
-        if memory.gate is not None:
-            self.gate = weights.matrix(f"{name}.gate", memory.gate.weight, "query")
-            self.gate_bias = weights.bias(f"{name}.gate.bias", memory.gate.bias, self.gate)
+        self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
         query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
         keys = weights.module(f"{name}.keys", without_modules(memory))
         keys.query_proj = lambda h: query(h).float()
@@ -426,8 +416,7 @@ class Memory:
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         slot, weight = self.lookup(h)
-        read = self.alpha * self.values.weighted(slot, weight)
-        return read if self.gate is None else read * F.silu(self.gate(h, self.gate_bias).float()), {}
+        return self.alpha * self.values.weighted(slot, weight), {}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         return {}
@@ -474,12 +463,8 @@ class WrittenMemory:
 
 
 class DecoderBlock:
-    def __init__(
-        self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights,
-        values: Table | None,
-    ):  # fmt: skip
-        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share, as they may a
-        table of values."""
+    def __init__(self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights):
+        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share."""
         self.pad, self.wavelet = block.pad, wavelet
         self.gamma = self.average = self.below = self.mlp = None
         self.window = 0  # of the running mean
@@ -514,7 +499,7 @@ class DecoderBlock:
         self.joins = self.in_place and self.average is not None and plain_mixers and plain_scales
         self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
-            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, values))
+            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
             kind = WrittenMemory if block.fwpkm.writes else Memory
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
@@ -612,11 +597,8 @@ class DecoderCell:
             (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
         ]
-        values = None
-        if cell.config.pkm_shared:
-            values = weights.table(f"{name}pkm.values", cell.layers[0].pkm.values.weight, "memory")
         blocks = [
-            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights, values)
+            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights)
             for i, b in enumerate(cell.layers)
         ]
         self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]
