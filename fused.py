@@ -157,9 +157,9 @@ class MemoryReads:
 
     @staticmethod
     def takes(memory, device: torch.device) -> bool:
-        """memory: a `ProductKeyMemory`. Queries that are normed do not fold into keys, and a gate is a product of its own."""
+        """memory: a `ProductKeyMemory`."""
         few = memory.keys_a.size(1) <= MOST_KEYS and memory.pairs.size(1) <= MOST_PAIRS
-        return kernels.usable(device) and few and memory.gate is None and not memory.query_norm
+        return kernels.usable(device) and few
 
     @staticmethod
     def fold(query: Tensor, keys_a: Tensor, keys_b: Tensor) -> Tensor:
