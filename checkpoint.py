@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from config import Config, InputError, load_config, make_config, read_json
+from config import Config, InputError, load_config, make_config, read_json, without_removed
 from decode import Decoder, PackedModel
 from errors import check_regular
 from model import MultinodalLM, WaveletLM, build_model
@@ -310,6 +310,7 @@ def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Pat
     Only what shapes the network is taken: how an old run was trained has no bearing on its weights. A key that we do not
     know may be there, since old configs have many, unless it is true: then it switches on what this network lacks.
     """
+    old = without_removed(old, str(source))
     known = {key: old[key] for key in Config.network_keys() if key in old}
     if unknown := [key for key, value in old.items() if key not in Config.model_fields and value is True]:
         ignored = {"benchmark_only"}

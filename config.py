@@ -52,6 +52,12 @@ Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), P
 Basis = Literal["haar", "zero", "random"]
 Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]
 
+# Options that were measured, gained nothing and were taken out. The config.json of an old run may still name them: at the value
+# that meant "off" its network is one that can still be built. A `Config` has none of them.
+REMOVED_KEYS = {"pkm_query_norm": False, "pkm_gate": False, "pkm_shared": False, "pkm_lr_scale": 1.0}  # key -> "off"
+REMOVED_VALUES = {"wavelet_mode": ["diagonal"], "mixer_transform": ["dct", "butterfly"]}  # of keys that stay
+LAST_WITH_REMOVED = "5ddc828"  # the last commit that has their code
+
 SECTIONS = {  # the first key of each section of `Config`, for --help and docs/options.md
     "dataset": "Data",
     "C": "Network: size",
@@ -99,10 +105,8 @@ class Config(BaseModel):
     loop_iterations: int = option(1, "passes through the whole stack; the loss averages over them", ge=1, le=MOST_REPEATS)
 
     # Network: lifting wavelet
-    wavelet_mode: Literal["lifting", "diagonal", "haar", "packets"] = option(
-        "lifting",
-        "learned lifting by networks (lifting), by a gain per channel (diagonal), the fixed Haar wavelet, or its packets: "
-        "2^levels scales",
+    wavelet_mode: Literal["lifting", "haar", "packets"] = option(
+        "lifting", "learned lifting by networks (lifting), the fixed Haar wavelet, or its packets: 2^levels scales"
     )
     shared_lifting_weights: bool = option(True, "one lifting for all blocks", "off: −0.024 (untied lifting)")
     untied_reconstruction: bool = option(False, "reconstruction has Update networks of its own")
@@ -130,8 +134,8 @@ class Config(BaseModel):
     ngram_width: int = option(32, "width of the table's values, which a learned map adds to the embedding", ge=1)
 
     # Network: mixers
-    mixer_transform: Literal["hadamard", "dct", "identity", "butterfly"] = option(
-        "hadamard", "transform of the channels around the mixers; butterfly is learned", "identity: −0.0024"
+    mixer_transform: Literal["hadamard", "identity"] = option(
+        "hadamard", "transform of the channels around the mixers: Walsh–Hadamard, or none (identity)", "identity: −0.0024"
     )
     mixer_top_k: int = option(0, "coefficients that a mixer takes of each scale, the largest; 0 = all", ge=0)
     coarse_modulation: bool = option(False, "each scale's coefficients are modulated, per channel, by the next coarser scale's")
@@ -159,11 +163,6 @@ class Config(BaseModel):
     fwpkm_inference_updates: bool = option(False, "at inference each sequence writes into its fast weights")
     fwpkm_update_lr: float = option(0.01, "step of a fast-weight update", gt=0)
     fwpkm_chunk_size: int = option(64, "tokens between two fast-weight updates", ge=2)
-
-    pkm_query_norm: bool = option(False, "RMSNorm on the halves of PKM's and FwPKM's queries")
-    pkm_gate: bool = option(False, "what PKM and FwPKM read is gated by their input")
-    pkm_shared: bool = option(False, "one table of PKM's values for all blocks (FwPKM's stay apart)")
-    pkm_lr_scale: float = option(1.0, "learning rate of PKM's and FwPKM's values in units of the schedule's", gt=0)
 
     recall_heads: int = option(0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0)
     recall_dim: int = option(32, "width of its keys and values", ge=1)
@@ -347,9 +346,7 @@ def _contradictions(c: Config):
     if c.amp_dtype == "fp8" and (c.parallel == "fsdp" or not c.use_amp):
         yield "amp_dtype: fp8 needs use_amp, and a parallel other than fsdp; take bf16"
     if c.untied_reconstruction and c.wavelet_mode in ("haar", "packets"):
-        yield f"untied_reconstruction: wavelet_mode {c.wavelet_mode} has no networks to untie; take lifting or diagonal"
-    if c.pkm_shared and (c.parallel == "fsdp" or not c.pkm_enabled):
-        yield "pkm_shared: needs pkm_enabled, and a parallel other than fsdp, which holds each block's weights apart"
+        yield f"untied_reconstruction: wavelet_mode {c.wavelet_mode} has no networks to untie; take lifting"
     if c.lifting_gate and c.wavelet_mode == "packets":
         yield "lifting_gate: wavelet_mode packets has none; take another mode"
     if not c.decompose_bypass and c.decompose_bypass_ema:
@@ -362,9 +359,21 @@ def _contradictions(c: Config):
         yield f"multinodal_features_per_cell: must be -1 or from 1 to multinodal_cell_dim, {c.multinodal_cell_dim}"
 
 
+def without_removed(values: dict[str, Any], source: str, given: Collection[str] = ()) -> dict[str, Any]:
+    """`values` (key -> value) without the removed keys that are off. Raises `InputError` where one is not off, or where a key
+    has a value that was removed; `source` and `given` as in `make_config`."""
+    for key, value in values.items():
+        is_on = key in REMOVED_KEYS and value != REMOVED_KEYS[key]
+        if is_on or value in REMOVED_VALUES.get(key, []):
+            place = "" if key in given else f"{source}: "
+            raise InputError(f"{place}{key}: {shown(value)} was removed; the last commit that has it is {LAST_WITH_REMOVED}")
+    return {key: value for key, value in values.items() if key not in REMOVED_KEYS}
+
+
 def make_config(values: dict[str, Any], source: str, given: Collection[str] = ()) -> Config:
     """Checks `values` (key -> value). Raises `InputError` with one line, which `source` begins, unless the key is one of
     those `given` beside it: on a command line, say."""
+    values = without_removed(values, source, given)
     for key in values:
         if key not in Config.model_fields:
             near = difflib.get_close_matches(key, Config.model_fields, n=1)
@@ -408,6 +417,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            if name.removeprefix("--") in REMOVED_KEYS:
+                raise InputError(f"{name}: was removed; the last commit that has it is {LAST_WITH_REMOVED}")
             raise InputError(f"unknown option {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
         for name, value in vars(known).items():
             # What no count or measure of ours is, nan included: kernels count in int64 and compute in fp32.

@@ -411,7 +411,9 @@ def _hub_documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
     """Streams a split. One that the data set lacks is cut from its train split: a row belongs to it by a hash of the
     row's number, with the probability in `config.split_fractions`."""
     from datasets import load_dataset  # seconds to import, and only needed here
+    from datasets.utils.logging import CRITICAL, set_verbosity
 
+    set_verbosity(CRITICAL)  # what it logs of a file that it cannot read it raises too
     identity, name, revision = _hub_source(config)
     try:
         parts = load_dataset(identity, name or None, revision=revision or None, streaming=True)
@@ -437,6 +439,8 @@ def _hub_documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if Path(identity).exists():
+            raise InputError(f"dataset: cannot read the files of {identity} ({reason}); give whole ones") from error
         named = config.dataset_path or config.dataset in HUB
         local = "" if named else f"; no local file or folder is called {config.dataset} either"
         raise InputError(

@@ -21,7 +21,6 @@ The same numbers as the model's, from fewer and larger products, read at full ba
 What cannot be folded is the model's own module, chosen here when the decoder is built: mixers in a row or of the largest
 coefficients, several bases, packets, a wavelet without matrices or with gated lags, norms of each scale and what coarse ones
 do to fine ones, fast weights, the moving average. A step of one token and a chunk of many share all but the way through time.
-Nothing here was ever run on a GPU.
 
 Letters as in model.py; N = B·T positions, w a mixer's width.
 """
@@ -37,12 +36,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused
+import kernels
 from bypass import RunningMean
 from config import Config, InputError
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from model import Block, Diagonal, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
+from model import Block, HaarPackets, LanguageModel, Lifting, MultiBasis, ScaleNorm
 from ngrams import NgramEmbedding, read_slots
-from packed import GROUP, Table, Weights, Widths, round_up
+from packed import GROUP, Weights, Widths, product_gelu, product_sum, round_up
 from state import State
 from tape import DecoderState, Tape, plain
 
@@ -66,6 +67,7 @@ class FoldedLifting:
         self.predict = [self._layers(n, f"{name}.predict.{i}", -1, weights) for i, n in enumerate(wavelet.predict_nets)]
         self.update = [self._layers(n, f"{name}.update.{i}", 1, weights) for i, n in enumerate(wavelet.update_nets)]
         self.predict_bias = torch.stack([bias for *_, bias in self.predict])  # (J, P)
+        self.has_kernels = self.predict[0][2].one is not None  # for one row
         self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     @staticmethod
@@ -81,7 +83,7 @@ class FoldedLifting:
     @staticmethod
     def _inside(net, x: Tensor) -> Tensor:
         hidden, bias, *_ = net
-        return x if hidden is None else F.gelu(hidden(x, bias))
+        return x if hidden is None else product_gelu(hidden, x, bias)
 
     def lagged(self, tape: Tape) -> Tensor:
         """What each level takes as odd at the next token, over √2: (B, J, P)."""
@@ -110,6 +112,12 @@ class FoldedLifting:
         odd = torch.embedding_bag(ring.view(-1, self.width), entry, starts, False, 0, False, shares)[0]
         return odd.view(rows, self.levels, self.width)
 
+    def lagged_by_kernel(self, ring: Tensor, position: Tensor) -> Tensor:
+        """The same and the bias, of one row."""
+        if (1, -1) not in self.gathers:
+            self.gathers[1, -1] = (torch.tensor(self.offsets).to(self.shares.device),)
+        return fused.lags_in_ring(ring, position, *self.gathers[1, -1], self.shares, self.predict_bias)
+
     def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         """h (N, P) → coefficients (S, N, P), and what to remember."""
         if length == 1:
@@ -131,6 +139,10 @@ class FoldedLifting:
     def step(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
         """odd: what `lagged` gives."""
         odd = odd + self.predict_bias
+        if self.has_kernels and cur.size(0) == 1:
+            rows = self.room(cur)
+            rows[0].copy_(cur)
+            return self.step_by_kernels(rows, odd)
         details, curs = [], []
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
             curs.append(cur)
@@ -138,6 +150,27 @@ class FoldedLifting:
             cur = update[2](self._inside(update, detail), cur, math.sqrt(0.5)).add_(update[3])
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": curs}
+
+    def room(self, like: Tensor) -> list[Tensor | None]:
+        """For `step_by_kernels`: rows below one another, where each product writes what is wanted of it. Of those that follow
+        the first there are none for torch.compile: it would copy all of a tensor of which a part is written."""
+        if torch.compiler.is_compiling():
+            return [like.new_empty(1, self.width), *[None] * 2 * self.levels]
+        return list(like.new_empty(2 * self.levels + 1, self.width).split(1))
+
+    def step_by_kernels(self, rows: list[Tensor | None], odd: Tensor) -> tuple[Tensor, dict]:
+        """The same of one text, from the first of what `room` gives: rows become the J approximations to remember, the last
+        one, and the details. odd: with the bias."""
+        for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
+            cur, after, detail = rows[level], level + 1, 2 * self.levels - level
+            rows[detail] = predict[2].one(self._inside(predict, cur), odd[:, level], y=rows[detail])
+            inside = self._inside(update, rows[detail])
+            rows[after] = update[2].one(inside, cur, math.sqrt(0.5), y=rows[after], bias=update[3])
+        if torch.compiler.is_compiling():
+            whole = torch.cat(rows)
+        else:
+            whole = rows[0].as_strided((len(rows), self.width), (self.width, 1))
+        return whole[self.levels :, None], {"lags": whole[None, : self.levels]}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """The lags of a model's state, on a tape."""
@@ -166,11 +199,10 @@ class OwnWavelet:
 
 def has_matrices(wavelet: nn.Module) -> bool:
     """Whether its decomposition is products of matrices alone, that others can be folded into."""
-    learned = isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
-    return learned and not isinstance(wavelet.predict_nets[0], Diagonal)
+    return isinstance(wavelet, Lifting) and not wavelet.fixed and wavelet.odd_gates is None
 
 
-def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear | Diagonal]:
+def linears(net: nn.Module) -> tuple[nn.Linear | None, nn.Linear]:
     """A Predict or Update network's hidden layer (None where it is linear) and last layer."""
     return (net[0], net[-1]) if isinstance(net, nn.Sequential) else (None, net)
 
@@ -185,15 +217,15 @@ class FoldedMixers:
     def __init__(self, block: Block, name: str, weights: Weights):
         mixers, self.activation = list(block.mixers.banks[0]), block.mixers.banks[0].activation
         scales = len(mixers)
-        before, behind = transforms(block)
+        transform = block.mixers.transform(channels(block))  # symmetric and its own inverse: before the mixers and behind
         kinds = [weights.widths.of_scale(s, scales) for s in range(scales)]
-        gated, low_rank = mixers[0].gate is not None, hasattr(mixers[0], "U")
+        gated, low_rank = mixers[0].gate is not None, mixers[0].U is not None
         rank = mixers[0].U.size(1) if low_rank and gated else 0
         self.head = round_up(rank, 16 if min(weights.widths[k] for k in kinds) == 32 else 64) if rank else 0
         first, gates, self.after = [], [], []
         for s, m in enumerate(mixers):
-            inner = before if m.proj_in is None else m.proj_in.weight.float() @ before  # (w, P)
-            outer = behind if m.proj_out is None else behind @ m.proj_out.weight.float()  # (P, w)
+            inner = transform if m.proj_in is None else m.proj_in.weight.float() @ transform  # (w, P)
+            outer = transform if m.proj_out is None else transform @ m.proj_out.weight.float()  # (P, w)
             w = m.mixer.weight
             if low_rank and not gated:
                 w = w + m.U @ m.V.T
@@ -211,19 +243,18 @@ class FoldedMixers:
         routing = block.mixers.scale_routing
         self.routing = None if routing is None or not gated else weights.keep(f"{name}.routing", routing)
 
-    def __call__(self, c: Tensor) -> Tensor:
+    def __call__(self, c: Tensor, routed: Tensor | None = None) -> Tensor:
+        """routed: what the routing makes of c, where that is known."""
         y = self.first(c)
         if self.gate is not None:
-            r = c if self.routing is None else (self.routing @ c.flatten(1)).view_as(c)
-            y[..., self.head :].mul_(self.activation(self.gate(r)))
+            r = c if self.routing is None else (self.routing @ c.flatten(1)).view_as(c) if routed is None else routed
+            self.gate.gate(r, y[..., self.head :], self.activation)
         return y
 
 
-def transforms(block: Block) -> tuple[Tensor, Tensor]:
-    """The channels' transform before the mixers and its inverse behind them, as matrices (P, P)."""
-    identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
-    transform = block.mixers.transform.prepared()
-    return transform(identity).T, transform.inverse(identity).T
+def channels(block: Block) -> Tensor:
+    """The identity of the coefficients' channels, (P, P)."""
+    return torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
 
 
 class OwnMixers:
@@ -231,7 +262,7 @@ class OwnMixers:
 
     def __init__(self, block: Block, name: str, weights: Weights):
         self.mixers = weights.module(f"{name}.own", block.mixers)
-        identity = torch.eye(block.pad + block.ln1.weight.size(0), device=block.scale_weights.device)
+        identity = channels(block)
         self.after = [weight * identity for weight in block.scale_weights]
 
     def __call__(self, c: Tensor) -> Tensor:
@@ -264,8 +295,7 @@ class FoldedReconstruction:
             for (hidden, last), gain, below in zip(nets, gains, after[1:], strict=True):
                 # of a quantised file, what else stands here has shapes only, and lies on the meta device
                 weight, offset = last.weight.to(matrix.device), last.bias.to(matrix.device)
-                updated = matrix * weight if isinstance(last, Diagonal) else matrix @ weight
-                parts.append(gain * (updated if hidden is not None else updated @ below))
+                parts.append(gain * (matrix @ weight if hidden is not None else matrix @ weight @ below))
                 bias = bias + gain * (matrix @ offset)
             if nets[0][0] is not None:
                 firsts = [hidden.weight @ below for (hidden, _), below in zip(nets, after[1:], strict=True)]
@@ -279,9 +309,9 @@ class FoldedReconstruction:
 
     def __call__(self, y: Tensor, x: Tensor, alpha: float, length: int) -> Tensor:
         """alpha·x + what it gains."""
-        scales = y.unbind(0) if self.hidden is None else [y[0], *F.gelu(self.hidden(y[1:], self.hidden_bias)).unbind(0)]
+        scales = y.unbind(0) if self.hidden is None else [y[0], *self.hidden.gelu(y[1:], self.hidden_bias).unbind(0)]
         joined = torch.cat([part[:, :n] for part, n in zip(scales, self.widths, strict=True)], dim=1)
-        return self.last(joined, torch.add(self.bias, x, alpha=alpha))
+        return product_sum(self.last, joined, self.bias, x, alpha)
 
 
 class OwnReconstruction:
@@ -292,7 +322,7 @@ class OwnReconstruction:
         kinds = [weights.widths.of_scale(s, len(after)) for s in range(len(after))]
         self.wavelet, self.after = wavelet, weights.stack(f"{name}.after", after, kinds)
         self.norm = weights.module(f"{name}.norm", block.scale_norm_out)
-        nets = block.inverse_update_nets or getattr(wavelet, "update_nets", None)
+        nets = block.inverse_update_nets or wavelet.update_nets
         self.updates = None if nets is None else weights.module(f"{name}.updates", nets)
         self.last = weights.matrix(f"{name}.last", matrix, "lifting")
         self.bias = weights.keep(f"{name}.last.bias", bias)
@@ -301,7 +331,7 @@ class OwnReconstruction:
         u = self.after(y).float()
         u = self.norm(u.view(u.size(0), -1, length, u.size(2)))
         cur = self.wavelet.reconstruct(u, self.updates).flatten(0, 1)
-        return self.last(cur, torch.add(self.bias, x, alpha=alpha))
+        return product_sum(self.last, cur, self.bias, x, alpha)
 
 
 # ===== Bypass and memories
@@ -347,7 +377,7 @@ class OwnAverage:
 class MLP:
     def __init__(self, block: Block, name: str, weights: Weights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
-        self.activation = F.gelu if any(isinstance(module, nn.GELU) for module in block.ffwd) else nn.Identity()
+        self.gelu = any(isinstance(module, nn.GELU) for module in block.ffwd)  # none between the two maps of mlp_layers 1
         self.inner = []
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
@@ -358,8 +388,8 @@ class MLP:
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """alpha·x + MLP(h)."""
         for matrix, bias in self.inner:
-            h = self.activation(matrix(h, bias))
-        return self.last(h, torch.add(self.bias, x, alpha=alpha))
+            h = product_gelu(matrix, h, bias) if self.gelu else matrix(h, bias)
+        return product_sum(self.last, h, self.bias, x, alpha)
 
 
 def without_modules(memory: nn.Module) -> nn.Module:
@@ -372,23 +402,21 @@ def without_modules(memory: nn.Module) -> nn.Module:
 class Memory:
     """A product-key memory: the model's own look-up, but queries by a packed matrix, and values in a packed table."""
 
-    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights, values: Table | None = None):
-        """values: the table of values, where blocks share one."""
+    def __init__(self, memory: ProductKeyMemory, alpha: Tensor, name: str, weights: Weights):
         self.alpha = weights.number(f"{name}.alpha", alpha)
-        self.values = values or weights.table(f"{name}.values", memory.values.weight, "memory")
-        self.gate = None
-        if memory.gate is not None:
-            self.gate = weights.matrix(f"{name}.gate", memory.gate.weight, "query")
-            self.gate_bias = weights.bias(f"{name}.gate.bias", memory.gate.bias, self.gate)
+        self.values = weights.table(f"{name}.values", memory.values.weight, "memory")
         query = weights.matrix(f"{name}.query", memory.query_proj.weight, "query")
         keys = weights.module(f"{name}.keys", without_modules(memory))
         keys.query_proj = lambda h: query(h).float()
-        self.lookup = keys.lookup
+        self.keys, self.lookup, self.folded = keys, keys.lookup, None
+        if fused.MemoryReads.takes(memory, weights.device):  # for one row
+            rows = torch.arange(memory.query_proj.out_features, device=weights.device)
+            exact = weights.table(f"{name}.query", memory.query_proj.weight, "query")(rows)
+            self.folded = fused.MemoryReads.fold(exact, keys.keys_a, keys.keys_b)
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         slot, weight = self.lookup(h)
-        read = self.alpha * self.values.weighted(slot, weight)
-        return read if self.gate is None else read * F.silu(self.gate(h, self.gate_bias).float()), {}
+        return self.alpha * self.values.weighted(slot, weight), {}
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         return {}
@@ -435,19 +463,17 @@ class WrittenMemory:
 
 
 class DecoderBlock:
-    def __init__(
-        self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights,
-        values: Table | None,
-    ):  # fmt: skip
-        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share, as they may a
-        table of values."""
+    def __init__(self, block: Block, wavelet: FoldedLifting | OwnWavelet, source: nn.Module, name: str, weights: Weights):
+        """block and its wavelet `source` as in the model; `wavelet` is the prepared one, which blocks may share."""
         self.pad, self.wavelet = block.pad, wavelet
         self.gamma = self.average = self.below = self.mlp = None
+        self.window = 0  # of the running mean
         if block.embedding_residual_gamma is not None:
             self.gamma = weights.keep(f"{name}.gamma", block.embedding_residual_gamma)
         if block.bypass is not None:
             average = block.bypass.average
             own = not isinstance(average, RunningMean)
+            self.window = 0 if own else average.window
             self.average = OwnAverage(average, f"{name}.average", weights) if own else Mean(average)
             self.below = weights.matrix(f"{name}.below", block.bypass.cross_layer_mix.weight, "bypass")
             self.gains = weights.keep(f"{name}.gains", F.pad(block.bypass.history_gains, (0, self.pad)))[:, None]  # (S, 1, P)
@@ -466,14 +492,24 @@ class DecoderBlock:
         ]
         if block.ffwd is not None:
             self.mlp = MLP(block, f"{name}.mlp", weights)
+        # Whether a step of one row may change what is remembered where it lies, by kernels of our own.
+        self.in_place = kernels.usable(weights.device) and isinstance(wavelet, FoldedLifting) and wavelet.has_kernels
+        self.in_place = self.in_place and not isinstance(self.average, OwnAverage)
+        plain_scales = isinstance(self.norm_in, nn.Identity) and isinstance(self.modulation, nn.Identity)
+        self.joins = self.in_place and self.average is not None and plain_mixers and plain_scales
         self.memories: list[Memory | WrittenMemory | Recall] = []
         if block.pkm is not None:
-            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights, values))
+            self.memories.append(Memory(block.pkm, block.alpha_pkm, f"{name}.pkm", weights))
         if block.fwpkm is not None:
             kind = WrittenMemory if block.fwpkm.writes else Memory
             self.memories.append(kind(block.fwpkm, block.alpha_fwpkm, f"{name}.fwpkm", weights))
         if block.recall is not None:
             self.memories.append(Recall(block.recall, block.alpha_recall, f"{name}.recall", weights))
+        folded = [memory for memory in self.memories if isinstance(memory, Memory) and memory.folded is not None]
+        self.reads = fused.MemoryReads(folded) if folded else None  # of one row
+        for memory in folded:
+            memory.folded = None  # all lie together now
+        self.other_memories = [memory for memory in self.memories if memory not in folded]
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as this decoder keeps it."""
@@ -498,22 +534,35 @@ class DecoderBlock:
         """x, the token embedding e, the mean of the block below (all (N, C)) → new x, this block's mean, new state.
 
         At one token `part` is what `look_back` gives, and the new state has one entry for each tape."""
-        mean, new = None, {}
-        if self.average is not None:
-            mean, new = self.average(x, length, part, counts)
-            context = mean if below is None else self.below(below, mean)
-        if self.gamma is not None:
-            x = torch.addcmul(x, e, self.gamma)
-        h = F.layer_norm(x, *self.norms[0])
-        c, lags = self.wavelet.decompose(F.pad(h, (0, self.pad)) if self.pad else h, length, part)
+        if "position" in part:  # one row, whose state is changed where it lies
+            rows = self.wavelet.room(x)
+            x, mean = fused.open_block(x, e, self.gamma, self.norms[0], part, self.window, rows[0])
+            new = {} if counts is None else {"count": counts[0]}
+            c, lags = self.wavelet.step_by_kernels(rows, part["odd"])
+        else:
+            mean, new = None, {}
+            if self.average is not None:
+                mean, new = self.average(x, length, part, counts)
+            if self.gamma is not None:
+                x = torch.addcmul(x, e, self.gamma)
+            h = F.layer_norm(x, *self.norms[0])
+            c, lags = self.wavelet.decompose(F.pad(h, (0, self.pad)) if self.pad else h, length, part)
         new |= lags
         if self.average is not None:
-            c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
-        c = self.modulation(self.norm_in(c[:, None]))[:, 0]
-        x = self.reconstruction(self.mixers(c), x, self.alphas[0], length)
+            context = mean if below is None else self.below(below, mean)
+        if self.joins and x.size(0) == 1:
+            y = self.mixers(*fused.join(c, context, self.gains, self.mixers.routing))
+        else:
+            if self.average is not None:
+                c = torch.addcmul(c, F.pad(context, (0, self.pad)) if self.pad else context, self.gains)
+            y = self.mixers(self.modulation(self.norm_in(c[:, None]))[:, 0])
+        x = self.reconstruction(y, x, self.alphas[0], length)
         h = F.layer_norm(x, *self.norms[1])
         x = self.alphas[1] * x if self.mlp is None else self.mlp(h, x, self.alphas[1])
-        for memory in self.memories:
+        alone = self.reads is not None and x.size(0) == 1
+        if alone:
+            x = self.reads(h, x)
+        for memory in self.other_memories if alone else self.memories:
             read, written = memory(h, length, part)
             x, new = x + read, new | written
         return x, mean, new
@@ -548,11 +597,8 @@ class DecoderCell:
             (FoldedLifting if has_matrices(w) else OwnWavelet)(w, f"{name}wavelets.{i}", weights)
             for i, w in enumerate(cell.wavelets)
         ]
-        values = None
-        if cell.config.pkm_shared:
-            values = weights.table(f"{name}pkm.values", cell.layers[0].pkm.values.weight, "memory")
         blocks = [
-            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights, values)
+            DecoderBlock(b, prepared[i % len(prepared)], cell.block(i)[1], f"{name}layers.{i}", weights)
             for i, b in enumerate(cell.layers)
         ]
         self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]

@@ -361,7 +361,7 @@ class Session:
             sample = generate(self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding)
         except (KeyboardInterrupt, BrokenPipeError):
             if made:
-                keep(self.texts(torch.cat([ids.expand(len(made[0]), -1), torch.stack(made, dim=1)], dim=1)))
+                keep(self.texts(torch.cat([ids.cpu().expand(len(made[0]), -1), torch.stack(made, dim=1)], dim=1)))
             with contextlib.suppress(BrokenPipeError):
                 print(flush=True)  # what is said next begins a line
             raise

@@ -10,10 +10,12 @@ its id and one replay. Without a GPU the same steps are taken one by one.
 """
 
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+import fused
 from decode import Decoder, WrittenMemory, own_code
 from state import State
 from tape import DecoderState, Tape
@@ -49,6 +51,7 @@ class GraphedStep:
             if "count" in block:
                 block["count"] = self.held[0]["count"]
         self.reader = None  # whose text this is now; for `sampling.Reader`
+        self.kept = None  # the rules of the last text, with their graph; for `sampling.generate`
         self.graph, self.logits, self.program = None, None, self.advance
         if compiled:
             advance = types.MethodType(own_code(GraphedStep.advance), self)
@@ -73,6 +76,23 @@ class GraphedStep:
             self.logits = self.program(self.ids, self.position, self.held)
         self.graph = graph
 
+    def then(self, token: Tensor, rule: Callable[[Tensor], None]) -> Callable[[], None]:
+        """A function that reads `token` (B, 1) and gives the logits (B, V) to `rule`, all as one graph.
+
+        token is a tensor that stays where it is: what it holds at the time of a call is read. The rule too must keep to such
+        tensors and ask the device nothing; it has been called before, so that its kernels are loaded."""
+
+        def turn() -> None:
+            self.ids.copy_(token)
+            rule(self.program(self.ids, self.position, self.held))
+
+        if self.graph is None:
+            return turn
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            turn()
+        return graph.replay
+
     def advance(self, ids: Tensor, position: Tensor, held: list[dict]) -> Tensor:
         """The step itself, by operations whose tensors stay where they are: ids (B, 1) → logits (B, V)."""
         seen = [
@@ -84,7 +104,10 @@ class GraphedStep:
             for name, value in new.items():
                 if name in rings:
                     entry = torch.stack(value, dim=1) if isinstance(value, list) else value
-                    parts[name].index_copy_(1, position % parts[name].size(1), entry[:, None])
+                    if self.decoder.blocks[i].in_place and self.rows == 1:
+                        fused.put(parts[name], position, entry)
+                    else:
+                        parts[name].index_copy_(1, position % parts[name].size(1), entry[:, None])
                 elif name != "count" or i == 0:
                     parts[name].copy_(value)
         position.add_(1)
@@ -92,7 +115,9 @@ class GraphedStep:
 
     @staticmethod
     def look_back(block, parts: dict[str, Tensor], rings: list[str], position: Tensor) -> dict[str, Tensor]:
-        """What `DecoderBlock.look_back` gives, from rings."""
+        """What `DecoderBlock.look_back` gives, from rings; or, for a block that changes its state in place, all of it."""
+        if block.in_place and parts["lags"].size(0) == 1:
+            return parts | {"odd": block.wavelet.lagged_by_kernel(parts["lags"], position), "position": position}
         seen = {name: value for name, value in parts.items() if name not in rings}
         if "lags" in rings:
             seen["odd"] = block.wavelet.lagged_in_ring(parts["lags"], position)

@@ -2,7 +2,7 @@
 
 For matrices s = 1 … S, each of its own size (out_s, in_s), and x (S, in):
 
-    y[s, n] = Σ_k W_s[n, k] x[s, k] + beta·add[s, n],   summed in fp32
+    y[s, n] = Σ_k W_s[n, k] x[s, k] + beta·add[s, n] + bias[n],   summed in fp32, or GELU of it, or y[s, n] times its SiLU
 
 A token at batch 1 reads every weight once and does two operations with it, so a kernel is as fast as it reads. Weights lie as
 they do in a file (packed.py): rows of floats; of int8 with a scale each; of two 4-bit numbers a byte with a scale and an offset
@@ -46,16 +46,27 @@ if HAS_TRITON:
         return s, first, outputs, inputs, start + first.to(tl.int64) * inputs, before
 
     @triton.jit
-    def _store(total, y, add, s, rows, inside, add_s, add_n, width, beta, HAS_ADD: tl.constexpr):
+    def _store(
+        total, y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta,
+        HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
+    ):  # fmt: skip
         """Beyond the matrix's rows, up to y's width, zeros."""
         if HAS_ADD:
             total += beta * tl.load(add + s * add_s + rows * add_n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + s * width + rows, total.to(y.dtype.element_ty), mask=rows < width)
+        if HAS_BIAS:
+            total += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        if FINISH == "gelu":
+            total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))  # 1/√2
+        place = y + s * y_s + rows
+        if FINISH == "gate":
+            total = total / (1 + tl.exp(-total)) * tl.load(place, mask=rows < width, other=0.0).to(tl.float32)
+        tl.store(place, total.to(y.dtype.element_ty), mask=rows < width)
 
     @triton.jit
     def _float_kernel(
-        weight, table, x, add, y, outputs, inputs, x_s, add_s, add_n, width, beta,
-        ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr, HAS_ADD: tl.constexpr,
+        weight, table, x, add, bias, y, outputs, inputs, x_s, add_s, add_n, y_s, width, beta,
+        ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr,
+        HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
         s, first, outputs, inputs, start, _ = _place(table, outputs, inputs, ROWS, STACKED)
         rows = first + tl.arange(0, ROWS)
@@ -68,12 +79,13 @@ if HAS_TRITON:
             a = tl.load(w + at, mask=inside[:, None] & here[None, :], other=0.0)
             b = tl.load(x + s * x_s + at + k, mask=here, other=0.0)
             sums += a.to(tl.float32) * b.to(tl.float32)[None, :]
-        _store(tl.sum(sums, 1), y, add, s, rows, inside, add_s, add_n, width, beta, HAS_ADD)
+        _store(tl.sum(sums, 1), y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta, HAS_ADD, HAS_BIAS, FINISH)
 
     @triton.jit
     def _int8_kernel(
-        weight, scale, table, x, add, y, outputs, inputs, x_s, add_s, add_n, width, beta,
-        ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr, HAS_ADD: tl.constexpr,
+        weight, scale, table, x, add, bias, y, outputs, inputs, x_s, add_s, add_n, y_s, width, beta,
+        ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr,
+        HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
         """weight: int8 seen as uint8. With u = q + 128 as a mantissa's bits, a number is 1 + u/256 = 1.5 + q/256."""
         s, first, outputs, inputs, start, before = _place(table, outputs, inputs, ROWS, STACKED)
@@ -91,15 +103,17 @@ if HAS_TRITON:
             ones += b
         total = tl.sum(sums, 1) - 1.5 * tl.sum(ones, 0)
         total *= 256 * tl.load(scale + before + rows, mask=inside, other=0.0).to(tl.float32)
-        _store(total, y, add, s, rows, inside, add_s, add_n, width, beta, HAS_ADD)
+        _store(total, y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta, HAS_ADD, HAS_BIAS, FINISH)
 
     @triton.jit
     def _int4_kernel(
-        weight, steps, table, x, add, y, outputs, inputs, x_s, add_s, add_n, width, beta,
-        ROWS: tl.constexpr, GROUPS: tl.constexpr, STACKED: tl.constexpr, HAS_ADD: tl.constexpr,
+        weight, steps, table, x, add, bias, y, outputs, inputs, x_s, add_s, add_n, y_s, width, beta,
+        ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, STACKED: tl.constexpr,
+        HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
-        """x: pairs of bf16 seen as int32, steps: pairs of a scale and an offset, too. Half a byte q, 0 to 15, is the number
-        1 + q/16; w = (q − 8)·scale + offset, over a group of 64: Σ w x = 16·scale·Σ (1 + q/16) x + (offset − 24·scale)·Σ x."""
+        """x: in fp32 if WIDE, else pairs of bf16 seen as int32, as are steps: pairs of a scale and an offset. Half a byte q, 0
+        to 15, is the number 1 + q/16; w = (q − 8)·scale + offset, over a group of 64:
+        Σ w x = 16·scale·Σ (1 + q/16) x + (offset − 24·scale)·Σ x."""
         s, first, outputs, inputs, start, _ = _place(table, outputs, inputs, ROWS, STACKED)
         row = tl.arange(0, ROWS)
         rows = first + row
@@ -114,15 +128,24 @@ if HAS_TRITON:
         for at in range(0, groups, GROUPS):
             here = group < groups - at
             a = tl.load(w + at * 32, mask=inside[:, None, None] & here[None, :, None], other=0).to(tl.int32)
-            b = tl.load(x + s * x_s + at * 32 + at_byte, mask=here[:, None], other=0)
-            even = (b << 16).to(tl.float32, bitcast=True)  # a bf16 is the first half of a float32
-            odd = (b & -65536).to(tl.float32, bitcast=True)
+            if WIDE:
+                b = x + s * x_s + 2 * (at * 32 + at_byte)
+                even, odd = tl.load(b, mask=here[:, None], other=0.0), tl.load(b + 1, mask=here[:, None], other=0.0)
+            else:
+                b = tl.load(x + s * x_s + at * 32 + at_byte, mask=here[:, None], other=0)
+                even = (b << 16).to(tl.float32, bitcast=True)  # a bf16 is the first half of a float32
+                odd = (b & -65536).to(tl.float32, bitcast=True)
             inner = _mantissa((a & 15) << 19) * even[None, :, :] + _mantissa((a & 240) << 15) * odd[None, :, :]
             both = tl.load(step + at, mask=inside[:, None] & here[None, :], other=0)
             scale, offset = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
             ones = tl.sum(even + odd, 1)
             sums += 16 * scale * tl.sum(inner, 2) + (offset - 24 * scale) * ones[None, :]
-        _store(tl.sum(sums, 1), y, add, s, rows, inside, add_s, add_n, width, beta, HAS_ADD)
+        _store(tl.sum(sums, 1), y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta, HAS_ADD, HAS_BIAS, FINISH)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether products of one row on this device are by these kernels."""
+    return HAS_TRITON and device.type == "cuda"
 
 
 def _aligned(tensors: dict[str, Tensor], kind: str) -> Tensor:
@@ -179,28 +202,33 @@ class Stack:
             at, row = at + size, row + outputs
         return held
 
-    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0, y: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, add: Tensor | None = None, beta: float = 1.0, y: Tensor | None = None,
+        bias: Tensor | None = None, finish: str = "",
+    ) -> Tensor:  # fmt: skip
         """x (S, in) in fp32 or bf16, in at least each matrix's; add (S, out) or for all (1, out) → y (S, out): what is given,
-        or new, fp32 where weights or add are fp32, else bf16. Beyond a smaller matrix's rows y is zero."""
-        if self.kind == "int4":
-            x = x.to(torch.bfloat16)
+        or new, fp32 where weights or add are fp32, else bf16. Beyond a smaller matrix's rows y is zero.
+
+        bias (out,): of a single matrix, added besides. finish: "gelu" of the sum; "gate", where y is multiplied by its silu."""
         if x.size(1) < max(self.inputs):
             x = F.pad(x, (0, max(self.inputs) - x.size(1)))
         if x.stride(1) != 1 or (self.kind == "int4" and x.stride(0) % 2):
             x = x.contiguous()
-        if self.kind == "int4":
-            x = x.view(torch.int32)
         if y is None:
             wide = self.kind == "float32" or (add is not None and add.dtype == torch.float32)
             y = x.new_empty(x.size(0), max(self.outputs), dtype=torch.float32 if wide else torch.bfloat16)
+        pairs = self.kind == "int4" and x.dtype == torch.bfloat16
+        if pairs:
+            x = x.view(torch.int32)
         rows, size, warps = self.SHAPES[self.kind]
         grid = (triton.cdiv(y.size(1), rows), len(self.places))
         more = y if add is None else add
-        strides = (x.stride(0), 0 if more.size(0) == 1 else more.stride(0), more.stride(1), y.stride(0))
-        rest = (self.table, x, more, y, self.outputs[0], self.inputs[0], *strides, beta)
-        how = {"ROWS": rows, "STACKED": self.stacked, "HAS_ADD": add is not None, "num_warps": warps}
+        strides = (x.stride(0), 0 if more.size(0) == 1 else more.stride(0), more.stride(1), y.stride(0), y.size(1))
+        rest = (self.table, x, more, y if bias is None else bias, y, self.outputs[0], self.inputs[0], *strides, beta)
+        how = {"ROWS": rows, "STACKED": self.stacked, "HAS_ADD": add is not None, "HAS_BIAS": bias is not None}
+        how |= {"FINISH": finish, "num_warps": warps}
         if self.kind == "int4":
-            _int4_kernel[grid](self.weight, self.scale, *rest, GROUPS=size // 32, **how)
+            _int4_kernel[grid](self.weight, self.scale, *rest, GROUPS=size // 32, WIDE=not pairs, **how)
         elif self.kind == "int8":
             _int8_kernel[grid](self.weight, self.scale, *rest, INPUTS=size, **how)
         else:

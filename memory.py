@@ -13,25 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
+from lags import CausalFilter
 from state import BlockState, remember
 
 
 class ProductKeyMemory(nn.Module):
     """K = k² values per head, found by two codebooks of k keys each (Lample et al., "Large memory layers with product
-    keys", 2019): a query's halves are scored against them, the score of a slot is the sum of its two keys' scores.
-
-    What is read may be gated by the input and the values be one table for all blocks (both after Berges et al., "Memory layers
-    at scale", 2024), and the queries' halves be normed."""
+    keys", 2019): a query's halves are scored against them, the score of a slot is the sum of its two keys' scores."""
 
     def __init__(self, config: Config, keys: int, top_k: int, heads: int):
         super().__init__()
         self.heads, self.slots = heads, keys
         side, half = math.isqrt(keys), config.C // heads // 2
-        self.query_norm = config.pkm_query_norm
         self.best_per_half = min(top_k, side)
         self.top_k = min(top_k, self.best_per_half**2)
         self.query_proj = nn.Linear(config.C, config.C, bias=False)
-        self.gate = nn.Linear(config.C, config.C) if config.pkm_gate else None
         self.keys_a = nn.Parameter(0.02 * torch.randn(heads, side, half))
         self.keys_b = nn.Parameter(0.02 * torch.randn(heads, side, half))
         self.values = nn.EmbeddingBag(heads * keys, config.C, mode="sum")
@@ -44,10 +40,7 @@ class ProductKeyMemory(nn.Module):
 
     def lookup(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h (N, C) → the rows of `values` that it reads and their softmax weights, both (N, heads·top_k)."""
-        query = self.query_proj(h).view(h.size(0), self.heads, 2, -1)
-        if self.query_norm:
-            query = F.rms_norm(query, query.shape[-1:], eps=1e-5)
-        query_a, query_b = query.unbind(2)  # (N, heads, d/2)
+        query_a, query_b = self.query_proj(h).view(h.size(0), self.heads, 2, -1).unbind(2)  # (N, heads, d/2)
         score_a, index_a = torch.einsum("nhd,hkd->nhk", query_a, self.keys_a).topk(self.best_per_half)
         score_b, index_b = torch.einsum("nhd,hkd->nhk", query_b, self.keys_b).topk(self.best_per_half)
         i, j = self.pairs
@@ -56,13 +49,10 @@ class ProductKeyMemory(nn.Module):
         slot = slot + self.slots * torch.arange(self.heads, device=h.device)[:, None]
         return slot.flatten(1), score.float().softmax(-1).flatten(1)
 
-    def gated(self, read: Tensor, h: Tensor) -> Tensor:
-        return read if self.gate is None else read * F.silu(self.gate(h))
-
     def forward(self, h: Tensor) -> Tensor:  # (B, T, C)
         slot, weight = self.lookup(h.flatten(0, 1))
         read = F.embedding_bag(slot, self.values.weight, mode="sum", per_sample_weights=weight.to(self.values.weight.dtype))
-        return self.gated(read.view_as(h), h)
+        return read.view_as(h)
 
 
 class FastWeightMemory(ProductKeyMemory):
@@ -100,7 +90,7 @@ class FastWeightMemory(ProductKeyMemory):
     def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         if self.training or not self.writes:
             return super().forward(h), {name: state[name] for name in ("delta", "unwritten", "held") if name in state}
-        delta, unwritten, held, reads, given = state["delta"], state["unwritten"], state["held"], [], h
+        delta, unwritten, held, reads = state["delta"], state["unwritten"], state["held"], []
         while h.size(1):  # up to the place where the first row's chunk is full; rows may have begun at different times
             piece, h = h.tensor_split([min(self.chunk - int(held.max()), h.size(1))], dim=1)
             reads.append(self.read(piece, delta)[0])
@@ -110,7 +100,7 @@ class FastWeightMemory(ProductKeyMemory):
             if full.any():
                 delta = torch.where(full[:, None, None], self.write(unwritten, delta), delta)
             held = (held + piece.size(1)).masked_fill(full, 0)
-        return self.gated(torch.cat(reads, dim=1), given), {"delta": delta, "unwritten": unwritten, "held": held}
+        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten, "held": held}
 
 
 class AssociativeMemory(nn.Module):
@@ -165,7 +155,7 @@ class AssociativeMemory(nn.Module):
         """What the projections of h, (B, T, 2·heads·d) twice and (B, T, 2·heads) in fp32, find: (B, T, heads·d), gated."""
         joined, new_keys = remember(state["keys"], query_key)
         taps = self.taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
-        filtered = sum(taps[i] * joined[:, i : i + query_key.size(1)] for i in range(self.TAPS))
+        filtered = CausalFilter.apply(joined, taps, query_key.size(1))
         value, gate = value_gate.chunk(2, dim=-1)
         with torch.autocast(joined.device.type, enabled=False):
             q, k = self.unit(self.split(filtered.float().unflatten(-1, (2, -1)).movedim(2, 0)))

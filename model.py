@@ -28,25 +28,14 @@ from torch.utils.checkpoint import checkpoint
 from bypass import Bypass
 from config import Config
 from features import FeatureEmbedding
-from haar import HaarCoefficients
+from lags import CausalFilter, HaarCoefficients
 from loss import autocast_type, linear_cross_entropy
 from memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
 from ngrams import NgramEmbedding
 from state import BlockState, State, remember
-from transform import NO_TRANSFORM, Matrix, Transform, build_transform, hadamard
+from transform import NO_TRANSFORM, build_transform, hadamard
 
 # ===== Lifting wavelet
-
-
-class Diagonal(nn.Module):
-    """A linear map with a diagonal for its matrix: a gain and an offset per channel."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight + self.bias
 
 
 def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module:
@@ -55,9 +44,8 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
     Under `init` "haar" it starts as gain·identity (up to the GELU), so that an untrained lifting is close to Haar's.
     """
     width, hidden = config.padded_width, config.padded_width * config.lifting_hidden_mult
-    diagonal = config.wavelet_mode == "diagonal"
-    if diagonal or config.lifting_linear_only:
-        net = last = Diagonal(width) if diagonal else nn.Linear(width, width)
+    if config.lifting_linear_only:
+        net = last = nn.Linear(width, width)
     else:
         first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
         net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
@@ -66,7 +54,7 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
         if init == "haar":
             nn.init.eye_(first.weight.data[:width])
     if init == "haar":
-        (nn.init.ones_ if diagonal else nn.init.eye_)(last.weight).data.mul_(gain)
+        nn.init.eye_(last.weight).data.mul_(gain)
     elif init == "zero":
         nn.init.zeros_(last.weight)
     else:
@@ -82,8 +70,8 @@ class Lifting(nn.Module):
 
     odd = lagged cur [⊙ 2σ(Gate(cur))], detail = (odd − Predict(cur)) / √2, approx = (cur + Update(detail)) / √2, cur ← approx
     (after Sweldens, "The lifting scheme", 1998; here without subsampling, so that every position has its coefficients).
-    wavelet_mode "diagonal" has a gain per channel for each network; "haar" is the fixed wavelet detail = (cur − odd) / √2,
-    approx = (cur + odd) / √2, without weights. Gate: lifting_gate, a linear map per level, zero at first.
+    wavelet_mode "haar" is the fixed wavelet detail = (cur − odd) / √2, approx = (cur + odd) / √2, without weights.
+    Gate: lifting_gate, a linear map per level, zero at first.
     """
 
     def __init__(self, config: Config, init: str):
@@ -105,6 +93,7 @@ class Lifting(nn.Module):
             for gate in self.odd_gates:
                 nn.init.zeros_(gate.weight)
                 nn.init.zeros_(gate.bias)
+        self.predict_nets = self.update_nets = None
         if not self.fixed:
             self.predict_nets = nn.ModuleList(lifting_net(config, init, 1.0, level) for level in levels)
             self.update_nets = nn.ModuleList(lifting_net(config, init, 0.5, level) for level in levels)
@@ -114,12 +103,10 @@ class Lifting(nn.Module):
 
     def lagged(self, joined: Tensor, level: int, length: int) -> Tensor:
         """The last `length` positions of `joined`, delayed by 2^level, or by the learned mixture of lags around it."""
-        longest = self.longest_lag[level]
         if self.dilation_logits is None:
             return joined[:, :length]
         weights = self.dilation_logits[level].float().softmax(0).to(joined.dtype)
-        lags = range(self.first_lag[level], longest + 1)
-        return sum(w * joined[:, longest - lag : longest - lag + length] for w, lag in zip(weights, lags, strict=True))
+        return CausalFilter.apply(joined, weights.flip(0)[:, None], length)  # the longest lag first
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), the approximation first, then the details from coarse to fine."""
@@ -151,7 +138,7 @@ class Lifting(nn.Module):
 
 
 class Haar(Lifting):
-    """The fixed wavelet in as few passes over memory as there can be (haar.py): the same coefficients."""
+    """The fixed wavelet in as few passes over memory as there can be (lags.py): the same coefficients."""
 
     def __init__(self, config: Config):
         super().__init__(config, config.lifting_init)
@@ -174,6 +161,8 @@ def basis_weights(config: Config) -> nn.Parameter:
 
 class MultiBasis(nn.Module):
     """Several liftings side by side; per scale their coefficients are blended by a softmax over the bases."""
+
+    update_nets = None  # each basis has its own
 
     def __init__(self, config: Config):
         super().__init__()
@@ -223,6 +212,8 @@ def inverse_nets(config: Config, init: str) -> nn.ModuleList:
 class HaarPackets(nn.Module):
     """Haar's wavelet packets, undecimated: every band is split at each level, details too, into 2^J bands of equal width. They
     are a Walsh–Hadamard transform of the last 2^J positions, by number of sign changes: from coarse to fine."""
+
+    update_nets = None  # nothing is learned
 
     def __init__(self, config: Config):
         super().__init__()
@@ -294,6 +285,7 @@ class Mixer(nn.Module):
         if config.use_mixer_gate:
             self.gate = nn.Linear(width, width, bias=False)
             nn.init.normal_(self.gate.weight, std=0.02)
+        self.U = self.V = None
         if config.low_rank:
             self.U = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
             self.V = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
@@ -337,43 +329,43 @@ class MixerBank(nn.ModuleList):
         """x (S, …) cut into its runs; whole where there is one, for even the gradient of a cut into one piece is a copy."""
         return [x] if len(self.runs) == 1 else x.split([run.stop - run.start for run in self.runs])
 
-    def forward(self, z: Tensor, r: Tensor, transform: Transform | Matrix = NO_TRANSFORM) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, transform: nn.Module = NO_TRANSFORM) -> Tensor:
         """z: what is mixed, r: what the gate reads, both (S, N, P); transform: that which neither has had yet."""
         parts = []
         for mixers, y in zip(self.members, self.narrow(z, r, transform), strict=True):
             out = self.outward(mixers, transform)
-            parts.append(transform.inverse(y) if out is None else torch.bmm(y, out.to(y.dtype)))
+            parts.append(transform(y) if out is None else torch.bmm(y, out.to(y.dtype)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def narrow(self, z: Tensor, r: Tensor, transform: Transform | Matrix) -> list[Tensor]:
+    def narrow(self, z: Tensor, r: Tensor, transform: nn.Module) -> list[Tensor]:
         """For each run of n scales what its mixers make of them, in their own width, (n, N, w)."""
         return [
             self._mix(mixers, z_run, r_run, transform)
             for mixers, z_run, r_run in zip(self.members, self.by_run(z), self.by_run(r), strict=True)
         ]
 
-    def outward(self, mixers: Sequence[Mixer], transform: Transform | Matrix) -> Tensor | None:
+    def outward(self, mixers: Sequence[Mixer], transform: nn.Module) -> Tensor | None:
         """The matrices (n, w, P) from n mixers' width back to the coefficients; None where that is the transform alone."""
         if mixers[0].proj_out is None:
             return None
-        return transform.inverse(torch.stack([m.proj_out.weight.mT for m in mixers]))
+        return transform(torch.stack([m.proj_out.weight.mT for m in mixers]))
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: Transform | Matrix) -> Tensor:
+    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
         first, inward = mixers[0], None
         if first.proj_in is not None:
-            inward = transform.inverse(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
+            inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
 
         def product(x: Tensor, weights: list[Tensor]) -> Tensor:
             """x (n, N, P) by n matrices (out, w), into which the way to their width and the transform are multiplied: they
             have fewer rows than x has."""
             matrices = torch.stack(weights)
-            matrices = transform.inverse(matrices) if inward is None else matrices @ inward
+            matrices = transform(matrices) if inward is None else matrices @ inward
             return torch.bmm(x, matrices.mT.to(x.dtype))
 
         y = product(z, [m.mixer.weight for m in mixers])
         if first.gate is not None:
             y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
-        if hasattr(first, "U"):
+        if first.U is not None:
             u = torch.stack([m.U for m in mixers])
             y = y + torch.bmm(product(z, [m.V.mT for m in mixers]), u.mT.to(y.dtype))
         if first.bias is not None:
@@ -418,11 +410,10 @@ class Mixers(nn.Module):
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
 
     def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
-        transform = self.transform.prepared()
         if len(self.banks) == 1 and not self.top_k and c.size(1) >= self.FOLDS_FROM * c.size(2):
             c = c.to(autocast_type(c))  # once, in place of once for each product that reads it
-            return self.banks[0](c, self.routed(c), transform)
-        z = self.kept(transform(c))
+            return self.banks[0](c, self.routed(c), self.transform)
+        z = self.kept(self.transform(c))
         for d, norms in enumerate(self.norms):
             normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
             if self.betas is not None:
@@ -432,12 +423,12 @@ class Mixers(nn.Module):
                 mixed = self.alphas[d] * mixed
             z = z + mixed if self.residuals else mixed
         mixed = self.banks[-1](z, self.routed(z))
-        return transform.inverse(z + mixed if self.residuals else mixed)
+        return self.transform(z + mixed if self.residuals else mixed)
 
     def folded(self, c: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Of mixers that are all narrow, in one bank, what makes a weighted sum over scales of what they mix: their outputs
         side by side (N, Σw), and a matrix (Σw, P) by which Σ_s shares_s · forward(c)_s is one product."""
-        transform, bank, c = self.transform.prepared(), self.banks[0], c.to(autocast_type(c))
+        transform, bank, c = self.transform, self.banks[0], c.to(autocast_type(c))
         y = torch.cat([scale for run in bank.narrow(c, self.routed(c), transform) for scale in run], dim=1)
         out = [bank.outward(mixers, transform) for mixers in bank.members]
         weighted = [share[:, None, None] * matrices for share, matrices in zip(bank.by_run(shares), out, strict=True)]
@@ -564,33 +555,37 @@ class Block(nn.Module):
         mixed, out = self.mixers.folded(self.coarse_modulation(c).flatten(1, 2), self.scale_weights * wavelet.shares)
         return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias).unflatten(0, c.shape[1:3])
 
-    def remember_and_think(self, h: Tensor, state: BlockState) -> tuple[Tensor | float, BlockState]:
-        """The sum of the memory branches of the normed stream h (B, T, C)."""
-        total: Tensor | float = 0.0
+    def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The stream x (B, T, C) with what the memory branches make of its norm."""
+        h, x = self.ln2(x), self.residual_alpha_mlp * x
         written: BlockState = {}
         if self.ffwd is not None:
-            total = total + self.alpha_mlp * self.ffwd(h)
+            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(h))
         if self.pkm is not None:
-            total = total + self.alpha_pkm * self.pkm(h)
+            x = torch.addcmul(x, self.alpha_pkm, self.pkm(h))
         if self.fwpkm is not None:
             read, new = self.fwpkm(h, state)
-            total, written = total + self.alpha_fwpkm * read, written | new
+            x, written = torch.addcmul(x, self.alpha_fwpkm, read), written | new
         if self.recall is not None:
             read, new = self.recall(h, state)
-            total, written = total + self.alpha_recall * read, written | new
-        return total, written
+            x, written = torch.addcmul(x, self.alpha_recall, read), written | new
+        return x, written
+
+    def padded(self, x: Tensor) -> Tensor:
+        """x (…, C) with zeros for the channels up to P."""
+        return F.pad(x, (0, self.pad)) if self.pad else x
 
     def forward(self, x: Tensor, e: Tensor, below: Tensor | None, wavelet: nn.Module, state: BlockState):
         """x, the token embedding e, the mean of the block below (all (B, T, C)) → new x, this block's mean, new state."""
         bias, mean, averages = self.bypass(x, below, state) if self.bypass is not None else (0.0, None, {})
         if self.embedding_residual_gamma is not None:
             x = x + self.embedding_residual_gamma * e
-        c, lags = wavelet.decompose(F.pad(self.ln1(x), (0, self.pad)), state)
+        c, lags = wavelet.decompose(self.padded(self.ln1(x)), state)
         if self.bypass is not None:
-            c = c + F.pad(bias, (0, self.pad))
+            c = c + self.padded(bias)
         x = self.residual_alpha_spectral * x + self.dropout_projection(self.branch(self, c, wavelet))
-        thought, written = self.remember_and_think(self.ln2(x), state)
-        return self.residual_alpha_mlp * x + thought, mean, lags | averages | written
+        x, written = self.remember_and_think(x, state)
+        return x, mean, lags | averages | written
 
 
 # ===== The network
@@ -677,9 +672,6 @@ class WaveletLM(LanguageModel):
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
         count = 1 if config.looped_blocks else config.layers
         self.layers = nn.ModuleList(Block(config, after) for after in reversed(range(count)))
-        if config.pkm_shared:
-            for block in self.layers[1:]:
-                block.pkm.values = self.layers[0].pkm.values
         self.wavelets = nn.ModuleList(build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
@@ -693,7 +685,9 @@ class WaveletLM(LanguageModel):
 
     def embed(self, ids: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The embedding of ids (B, T), (B, T, C), and what of them is to be remembered."""
-        e = self.token_embedding(ids) * self.embed_scale
+        e = self.token_embedding(ids)
+        if self.embed_scale != 1.0:
+            e = e * self.embed_scale
         if self.ngrams is None:
             return e, {}
         read, past = self.ngrams(ids, state)

@@ -12,7 +12,7 @@ from config import Config
 from packed import wide_type
 
 # Two-dimensional, but gains and logits rather than matrices: decay would pull them towards a mixture nobody asked for.
-NOT_MATRICES = ("history_gains", "scale_routing", "dilation_logits", "basis_weights", "original", "taps", "gains", "factors")
+NOT_MATRICES = ("history_gains", "scale_routing", "dilation_logits", "basis_weights", "original", "taps", "gains")
 TABLES = (
     "token_embedding.weight",
     "feature_map",
@@ -141,14 +141,13 @@ def put_rates_on(device: torch.device, optimizers: list[torch.optim.Optimizer]) 
 
 
 def _groups(named: dict[str, nn.Parameter], config: Config) -> list[dict]:
-    """Groups by decay and rate; scalars apart, since those of a sharded network stay whole and kernels take no mixture."""
-    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    """Groups by decay; scalars apart, since those of a sharded network stay whole and kernels take no mixture."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in named.items():
-        scale = config.pkm_lr_scale if name.endswith("pkm.values.weight") else 1.0
-        groups.setdefault((config.decay_all or is_decayed(name, p), p.dim() == 0, scale), []).append(p)
+        groups.setdefault((config.decay_all or is_decayed(name, p), p.dim() == 0), []).append(p)
     return [
-        {"params": params, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
-        for (decays, _, scale), params in groups.items()
+        {"params": params, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": 1.0}
+        for (decays, _), params in groups.items()
     ]
 
 

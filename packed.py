@@ -9,6 +9,7 @@ never unpacked for few rows. For many, where unpacking is small beside the produ
 and of one that does not (AVX2); no one has run the CUDA ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -138,8 +139,11 @@ class FloatMatrix:
         weight = tensors["float32"]
         self.weight = F.pad(weight, (0, 0, 0, filler)) if (filler := -outputs % self.BLOCKS) else weight.contiguous()
         self.outputs, self.cut = outputs, self.weight.view(self.BLOCKS, -1, weight.size(1))
+        self.one = for_gpu({"float32": self.weight[:outputs]})
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
+        if self.one is not None and x.size(0) == 1:
+            return self.one(x, add if add is None else add.view(1, -1), beta)
         x, rows = x.float(), x.size(0)
         if rows > 1 or x.device.type != "cpu":
             return plus(product(x, self.weight[: self.outputs]), add, beta)
@@ -153,8 +157,7 @@ class FloatMatrix:
 
 def for_gpu(tensors: dict[str, Tensor]) -> "kernels.Stack | None":
     """The product of one row on a GPU by our own kernel; None on a CPU, and where there is no Triton."""
-    usable = next(iter(tensors.values())).device.type == "cuda" and kernels.HAS_TRITON
-    return kernels.Stack([tensors]) if usable else None
+    return kernels.Stack([tensors]) if kernels.usable(next(iter(tensors.values())).device) else None
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -283,6 +286,20 @@ class Int4Matrix:
         return plus(y[:, : self.outputs], add, beta)
 
 
+def product_gelu(matrix, x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x Wᵀ + bias, bias (out,)."""
+    if matrix.one is not None and x.size(0) == 1:
+        return matrix.one(x, bias.view(1, -1), finish="gelu")
+    return F.gelu(matrix(x, bias))
+
+
+def product_sum(matrix, x: Tensor, bias: Tensor, add: Tensor, beta: float) -> Tensor:
+    """x Wᵀ + bias + beta·add, bias (out,), add (N, out)."""
+    if matrix.one is not None and x.size(0) == 1:
+        return matrix.one(x, add, beta, bias=bias)
+    return matrix(x, torch.add(bias, add, alpha=beta))
+
+
 MATRICES = {32: FloatMatrix, 16: HalfMatrix, 8: Int8Matrix, 4: Int4Matrix}
 
 
@@ -304,6 +321,14 @@ class FloatStack:
             return torch.baddbmm(add[..., None], self.weight, x.mT).mT
         return torch.bmm(x, self.weight.mT) if add is None else torch.baddbmm(add[:, None], x, self.weight.mT)
 
+    def gelu(self, x: Tensor, add: Tensor) -> Tensor:
+        """GELU of the product."""
+        return F.gelu(self(x, add))
+
+    def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        """Multiplies y (S, N, out) by the activation of the product."""
+        y.mul_(activation(self(x)))
+
 
 class PackedStack:
     """S matrices that are not all fp32, of several shapes: x (S, N, in) → (S, N, out), filled up with zeros. A product each;
@@ -313,7 +338,7 @@ class PackedStack:
         self.outputs, self.inputs, self.width = outputs, inputs, max(outputs)
         self.kind = torch.float32 if 32 in bits else torch.bfloat16
         self.stacks = None
-        if next(iter(tensors[0].values())).device.type == "cuda" and kernels.HAS_TRITON:
+        if kernels.usable(next(iter(tensors[0].values())).device):
             groups = [[s for s, b in enumerate(bits) if b == width] for width in sorted(set(bits))]
             self.stacks = [kernels.Stack([tensors[s] for s in group], group) for group in groups]
             for stack, group in zip(self.stacks, groups, strict=True):  # what holds them one by one for many rows
@@ -321,19 +346,35 @@ class PackedStack:
                     tensors[s] = held
         self.matrices = [MATRICES[b](t, n) for b, t, n in zip(bits, tensors, outputs, strict=True)]
 
+    def one(self, x: Tensor, add: Tensor | None, finish: str = "") -> Tensor:
+        """The product of one row, by our own kernels."""
+        kind = self.kind if add is None else torch.promote_types(self.kind, add.dtype)
+        y = x.new_empty(x.size(0), self.width, dtype=kind)
+        for stack in self.stacks:
+            stack(x[:, 0], add, y=y, finish=finish)
+        return y[:, None]
+
+    def gelu(self, x: Tensor, add: Tensor) -> Tensor:
+        """GELU of the product."""
+        return self.one(x, add, "gelu") if self.stacks is not None and x.size(1) == 1 else F.gelu(self(x, add))
+
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         if self.stacks is not None and x.size(1) == 1:
-            y = x.new_empty(
-                x.size(0), self.width, dtype=self.kind if add is None else torch.promote_types(self.kind, add.dtype)
-            )
-            for stack in self.stacks:
-                stack(x[:, 0], add, y=y)
-            return y[:, None]
+            return self.one(x, add)
         x = x.to(self.kind)
         parts = [m(part[:, :n]).to(self.kind) for m, part, n in zip(self.matrices, x, self.inputs, strict=True)]
         parts = [F.pad(y, (0, self.width - n)) if n < self.width else y for y, n in zip(parts, self.outputs, strict=True)]
         y = torch.stack(parts)
         return y if add is None else y + add[:, None]
+
+    def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        """Multiplies y (S, N, out) by the activation of the product."""
+        alone = self.stacks is not None and x.size(1) == 1
+        if alone and activation is F.silu and not torch.compiler.is_compiling():  # which would copy y, a part of a tensor
+            for stack in self.stacks:
+                stack(x[:, 0], y=y[:, 0], finish="gate")
+        else:
+            y.mul_(activation(self(x)))
 
 
 class Table:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import written_whole
 from config import Config, InputError, save_config
+from errors import check_regular
 from tables import plain
 
 
@@ -33,6 +34,8 @@ class Record:
 
     def __init__(self, folder: Path, quiet: bool = False):
         self.folder, self.quiet = folder, quiet
+        for name in self.APPENDED:
+            check_regular(folder / name)  # a FIFO would be waited for
 
     @staticmethod
     def create(config: Config) -> "Record":

@@ -6,7 +6,7 @@ what a strategy tries out, it tries on forked states (`state.select`). Letters: 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from config import LOWEST_TEMPERATURE, MOST, InputError
-from graphs import graphed
+from graphs import GraphedStep, graphed
 
+UNIT = 2.0**48  # of probabilities as whole numbers: fp64, in which random numbers come, holds the sum of them exactly
+ROOM = 1024  # texts get room for a multiple of so many tokens, so that one graph serves texts of many lengths
 PREFILL = 512  # prompt tokens read at once: enough to keep the matrix products busy, and their memory is bounded
 # Wavelet coherence: how often it is looked at, over how many tokens, and what it does (see `tightened`).
 COHERENCE_EVERY, COHERENCE_SPAN, COHERENCE_THRESHOLD, COHERENCE_LEAST = 16, 128, 0.5, 0.5
@@ -93,39 +95,46 @@ def adaptive_temperature(entropy: Tensor, vocab_size: int, lowest: float, highes
     return highest - entropy / math.log(vocab_size) * (highest - lowest)
 
 
-def before(probs: Tensor, token: Tensor) -> Tensor:
-    """The tokens that come before `token` (R, 1) in falling order of probs (R, V), among equals by id: a mask (R, V)."""
-    p = probs.gather(1, token)
-    return (probs > p) | ((probs == p) & (torch.arange(probs.size(1), device=probs.device) < token))
+def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
+    """The probabilities of the smallest set of tokens that reach top_p, 0 for all others: (R, V) in units of 1 / UNIT.
 
+    Tokens are taken in falling order, equals by id: one is in the set where those before it hold less than top_p. Nothing is
+    sorted: the last token's probability is found digit by digit, from the highest, by adding up the tokens that have each
+    digit. They are added as whole numbers, whose sums are the same in whatever order a device adds them.
 
-def draw(probs: Tensor, top_p: Tensor, uniform: Callable[[list[int]], Tensor]) -> Tensor:
-    """Draws a token (R,) from each row's nucleus, the smallest set of tokens whose probability reaches `top_p`
-    (Holtzman et al., "The curious case of neural text degeneration", 2020).
-
-    Nothing is sorted, which would cost more than the network's step. A token drawn from all is in the nucleus if those
-    before it in falling order hold less than top_p. If not, neither it nor what comes after it is: they are struck off
-    and the row draws again. A draw succeeds with probability ≥ top_p, so one or two passes over V do.
-
-    probs (R, V), top_p (R, 1); uniform(rows) gives a number in [0, 1) for each of those rows, (len(rows), 1). Tokens are
-    drawn by the inverse of the cumulative distribution in order of id: unlike falling order, it hardly moves when
-    rounding (another batch size, another kernel) swaps two tokens of nearly the same probability.
+    probs (R, V) fp32, top_p (R, 1).
     """
-    tokens = torch.zeros(len(probs), dtype=torch.int64, device=probs.device)
-    rows = list(range(len(probs)))
-    while rows:
-        cumulative = probs.cumsum(1)
-        total = cumulative[:, -1:]
-        target = torch.minimum(uniform(rows).to(probs) * total, torch.nextafter(total, torch.zeros_like(total)))
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.size(1) - 1)
-        tokens[rows] = token.squeeze(1)
-        probs = probs * before(probs, token)
-        left = probs.sum(1, keepdim=True)
-        outside = ((left >= top_p) & (left > 0)).squeeze(1)  # nothing is left before the first: it is in the smallest nucleus
-        again = outside.nonzero().squeeze(1)
-        rows = [rows[i] for i in again.tolist()]
-        probs, top_p = probs[again], top_p[again]
-    return tokens
+    mass = (probs * UNIT).long().clamp(min=0)  # what is not a number becomes one below 0
+    # At least one token, and no more than there are: rounding may leave a little less than 1 in all.
+    missing = torch.minimum((top_p * UNIT).long(), mass.sum(1, keepdim=True)).clamp(min=1)
+    # The bits of a positive float, read as a whole number, are in the order of the floats. Turned round, a key falls as the
+    # probability rises. Up to the bits of 1 it has 30 digits.
+    keys = 2**30 - 1 - probs.contiguous().view(torch.int32).long()
+    width = 15 if probs.size(1) >= 2**14 else 10  # bits of a digit: few passes, and a sum for each value of a digit
+    last, equal = torch.zeros_like(missing), mass  # the last token's digits so far; the mass of those that have the same
+    for shift in range(30 - width, -1, -width):
+        digits = (keys >> shift) & (2**width - 1)
+        before = mass.new_zeros(len(mass), 2**width + 1)
+        before[:, 1:].scatter_add_(1, digits, equal)
+        before = before.cumsum(1)  # what tokens of a lower digit hold
+        digit = torch.searchsorted(before, missing) - 1
+        missing = missing - before.gather(1, digit)
+        equal = equal * (digits == digit)
+        last = (last << width) + digit
+    return mass * (keys < last) + equal * (equal.cumsum(1) - equal < missing)
+
+
+def draw(probs: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a token (R,) from each row's nucleus (Holtzman et al., "The curious case of neural text degeneration", 2020).
+
+    probs (R, V) fp32, top_p (R, 1), uniform (R, 1) fp64 in [0, 1). It is a fixed amount of work, for which the host need not
+    wait. Tokens are drawn by the inverse of the cumulative distribution in order of id: unlike falling order, it hardly moves
+    when rounding (another batch size, another kernel) swaps two tokens of nearly the same probability.
+    """
+    cumulative = nucleus(probs, top_p).cumsum(1)
+    target = (uniform * cumulative[:, -1:]).long()
+    token = torch.searchsorted(cumulative, target, right=True)
+    return token.clamp(max=probs.size(1) - 1).squeeze(1)  # where probabilities are not finite there may be no such token
 
 
 def haar_mean(embedded: Tensor, levels: int) -> Tensor:
@@ -254,31 +263,54 @@ def look_ahead(reader: Reader, logits: Tensor, probs: Tensor, top_p: Tensor, fac
 # ===== The loop
 
 
-class Rules:
-    """The settings at work on R texts: what they remember of each text, and how they choose its next token."""
+def kind_of(settings: Settings, room: int) -> tuple[Settings, int]:
+    """What a graph of the rules is made for: all but what lies in tensors, and what is done before and after it."""
+    return replace(settings, seed=0, top_p=1.0, n=1, best_of_n=1, wavelet_coherence=False), room
 
-    def __init__(self, settings: Settings, prompts: Tensor, logits: Tensor, levels: int, embedding: Tensor | None):
-        """prompts (R, T), logits (R, V) after them; embedding (V, C) is needed for wavelet_coherence only."""
+
+class Rules:
+    """The settings at work on R texts: the texts, what is remembered of each, and how its next token is chosen.
+
+    What a token needs and gives lies in tensors that stay where they are, in the column of its place in the text, and a
+    counter on the device says which column that is. So the host has no part in choosing a token, and on a GPU reading one
+    and choosing the next is one graph.
+    """
+
+    def __init__(self, settings: Settings, rows: int, room: int, like: Tensor):
+        """room: the most tokens of a text with its prompt; like (R, V): logits, for their width and device."""
+        self.settings, self.kind = settings, kind_of(settings, room)
+        self.text = like.new_zeros(rows, room, dtype=torch.int64)
+        self.log_probs, self.entropy = like.new_zeros(rows, room), like.new_zeros(rows, room)
+        self.numbers = like.new_zeros(rows, room, dtype=torch.float64)  # random ones, in [0, 1)
+        self.at = like.new_zeros(1, dtype=torch.int64)  # the column of the next token
+        self.token = like.new_zeros(rows, 1, dtype=torch.int64)  # the last that was chosen
+        self.top_p = like.new_zeros(rows, 1)
+        self.factor = None if settings.repetition_penalty == 1 else torch.ones_like(like)  # (R, V), see `penalised`
+        self.turn: tuple[GraphedStep, Callable[[], None]] | None = None  # see `read_and_choose`
+
+    def begin(self, settings: Settings, prompts: Tensor, num_tokens: int, levels: int, embedding: Tensor | None) -> None:
+        """Starts anew after prompts (R, T); embedding (V, C) is needed for wavelet_coherence only."""
+        length = prompts.size(1)
         self.settings, self.levels, self.embedding = settings, levels, embedding
-        self.top_p = logits.new_full((len(prompts), 1), settings.top_p)
-        self.factor = None  # (R, V), see `penalised`
-        if settings.repetition_penalty != 1:
-            self.factor = torch.ones_like(logits).scatter_(1, prompts, settings.repetition_penalty)
+        self.text[:, :length] = prompts
+        self.at.fill_(length)
+        self.top_p.fill_(settings.top_p)
+        if self.factor is not None:
+            self.factor.fill_(1).scatter_(1, prompts, settings.repetition_penalty)
         if settings.wavelet_coherence:
             self.theme = self.summary(prompts)
         # A generator for each row, so that no row's text depends on the rows beside it.
-        self.generators = [np.random.default_rng((settings.seed, row)) for row in range(len(prompts))]
+        generators = [np.random.default_rng((settings.seed, row)) for row in range(len(prompts))]
+        numbers = torch.from_numpy(np.stack([generator.random(num_tokens) for generator in generators]))
+        self.numbers[:, length : length + num_tokens] = numbers.to(self.numbers.device)
 
     def summary(self, text: Tensor) -> Tensor:
         return haar_mean(self.embedding[text].float(), self.levels)
 
-    def uniform(self, rows: list[int]) -> Tensor:
-        return torch.tensor([[self.generators[row].random()] for row in rows], dtype=torch.float64)
-
     def look_back(self, text: Tensor) -> None:
         """Wavelet coherence: tightens top_p where the end of text (R, n) has strayed from the prompt."""
         coherence = torch.cosine_similarity(self.theme, self.summary(text[:, -COHERENCE_SPAN:]), dim=-1)
-        self.top_p = tightened(self.settings.top_p, coherence)[:, None]
+        self.top_p.copy_(tightened(self.settings.top_p, coherence)[:, None])
 
     def probabilities(self, logits: Tensor, entropy: Tensor) -> Tensor:
         """The softmax of penalised logits (R, V) at the temperature that is due; at 1 where only the order counts."""
@@ -288,20 +320,93 @@ class Rules:
             return (logits / adaptive_temperature(entropy, logits.size(1), lowest, temperature)[:, None]).softmax(-1)
         return (logits / (temperature or 1.0)).softmax(-1)
 
-    def choose(self, logits: Tensor, entropy: Tensor, reader: Reader, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The token (R,) that follows text (R, n), and the logits after it if finding it took reading it (else None)."""
+    def choose(self, logits: Tensor) -> None:
+        """Chooses the tokens that logits (R, V) are of. The host is asked nothing, so a graph may hold it."""
+        log_p = logits.log_softmax(-1)
+        entropy = entropy_of(log_p)
         logits = penalised(logits, self.factor)
-        if self.settings.lookahead_k > 1:
-            reader.make_room(text)
-            probs = self.probabilities(logits, entropy)
-            token, after = look_ahead(reader, logits, probs, self.top_p, self.factor, self.settings)
-        elif self.settings.temperature == 0:
-            token, after = logits.argmax(-1), None
+        if self.settings.temperature == 0:
+            token = logits.argmax(-1)
         else:
-            token, after = draw(self.probabilities(logits, entropy), self.top_p, self.uniform), None
+            token = draw(self.probabilities(logits, entropy), self.top_p, self.numbers.index_select(1, self.at))
+        self.take(token, log_p, entropy)
+
+    def choose_ahead(self, logits: Tensor, reader: Reader, text: Tensor) -> Tensor:
+        """As `choose`, by `look_ahead` after text (R, n), which reads the tokens: returns the logits after them (R, V)."""
+        log_p = logits.log_softmax(-1)
+        entropy = entropy_of(log_p)
+        logits = penalised(logits, self.factor)
+        reader.make_room(text)
+        probs = self.probabilities(logits, entropy)
+        token, after = look_ahead(reader, logits, probs, self.top_p, self.factor, self.settings)
+        self.take(token, log_p, entropy)
+        return after
+
+    def take(self, token: Tensor, log_p: Tensor, entropy: Tensor) -> None:
+        """Writes down the tokens (R,) that were chosen, from log-probabilities (R, V) of that entropy (R,)."""
+        self.token.copy_(token[:, None])
         if self.factor is not None:
-            self.factor.scatter_(1, token[:, None], self.settings.repetition_penalty)
-        return token, after
+            self.factor.scatter_(1, self.token, self.settings.repetition_penalty)
+        self.text.index_copy_(1, self.at, self.token)
+        self.log_probs.index_copy_(1, self.at, log_p.gather(1, self.token))
+        self.entropy.index_copy_(1, self.at, entropy[:, None])
+        self.at.add_(1)
+
+    def read_and_choose(self, reader: Reader) -> None:
+        """Reads the tokens chosen last, for which there must be room, and chooses those that follow: on a GPU one replay."""
+        if reader.step is None:
+            reader.load_step(len(self.token))
+        if reader.step is None:
+            self.choose(reader.read(self.token))
+            return
+        if self.turn is None or self.turn[0] is not reader.step:
+            self.turn = reader.step, reader.step.then(self.token, self.choose)
+        reader.held += 1
+        self.turn[1]()
+
+
+def rules_for(reader: Reader, settings: Settings, prompts: Tensor, num_tokens: int, logits: Tensor) -> Rules:
+    """Rules with room for these texts: those that the reader's step keeps of the text before, if they are of the same kind,
+    for then there is a graph of them already. `generate` gives them back."""
+    room = -(-(prompts.size(1) + num_tokens) // ROOM) * ROOM
+    step = None if settings.lookahead_k > 1 else graphed(reader.decoder, len(prompts), reader.stream)
+    kept = None if step is None else step.kept
+    if kept is None or kept.kind != kind_of(settings, room):
+        return Rules(settings, len(prompts), room, logits)
+    step.kept = None  # nobody else's while this text is written
+    return kept
+
+
+class Post:
+    """Hands tokens to a function of the host's. From a GPU they come one step late: those of a step are read while the next
+    is at work, so that neither waits for the other."""
+
+    def __init__(self, on_token: Callable[[Tensor], None] | None):
+        self.on_token, self.coming = on_token, None
+
+    def send(self, tokens: Tensor) -> None:
+        """tokens (R, 1), which may be overwritten after this."""
+        if self.on_token is None:
+            return
+        if tokens.device.type == "cpu":
+            self.on_token(tokens.flatten().clone())
+            return
+        coming = tokens.flatten().to("cpu", non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        before, self.coming = self.coming, (coming, there)
+        self.hand_over(before)
+
+    def hand_over(self, coming: tuple[Tensor, torch.cuda.Event] | None) -> None:
+        if coming is not None:
+            tokens, there = coming
+            there.synchronize()
+            self.on_token(tokens)
+
+    def end(self) -> None:
+        """Hands over what was sent last."""
+        coming, self.coming = self.coming, None
+        self.hand_over(coming)
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be given to a network that is being trained
@@ -315,9 +420,9 @@ def generate(
 ) -> Sample:
     """Continues each of the prompts ids (B, T) by `num_tokens` tokens, settings.n times: B·n texts.
 
-    decoder: a `Decoder` or the network itself. on_token(tokens) is called with each step's new tokens (B·n·best_of_n,).
-    embedding (V, C): the token embedding, for wavelet_coherence. Raises `InputError` for an empty prompt, num_tokens < 0
-    and logits that are not finite.
+    decoder: a `Decoder` or the network itself. on_token(tokens) is called with each step's new tokens (B·n·best_of_n,), on
+    the CPU; on a GPU a step later than they are chosen. embedding (V, C): the token embedding, for wavelet_coherence. Raises
+    `InputError` for an empty prompt, num_tokens < 0 and logits that are not finite.
     """
     if ids.size(1) == 0:
         raise InputError("prompt: has no tokens; give some text to go on from")
@@ -328,32 +433,37 @@ def generate(
     if settings.rows > 1:
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(settings.rows)
         ids, logits, reader.state = ids[rows], logits[rows], reader.state.select(rows)
-    text = torch.cat([ids, ids.new_zeros(len(ids), num_tokens)], dim=1)
-    rules = Rules(settings, ids, logits, decoder.config.levels, embedding)
-    log_probs, entropies = logits.new_zeros(len(ids), num_tokens), logits.new_zeros(len(ids), num_tokens)
+    rules = rules_for(reader, settings, ids, num_tokens, logits)
+    rules.begin(settings, ids, num_tokens, decoder.config.levels, embedding)
+    post = Post(on_token)
 
-    for i in range(num_tokens):
-        so_far = text[:, : length + i]
-        if settings.wavelet_coherence and i and i % COHERENCE_EVERY == 0:
-            rules.look_back(so_far)
-        log_p = logits.log_softmax(-1)
-        entropies[:, i] = entropy_of(log_p)
-        token, logits = rules.choose(logits, entropies[:, i], reader, so_far)
-        text[:, length + i] = token
-        log_probs[:, i] = log_p.gather(1, token[:, None]).squeeze(1)
-        if on_token is not None:
-            on_token(token)
-        if logits is None and i + 1 < num_tokens:
-            reader.make_room(so_far)
-            logits = reader.read(token[:, None])
+    try:
+        for i in range(num_tokens):
+            so_far = rules.text[:, : length + i]
+            if settings.wavelet_coherence and i and i % COHERENCE_EVERY == 0:
+                rules.look_back(so_far)
+            if settings.lookahead_k > 1:
+                logits = rules.choose_ahead(logits, reader, so_far)
+            elif i == 0:
+                rules.choose(logits)
+            else:
+                reader.make_room(so_far[:, :-1])
+                rules.read_and_choose(reader)
+            post.send(rules.token)
+    finally:
+        post.end()  # when it is stopped on the way, too
 
+    new = slice(length, length + num_tokens)
+    text, log_probs, entropy = rules.text[:, : new.stop].clone(), rules.log_probs[:, new].clone(), rules.entropy[:, new].clone()
+    if rules.turn is not None:
+        rules.turn[0].kept = rules
     if not log_probs.isfinite().all():
         raise InputError("checkpoint: gives logits that are not finite, so no text can be sampled; train it anew")
     if settings.best_of_n > 1:  # all texts are of one length, so sums order them as means do
         tries = log_probs.sum(1).view(-1, settings.best_of_n)
         best = tries.argmax(1) + settings.best_of_n * torch.arange(len(tries), device=ids.device)
-        text, log_probs, entropies = text[best], log_probs[best], entropies[best]
-    return Sample(text, log_probs, entropies)
+        text, log_probs, entropy = text[best], log_probs[best], entropy[best]
+    return Sample(text, log_probs, entropy)
 
 
 def measure(sample: Sample, prompt_length: int) -> dict[str, float]:

@@ -150,7 +150,9 @@ class Notes:
 def make_trainer(file: str, vocab_size: int, folder: Path, **changes) -> training.Trainer:
     """A trainer of `file` with some keys changed, its weights made on the device, which is faster than on a CPU."""
     config = load_config(ROOT / file, **({"compile": False} | changes))
-    corpus = Corpus("none", NoTokenizer(vocab_size), *(RandomTokens(TOKENS, vocab_size) for _ in range(3)))
+    corpus = Corpus(
+        "none", "random tokens", "nothing", NoTokenizer(vocab_size), *(RandomTokens(TOKENS, vocab_size) for _ in range(3))
+    )
     build = training.build_model
 
     def build_there(*arguments):

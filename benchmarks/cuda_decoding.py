@@ -95,7 +95,7 @@ def bytes_read(model: nn.Module, bits: int | None) -> float:
     weights = Weights(Widths.of(bits), saving=True)
     Decoder(model, weights=weights)
     tied = model.config.tie_embedding_to_lm_head
-    tables = ["ngrams.values/", ".pkm.values/", ".fwpkm.values/", "pkm.values/"] + ([] if tied else ["embedding/"])
+    tables = ["ngrams.values/", ".pkm.values/", ".fwpkm.values/"] + ([] if tied else ["embedding/"])
     return float(sum(t.nbytes for name, t in weights.saved.items() if not any(name.startswith(a) or a in name for a in tables)))
 
 

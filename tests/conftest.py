@@ -1,11 +1,15 @@
 """What several test files need: a tiny config with every released feature on, random weights, the shared fixtures."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined: as the imports below import them
 
 from checkpoint import save_model
 from config import Config, make_config, save_config

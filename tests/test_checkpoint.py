@@ -163,7 +163,8 @@ def test_a_loaded_network_trains_as_the_saved_one(tmp_path):
         loss.backward()
         torch.optim.SGD(network.parameters(), 0.1).step()
         losses.append(network.eval().loss(random_ids(), random_ids(seed=1))[0])
-    assert torch.equal(*losses)
+    # Not to the last bit: a file's tensors lie at other addresses, by which the kernels order their sums.
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("accident", [RuntimeError("power"), KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -13,6 +13,9 @@ from conftest import tiny
 from pydantic import ValidationError
 
 from config import (
+    LAST_WITH_REMOVED,
+    REMOVED_KEYS,
+    REMOVED_VALUES,
     SECTIONS,
     Config,
     InputError,
@@ -158,8 +161,6 @@ CONTRADICTIONS = [
     ("lifting_gate", {"lifting_gate": True, "wavelet_mode": "packets", "per_scale_mixer_widths": None}),
     ("levels", {"wavelet_mode": "packets", "levels": 9, "block_size": 1024, "per_scale_mixer_widths": None}),
     ("mixer_top_k", {"mixer_top_k": 2048}),
-    ("pkm_shared", {"pkm_shared": True, "pkm_enabled": False}),
-    ("pkm_shared", {"pkm_shared": True, "parallel": "fsdp", "amp_dtype": "bf16"}),
     ("decompose_bypass_ema", {"decompose_bypass": False, "decompose_bypass_ema": True}),
     (
         "multinodal_cross_cell_gating",
@@ -174,6 +175,29 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize("key, values", CONTRADICTIONS)
 def test_an_impossible_combination_is_an_error_that_names_the_key(key, values):
     assert key in error_of(values)
+
+
+def test_the_config_of_an_old_run_loads_where_its_removed_keys_are_off(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny().model_dump(mode="json") | REMOVED_KEYS))
+    assert load_config(path) == tiny()
+    assert not set(REMOVED_KEYS) & set(tiny().model_dump())
+
+
+REMOVED = [(key, not off if isinstance(off, bool) else off + 2.0) for key, off in REMOVED_KEYS.items()]
+REMOVED += [(key, value) for key, values in REMOVED_VALUES.items() for value in values]
+
+
+@pytest.mark.parametrize("key, value", REMOVED)
+def test_what_was_removed_is_an_error_that_says_so_and_names_the_last_commit_that_has_it(key, value):
+    line = error_of({key: value})
+    assert line.startswith(f"my.json: {key}: {json.dumps(value)} was removed") and line.endswith(LAST_WITH_REMOVED)
+
+
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+def test_the_option_of_a_removed_key_is_an_error_that_says_so(key):
+    with pytest.raises(InputError, match=f"--{key}: was removed.*{LAST_WITH_REMOVED}$"):
+        command_line(f"--{key}", "3")
 
 
 def test_a_memory_that_is_off_needs_no_valid_size():

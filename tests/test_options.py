@@ -28,7 +28,7 @@ OPTIONS: dict[str, list[dict]] = {
     "levels": [{}, {"levels": 1}, {"levels": 5}, {"levels": 5, "block_size": 8}],  # the last look back beyond the block
     "wavelet": [
         {}, {"multi_basis_lifting": True}, {"untied_reconstruction": True}, {"wavelet_mode": "haar"},
-        {"wavelet_mode": "diagonal"}, {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
+        {"multi_basis_lifting": True, "multi_basis_inits": ("random", "zero", "haar")},
         {"wavelet_mode": "packets", "per_scale_mixer_widths": None},
         {"multi_basis_lifting": True, "untied_reconstruction": True},
         {"wavelet_mode": "haar", "per_scale_mixer_widths": (0.5, 0.5, 0.25, 0.25), "decompose_bypass": False},
@@ -65,12 +65,9 @@ OPTIONS: dict[str, list[dict]] = {
         {}, {"fwpkm_inference_updates": True, "fwpkm_chunk_size": 5, "fwpkm_update_lr": 0.5, "fwpkm_num_keys": 25},
         {"fwpkm_enabled": False}, {"fwpkm_heads": 2, "fwpkm_top_k": 1}, {"fwpkm_inference_updates": True},
     ],
-    "memories": [{}, {"pkm_query_norm": True, "pkm_gate": True, "pkm_shared": True}],
     "recall": [{}, {"recall_heads": 2, "recall_dim": 4}, {"recall_heads": 1, "recall_dim": 8, "recall_every": 2}],
     "scale_norm": [{}, {"scale_norm": True}],
-    "mixer_transform": [
-        {}, {"mixer_transform": "dct"}, {"mixer_transform": "butterfly"}, {"mixer_transform": "identity"},
-    ],
+    "mixer_transform": [{}, {"mixer_transform": "identity"}],
     "mixer_top_k": [{}, {"mixer_top_k": 6}],
     "coarse_modulation": [{}, {"coarse_modulation": True}],
     "token_features": [{}, {"token_features": True}],
@@ -332,7 +329,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     **{key: ({"fwpkm_inference_updates": True}, {"fwpkm_inference_updates": True, key: value}) for key, value in (
         ("fwpkm_update_lr", 5.0), ("fwpkm_chunk_size", 5),
     )},
-    "mixer_transform": ({}, {"mixer_transform": "dct"}),
+    "mixer_transform": ({}, {"mixer_transform": "identity"}),
     "mixer_top_k": ({}, {"mixer_top_k": 6}),
     "ngram_slots": ({}, {"ngram_slots": 11}),
     "ngram_n": ({"ngram_slots": 11}, {"ngram_slots": 11, "ngram_n": 3}),
@@ -357,9 +354,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
         {**CELLS, "multinodal_features_per_cell": 5, "multinodal_bagged_eps": 0.1},
     ),
 }  # fmt: skip
-READ_BY_TRAINING = {  # how windows follow each other, and how fast values learn
-    "decompose_bypass_cross_window", "pkm_lr_scale",
-}  # fmt: skip
+READ_BY_TRAINING = {"decompose_bypass_cross_window"}  # how windows follow each other
 
 
 def change_of(key: str) -> tuple[dict, dict]:

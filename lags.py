@@ -1,8 +1,8 @@
-"""The coefficients of the fixed Haar wavelet as one function, its backward pass written by hand.
+"""What reads the stream at fixed lags, as functions whose backward pass is written by hand: short causal filters, and the
+coefficients of the fixed Haar wavelet.
 
-`Lifting.decompose` in model.py says what they are. Much of a small network's time goes into passes over tensors of their
-size, so here there are as few as there can be: no joins for the lags, no zeros written where a slice has no gradient, one
-buffer for all scales, and the factors of √2 multiplied in as a coefficient is written.
+Much of a small network's time goes into passes over tensors of the stream's size. Left to autograd, each lag would add some:
+products of their own, and for the gradient of each slice a tensor of zeros. Here there are as few as there can be.
 
 Letters as in model.py: B batch, T positions, P channels, J levels, S = J + 1 scales.
 """
@@ -15,6 +15,28 @@ from torch import Tensor
 from loss import autocast_type
 
 
+class CausalFilter(torch.autograd.Function):
+    """x (B, K − 1 + T or more, P), taps (K, P) or (K, 1), the oldest position's first → Σ_i taps_i ⊙ x[:, i : i + T]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, taps: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        out = x[:, :length] * taps[0]
+        for i in range(1, taps.size(0)):
+            out.addcmul_(x[:, i : i + length], taps[i])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_out: Tensor):
+        (x, taps), length = ctx.saved_tensors, of_out.size(1)
+        of_x, of_taps = torch.zeros_like(x), []
+        for i in range(taps.size(0)):
+            of_x[:, i : i + length].addcmul_(of_out, taps[i])
+            of_taps.append((x[:, i : i + length] * of_out).sum_to_size(taps[i].shape))
+        return of_x, torch.stack(of_taps), None
+
+
 def with_lagged(u: Tensor, past: Tensor, sign: int) -> Tensor:
     """u (B, T, P) + sign · u delayed by lag positions, where `past` (B, lag, P) is what came before u."""
     out, lag = torch.empty_like(u), min(past.size(1), u.size(1))
@@ -25,7 +47,10 @@ def with_lagged(u: Tensor, past: Tensor, sign: int) -> Tensor:
 
 
 class HaarCoefficients(torch.autograd.Function):
-    """h (B, T, P), and for each level l the 2^l inputs of that level before it (B, 2^l, P) → the coefficients (S, B, T, P), the
+    """`Lifting.decompose` of the fixed wavelet: one buffer for all scales, no lag is joined to anything, and the factors of √2
+    are multiplied in as a coefficient is written.
+
+    h (B, T, P), and for each level l the 2^l inputs of that level before it (B, 2^l, P) → the coefficients (S, B, T, P), the
     approximation first, then the details from coarse to fine, and each level's last 2^l inputs.
 
     Inside, u_l is the input of level l times √2^l: u_0 = h, u_(l+1) = u_l + lagged u_l,
