@@ -1,6 +1,7 @@
 """Where time goes: the parts and operations of a training step, as a table and a trace for chrome://tracing or Perfetto; and
 calls timed in turn, for the benchmarks."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ PARTS = ("data", "forward", "backward", "clipping", "optimizer")  # the names th
 def profile_steps(trainer: Trainer) -> None:
     """Takes a few steps under the profiler and writes profile.txt and trace.json into the run's folder."""
     on_gpu = trainer.device == "cuda"
+    trainer.eager_steps = math.inf  # a CUDA graph has no parts
     for _ in range(WARM_UP):
         trainer.take_step()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu, record_shapes=True) as profiler:
@@ -45,13 +47,17 @@ def work_per_token(trainer: Trainer) -> float:
     """Floating point operations of the products of a training step for each token: three times the forward pass's, since each
     product has two in the backward pass, by its input and by its weight."""
     ids, targets, state = trainer.micro_batch(0)
+    before = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]  # spectral norms change theirs in a pass
     with FlopCounterMode(display=False) as counter, trainer.autocast():
         trainer.model.loss(ids, targets, state)
+    for buffer, value in before:
+        buffer.copy_(value)
     return 3 * counter.get_total_flops() / ids.numel()
 
 
 def matmul_rate(device: str, kind: torch.dtype) -> float:
-    """Floating point operations a second of large products of `kind` on a GPU: the most that a training step could reach."""
+    """Floating point operations a second of large products of `kind` on a GPU: the most that a training step could reach. The
+    count of the most memory that was used begins anew with it."""
     x, y = torch.randn(2, 8192, 8192, device=device).to(kind)  # large enough that nothing but the products takes time
     seconds = []
     for _ in range(5):  # the first ones wake the card up
@@ -60,6 +66,9 @@ def matmul_rate(device: str, kind: torch.dtype) -> float:
         x @ y
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+    del x, y
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # a run's peak is not that of the gigabyte that was taken here
     return 2 * 8192**3 / min(seconds)
 
 
