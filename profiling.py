@@ -1,6 +1,7 @@
 """Where time goes: the parts and operations of a training step, as a table and a trace for chrome://tracing or Perfetto; and
-calls timed in turn, for the benchmarks."""
+calls timed, for the benchmarks."""
 
+import gc
 import math
 import statistics
 import time
@@ -67,9 +68,45 @@ def matmul_rate(device: str, kind: torch.dtype) -> float:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     del x, y
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()  # a run's peak is not that of the gigabyte that was taken here
+    free()  # a run's peak is not that of the gigabyte that was taken here
     return 2 * 8192**3 / min(seconds)
+
+
+def median_ms(call: Callable[[], object], n: int = 10, warm_up: int = 3) -> tuple[float, float]:
+    """Median milliseconds of a call on a GPU, by events, and of the host until its last launch, the GPU idle before each."""
+    for _ in range(warm_up):
+        call()
+    device, host = [], []
+    for _ in range(n):
+        torch.cuda.synchronize()
+        before, after = torch.cuda.Event(True), torch.cuda.Event(True)
+        began = time.perf_counter()
+        before.record()
+        call()
+        after.record()
+        host.append(1e3 * (time.perf_counter() - began))
+        torch.cuda.synchronize()
+        device.append(before.elapsed_time(after))
+    return statistics.median(device), statistics.median(host)
+
+
+def mean_ms(call: Callable[[], object], n: int = 10, warm_up: int = 3) -> float:
+    """Milliseconds of a call in a row of n on a GPU, the way a run makes them: the host may be ahead of the device."""
+    for _ in range(warm_up):
+        call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(n):
+        call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began) / n
+
+
+def free() -> None:
+    """Gives a GPU's unused memory back, and begins the count of the most that was used anew."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def interleaved(
