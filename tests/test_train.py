@@ -185,6 +185,11 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_many_stop_the_run(
     assert torch.equal(weights(trainer), before)
 
 
+def test_fp8_is_refused_without_a_gpu_that_has_it(tmp_path, text):
+    with pytest.raises(InputError, match="amp_dtype: fp8 needs a GPU"):
+        trainer_of(tmp_path, text, amp_dtype="fp8", use_amp=True)
+
+
 def test_counting_the_work_of_a_step_changes_nothing_that_is_saved(tmp_path, text):
     trainer = trainer_of(tmp_path, text, stab_spectral_norm=True)
     before = {name: tensor.clone() for name, tensor in trainer.tensors()["model"].items()}
