@@ -49,6 +49,11 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         optimizers.append(torch.optim.AdamW(groups, betas=config.adam_betas, fused=whole, **rest))
     elif config.optimizer == "SGD":
         optimizers.append(torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=whole))
+        if whole and config.momentum:
+            # A first step that is left out, which is common in fp16, would leave torch's fused kernel with momentum that
+            # nobody has written. From zeros the first one that is taken is the same as without any.
+            for p in named.values():
+                optimizers[-1].state[p]["momentum_buffer"] = torch.zeros_like(p)
     else:
         optimizers.append(torch.optim.Adagrad(groups, fused=whole, **rest))
         # torch before 2.13 has a fused Adagrad kernel for CUDA, but its optimizer asks for a CPU all the same.
@@ -193,6 +198,7 @@ class LossScale:
     """
 
     FIRST, PATIENCE = 2.0**16, 2000
+    SAVED = ("scale", "_growth_tracker")  # the names under which torch's GradScaler saves the two; it has more
 
     def __init__(self, device: str, enabled: bool):
         self.enabled = enabled
@@ -211,6 +217,12 @@ class LossScale:
     def state_dict(self) -> dict[str, float]:
         """What `load_state_dict` takes, in plain numbers."""
         return {"scale": self.scale.item(), "_growth_tracker": self.good_steps.item()} if self.enabled else {}
+
+    @classmethod
+    def takes(cls, state: dict) -> bool:
+        """Whether `state` is one to load: a GradScaler's too, and an empty one, of a run that had no use for a scale so far."""
+        numbers = all(isinstance(value, (int, float)) for value in state.values())
+        return numbers and (not state or all(name in state for name in cls.SAVED))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         if self.enabled and state:

@@ -6,7 +6,7 @@ some tens of rows on it is arithmetic. Every class here therefore has two routes
 never unpacked for few rows. For many, where unpacking is small beside the product, they are unpacked a slice at a time.
 
 `benchmarks/decode.py --kernels` measures them. The routes were chosen on two cores each of a CPU that multiplies bf16 (AVX-512)
-and of one that does not (AVX2); no one has run the CUDA ones.
+and of one that does not (AVX2). On a GPU one row is multiplied by kernels.py, and `benchmarks/cuda_decoding.py` measures.
 """
 
 from collections.abc import Callable

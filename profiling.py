@@ -1,6 +1,8 @@
 """Where time goes: the parts and operations of a training step, as a table and a trace for chrome://tracing or Perfetto; and
-calls timed in turn, for the benchmarks."""
+calls timed, for the benchmarks."""
 
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ PARTS = ("data", "forward", "backward", "clipping", "optimizer")  # the names th
 def profile_steps(trainer: Trainer) -> None:
     """Takes a few steps under the profiler and writes profile.txt and trace.json into the run's folder."""
     on_gpu = trainer.device == "cuda"
+    trainer.eager_steps = math.inf  # a CUDA graph has no parts
     for _ in range(WARM_UP):
         trainer.take_step()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu, record_shapes=True) as profiler:
@@ -45,13 +48,17 @@ def work_per_token(trainer: Trainer) -> float:
     """Floating point operations of the products of a training step for each token: three times the forward pass's, since each
     product has two in the backward pass, by its input and by its weight."""
     ids, targets, state = trainer.micro_batch(0)
+    before = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]  # spectral norms change theirs in a pass
     with FlopCounterMode(display=False) as counter, trainer.autocast():
         trainer.model.loss(ids, targets, state)
+    for buffer, value in before:
+        buffer.copy_(value)
     return 3 * counter.get_total_flops() / ids.numel()
 
 
 def matmul_rate(device: str, kind: torch.dtype) -> float:
-    """Floating point operations a second of large products of `kind` on a GPU: the most that a training step could reach."""
+    """Floating point operations a second of large products of `kind` on a GPU: the most that a training step could reach. The
+    count of the most memory that was used begins anew with it."""
     x, y = torch.randn(2, 8192, 8192, device=device).to(kind)  # large enough that nothing but the products takes time
     seconds = []
     for _ in range(5):  # the first ones wake the card up
@@ -60,7 +67,46 @@ def matmul_rate(device: str, kind: torch.dtype) -> float:
         x @ y
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+    del x, y
+    free()  # a run's peak is not that of the gigabyte that was taken here
     return 2 * 8192**3 / min(seconds)
+
+
+def median_ms(call: Callable[[], object], n: int = 10, warm_up: int = 3) -> tuple[float, float]:
+    """Median milliseconds of a call on a GPU, by events, and of the host until its last launch, the GPU idle before each."""
+    for _ in range(warm_up):
+        call()
+    device, host = [], []
+    for _ in range(n):
+        torch.cuda.synchronize()
+        before, after = torch.cuda.Event(True), torch.cuda.Event(True)
+        began = time.perf_counter()
+        before.record()
+        call()
+        after.record()
+        host.append(1e3 * (time.perf_counter() - began))
+        torch.cuda.synchronize()
+        device.append(before.elapsed_time(after))
+    return statistics.median(device), statistics.median(host)
+
+
+def mean_ms(call: Callable[[], object], n: int = 10, warm_up: int = 3) -> float:
+    """Milliseconds of a call in a row of n on a GPU, the way a run makes them: the host may be ahead of the device."""
+    for _ in range(warm_up):
+        call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(n):
+        call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began) / n
+
+
+def free() -> None:
+    """Gives a GPU's unused memory back, and begins the count of the most that was used anew."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def interleaved(

@@ -56,7 +56,7 @@ class Trainer:
         fill_features(model, corpus.tokenizer)
         self.model = world.place(model)
         if config.amp_dtype == "fp8":
-            multiply_in_fp8(self.model, self.device)
+            multiply_in_fp8(self.model, self.device, config.micro_batch_size // world.size * config.block_size)
         self.optimizers = make_optimizers(self.model, config)
         self.average = WeightAverage(self.model, config.ema_decay) if config.ema_decay else None
         batch = config.micro_batch_size * config.grad_accum
@@ -144,6 +144,7 @@ class Trainer:
 
     def make_graph(self, parts: list[tuple[Tensor, Tensor, State | None]]) -> None:
         """Makes a CUDA graph of the step; where that fails, says so, and steps go on as before."""
+        self.writer.finish()  # no other thread may use the GPU during a capture
         try:
             self.graph = StepGraph(self, parts)
         except RuntimeError as error:
@@ -240,6 +241,8 @@ class Trainer:
             values |= self.tensors()
         if world.rank == 0:
             self.writer.write(lambda ready: self.write_save(ready, path, shards), values)
+            if self.config.parallel == "fsdp":
+                self.writer.finish()  # or it might take the next save's shards, which are written at once, for old ones
         self.saved_step = self.step
 
     def write_save(self, values: dict[str, Any], path: Path, shards: Path) -> None:
@@ -294,7 +297,7 @@ class Trainer:
         wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
         wrong += values.keys() - kinds.keys()
         if not wrong:
-            wrong += ["scaler"] * (values["scaler"].keys() != self.scaler.state_dict().keys())
+            wrong += ["scaler"] * (not self.scaler.takes(values["scaler"]))
             wrong += ["carried"] * (not self.fits(values["carried"]))
             wrong += ["lengths"] * (not all(isinstance(n, int) and n >= 0 for n in values["lengths"].values()))
             wrong += ["step"] * (not 0 <= values["step"] <= self.total_steps)
@@ -403,13 +406,17 @@ def autocast_type(config: Config, device: str) -> torch.dtype | None:
     return torch.bfloat16 if cpu_multiplies_bf16() else None
 
 
-def multiply_in_fp8(model: nn.Module, device: str) -> None:
+def multiply_in_fp8(model: nn.Module, device: str, tokens: int) -> None:
     """Has the wide maps of MLP and lifting multiply in fp8, their weights kept in fp32 under their own names: inputs, weights
     and gradients are scaled by their largest number at each product. (The mixers' products are batched, and stay in bf16.)
+    tokens: that a pass reads at a time.
 
-    Raises `InputError` on a device without fp8's matrix units, and where torchao is missing."""
+    Raises `InputError` on a device without fp8's matrix units, for other numbers of tokens than those take, and where torchao
+    is missing."""
     if device != "cuda" or torch.cuda.get_device_capability() < (8, 9):  # 8.9 is Ada, the first that has them
         raise InputError("amp_dtype: fp8 needs a GPU of the Ada, Hopper or Blackwell generation; take bf16")
+    if tokens % 16:  # over which the products for the weights' gradients sum
+        raise InputError(f"amp_dtype: fp8 needs a multiple of 16 tokens at a time on each GPU, not {tokens}; change block_size")
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError:

@@ -11,7 +11,6 @@ floor is the larger of the products at the measured matmul rate and the bytes at
 """
 
 import fcntl
-import gc
 import json
 import subprocess
 import sys
@@ -30,10 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts lie flat beside this folder
 
 import trainer as training  # noqa: E402
-from config import Parser, load_config  # noqa: E402
+from config import Parser, load_config, run_command  # noqa: E402
 from data import Corpus  # noqa: E402
 from distributed import World  # noqa: E402
-from profiling import PARTS  # noqa: E402
+from profiling import PARTS, free, mean_ms, median_ms  # noqa: E402
 
 DEVICE = "cuda"
 STEPS = 10  # of a training step's timing: enough for a median beside a step of some ms
@@ -56,44 +55,6 @@ class Results(dict):
         beside.replace(self.folder / "results.json")
 
 
-# ===== Timing
-
-
-def timed(call: Callable[[], object], n: int = STEPS, warm_up: int = 3) -> tuple[float, float]:
-    """Median milliseconds of a call on the device, by events, and of the host until its last launch."""
-    for _ in range(warm_up):
-        call()
-    torch.cuda.synchronize()
-    device, host = [], []
-    for _ in range(n):
-        began, before, after = time.perf_counter(), torch.cuda.Event(True), torch.cuda.Event(True)
-        before.record()
-        call()
-        after.record()
-        host.append(1e3 * (time.perf_counter() - began))
-        torch.cuda.synchronize()
-        device.append(before.elapsed_time(after))
-    return sorted(device)[n // 2], sorted(host)[n // 2]
-
-
-def wall(call: Callable[[], object], n: int = STEPS, warm_up: int = 3) -> float:
-    """Milliseconds of a call in a row of n, the way a run makes them: the host may be ahead of the device."""
-    for _ in range(warm_up):
-        call()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(n):
-        call()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began) / n
-
-
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
 # ===== The card
 
 
@@ -102,17 +63,17 @@ def ceilings(results: Results) -> None:
     card = results.row("card", "ceilings")
     big, copy = torch.randn(2, 2**29, device=DEVICE)
     nbytes = big.nbytes
-    card["copy_gb_s"] = 2 * nbytes / timed(lambda big=big, copy=copy: copy.copy_(big))[0] / 1e6
-    card["read_gb_s"] = nbytes / timed(lambda big=big: big.sum())[0] / 1e6
+    card["copy_gb_s"] = 2 * nbytes / median_ms(lambda big=big, copy=copy: copy.copy_(big))[0] / 1e6
+    card["read_gb_s"] = nbytes / median_ms(lambda big=big: big.sum())[0] / 1e6
     del big, copy
     free()
     for kind in (torch.float16, torch.bfloat16):
         x, y = torch.randn(2, 8192, 8192, device=DEVICE).to(kind)
-        card[f"tflops_{str(kind)[6:]}"] = 2 * 8192**3 / timed(lambda x=x, y=y: x @ y)[0] / 1e9
+        card[f"tflops_{str(kind)[6:]}"] = 2 * 8192**3 / median_ms(lambda x=x, y=y: x @ y)[0] / 1e9
     # config.json's own shapes: 2,048 tokens through a mixer, into the MLP and out of it
     for m, n, k in ((2048, 2048, 2048), (2048, 40960, 2048), (2048, 2048, 40960)):
         x, y = (torch.randn(rows, k, device=DEVICE, dtype=torch.bfloat16) for rows in (m, n))
-        card[f"tflops_{m}x{n}x{k}"] = 2 * m * n * k / timed(lambda x=x, y=y: x @ y.T)[0] / 1e9
+        card[f"tflops_{m}x{n}x{k}"] = 2 * m * n * k / median_ms(lambda x=x, y=y: x @ y.T)[0] / 1e9
 
 
 # ===== Training
@@ -177,8 +138,8 @@ def alone():
 def step_figures(trainer: training.Trainer, tokens: int, n: int = STEPS) -> dict:
     torch.cuda.reset_peak_memory_stats()
     with alone():
-        ms = wall(trainer.take_step, n, training.EAGER_STEPS + 2)  # then it is a CUDA graph, where it may be one
-        _, host = timed(trainer.take_step, 5, 1)
+        ms = mean_ms(trainer.take_step, n, training.EAGER_STEPS + 2)  # then it is a CUDA graph, where it may be one
+        _, host = median_ms(trainer.take_step, 5, 1)
     peak = torch.cuda.max_memory_allocated() / 2**30
     loss = float(trainer.take_step()[0])
     return {
@@ -285,7 +246,7 @@ def others(results: Results) -> None:
         if len(trainer.optimizers) > 1:
             for p in trainer.model.parameters():
                 p.grad = torch.zeros_like(p)
-            row["muon_ms"] = timed(trainer.optimizers[0].step, 3, 1)[0]
+            row["muon_ms"] = median_ms(trainer.optimizers[0].step, 3, 1)[0]
             trainer.model.zero_grad()
         write_profile(trainer.take_step, results.folder / f"profile_{name.partition(',')[0]}.txt")
         del trainer
@@ -381,6 +342,8 @@ def main() -> None:
     asked, began = args.only.split(","), time.time()
     if unknown := set(asked) - set(names):
         parser.error(f"only: {', '.join(unknown)} is no section; there are {', '.join(names)}")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU that torch can use")
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
@@ -406,4 +369,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

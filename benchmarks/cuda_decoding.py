@@ -6,8 +6,6 @@
 Every section keeps to a number of seconds: what it does not get to is named under "left_out".
 """
 
-import argparse
-import gc
 import json
 import sys
 import time
@@ -23,49 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
-from config import load_config  # noqa: E402
+from config import Parser, load_config, run_command  # noqa: E402
 from decode import Decoder  # noqa: E402
 from graphs import GraphedStep, can_be_captured  # noqa: E402
 from model import build_model  # noqa: E402
 from packed import MATRICES, Weights, Widths, quantised  # noqa: E402
+from profiling import free, mean_ms, median_ms  # noqa: E402
 from sampling import Settings, generate  # noqa: E402
 
 WIDTHS = (16, 8, 4, None)
 KINDS = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}
-
-
-def median_ms(function: Callable, n: int = 20, warm: int = 3) -> tuple[float, float]:
-    """Median milliseconds of a call on the device, and of the host until its last launch."""
-    for _ in range(warm):
-        function()
-    torch.cuda.synchronize()
-    events, host = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(n)], []
-    for before, after in events:
-        began = time.perf_counter()
-        before.record()
-        function()
-        after.record()
-        host.append(1e3 * (time.perf_counter() - began))
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in events)[n // 2], sorted(host)[n // 2]
-
-
-def mean_ms(function: Callable, n: int = 50, warm: int = 3) -> float:
-    """Milliseconds of a call in a row of n, the host waiting at the end only."""
-    for _ in range(warm):
-        function()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(n):
-        function()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began) / n
-
-
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 class Budget:
@@ -293,7 +258,7 @@ def new_model(file: Path = ROOT / "config.json", vocab: int = 50257) -> nn.Modul
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", type=Path, default=ROOT / "config.json")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
     parser.add_argument("--seconds", type=float, default=240, help="for each section (default 240)")
@@ -301,6 +266,10 @@ def main() -> None:
     parser.add_argument("--no_sweep", action="store_true", help="no other block sizes than those that are used")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if unknown := set(args.only.split(",")) - set(SECTIONS):
+        parser.error(f"only: {', '.join(unknown)} is no section; there are {', '.join(SECTIONS)}")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU that torch can use")
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
     def save() -> None:
@@ -316,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -151,6 +151,8 @@ def test_fp8_is_refused_or_trains(tmp_path):
         with pytest.raises(InputError, match="amp_dtype"):
             trainer_of(tmp_path, **wide)
         return
+    with pytest.raises(InputError, match="16 tokens"):
+        trainer_of(tmp_path, **wide, block_size=30)
     pytest.importorskip("torchao")
     half, eighth = trainer_of(tmp_path, **(wide | {"amp_dtype": "bf16"})), trainer_of(tmp_path, **wide)
     assert losses(eighth, 3) == pytest.approx(losses(half, 3), rel=0.05)

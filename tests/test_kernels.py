@@ -112,7 +112,7 @@ STEPS = {
     "linear, 5 lags": {"lifting_linear_only": True, "wavelet_crawl_k": 5, "cross_scale_gating": False},
     "another gate": {"mixer_gate_activation": "relu", "levels": 1},
     "padded, one lag": {"C": 12, "wavelet_crawl": False, "use_mixer_gate": False, "per_layer_embedding": False},
-    "looped, no bypass": {"loop_iterations": 2, "decompose_bypass": False, "mlp_layers": 3, "pkm_gate": True},
+    "looped, no bypass": {"loop_iterations": 2, "decompose_bypass": False, "mlp_layers": 3},
 }
 
 

@@ -4,9 +4,19 @@ import copy
 
 import pytest
 import torch
+from conftest import random_ids, random_model, tiny
 from torch import nn
 
-from optimizers import BatchedMuon, LossScale, clipping_divisor, guarded_step, orthogonal
+from optimizers import (
+    BatchedMuon,
+    LossScale,
+    clipped_step,
+    clipping_divisor,
+    guarded_step,
+    make_optimizers,
+    orthogonal,
+    put_rates_on,
+)
 
 SHAPES = [(8, 8), (24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
 
@@ -108,6 +118,58 @@ def test_a_step_divides_the_gradients_and_a_bad_one_changes_nothing(name):
         after = optimizers[1].state_dict()["state"]
         assert all(torch.equal(after[i][k], t) for i, s in before[1]["state"].items() for k, t in s.items())
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(whole, scaled, strict=True))
+
+
+def test_the_momentum_of_a_batch_stays_where_it_lies():
+    """A CUDA graph reads and writes it there."""
+    params = matrices()
+    optimizer = BatchedMuon([{"params": params}], lr=0.02, momentum=0.9)
+    places = []
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+        places.append([optimizer.state[p]["momentum_buffer"].data_ptr() for p in params])
+    assert places[0] == places[1] == places[2]
+
+
+@pytest.fixture
+def nothing_is_zero_by_chance():
+    """Within it torch fills memory that nobody has written with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def steps_of(name: str, losses_times: list[float], rates_lie_on_the_device: bool = False) -> torch.Tensor:
+    """The weights after a step of each loss times the number given, at rates that fall to 0.01."""
+    config = tiny(optimizer=name, layers=1, lr=0.01, muon_lr=0.01, optimizer_eps=1e-8)
+    model = random_model(config)
+    optimizers = make_optimizers(model, config)
+    if rates_lie_on_the_device:
+        put_rates_on(torch.device("cpu"), optimizers)
+    for left, times in zip(range(len(losses_times), 0, -1), losses_times, strict=True):
+        (times * model.loss(random_ids(2, 16), random_ids(2, 16, 1))[0]).backward()
+        clipped_step(model, optimizers, 0.01 * left, 1.0)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["Muon", "AdamW", "Adagrad", "SGD"])
+def test_a_first_step_that_is_bad_leaves_nothing_behind(name, nothing_is_zero_by_chance):
+    assert torch.equal(steps_of(name, [float("inf"), 1.0, 1.0]), steps_of(name, [1.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", ["Muon", "AdamW", "Adagrad", "SGD"])
+def test_rates_on_the_device_make_the_same_steps(name):
+    torch.testing.assert_close(steps_of(name, [1.0] * 4, True), steps_of(name, [1.0] * 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_is_taken_from_torchs_save_too_and_nothing_else():
+    theirs = torch.amp.GradScaler("cpu")
+    theirs.scale(torch.zeros(1))
+    for state in ({}, theirs.state_dict(), LossScale("cpu", True).state_dict()):
+        assert LossScale.takes(state)
+    for state in ({"scale": 1.0}, {"scale": "1", "_growth_tracker": 0}):
+        assert not LossScale.takes(state)
 
 
 def test_clipping_divides_down_to_the_norm_and_leaves_smaller_gradients_alone():

@@ -25,6 +25,7 @@ from distributed import World
 from features import token_features
 from model import build_model
 from optimizers import LossScale, check_groups, is_decayed, learning_rate, make_optimizers
+from profiling import work_per_token
 from record import Record
 from trainer import PATIENCE, Trainer
 
@@ -182,6 +183,19 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_many_stop_the_run(
         for _ in range(PATIENCE):
             trainer.take_step()
     assert torch.equal(weights(trainer), before)
+
+
+def test_fp8_is_refused_without_a_gpu_that_has_it(tmp_path, text):
+    with pytest.raises(InputError, match="amp_dtype: fp8 needs a GPU"):
+        trainer_of(tmp_path, text, amp_dtype="fp8", use_amp=True)
+
+
+def test_counting_the_work_of_a_step_changes_nothing_that_is_saved(tmp_path, text):
+    trainer = trainer_of(tmp_path, text, stab_spectral_norm=True)
+    before = {name: tensor.clone() for name, tensor in trainer.tensors()["model"].items()}
+    assert work_per_token(trainer) > 0
+    after = trainer.tensors()["model"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_an_fp16_overflow_lowers_the_scale_and_is_no_bad_step(tmp_path, text):
