@@ -145,9 +145,11 @@ class Trainer:
     def make_graph(self, parts: list[tuple[Tensor, Tensor, State | None]]) -> None:
         """Makes a CUDA graph of the step; where that fails, says so, and steps go on as before."""
         self.writer.finish()  # no other thread may use the GPU during a capture
+        stream = torch.cuda.current_stream()
         try:
             self.graph = StepGraph(self, parts)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that cannot end leaves its own as the current one
             self.record.say(f"no CUDA graph, training goes on without: {str(error).strip().splitlines()[0]}")
             self.model.zero_grad(set_to_none=True)
 

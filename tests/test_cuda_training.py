@@ -57,6 +57,22 @@ def test_a_graph_takes_the_steps_that_are_taken_without_one(optimizer, kind, tmp
     assert (graphed.skipped, graphed.step) == (0, EAGER_STEPS + 6)
 
 
+def test_training_goes_on_where_it_was_when_a_capture_fails(tmp_path, monkeypatch):
+    class Failing(torch.cuda.CUDAGraph):
+        def capture_end(self) -> None:
+            super().capture_end()
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Failing)
+    trainer, stream = trainer_of(tmp_path, amp_dtype="bf16"), torch.cuda.current_stream()
+    said: list[str] = []
+    trainer.record.say = said.append
+    losses(trainer, EAGER_STEPS + 2)
+    assert trainer.graph is None and trainer.step == EAGER_STEPS + 2
+    assert torch.cuda.current_stream() == stream
+    assert any(line.startswith("no CUDA graph") for line in said)
+
+
 def test_a_bad_step_of_a_graph_changes_nothing(tmp_path):
     trainer = trainer_of(tmp_path, amp_dtype="bf16")
     losses(trainer, EAGER_STEPS + 1)
