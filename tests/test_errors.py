@@ -251,6 +251,16 @@ def test_whatever_happened_to_a_file_a_command_ends_well_or_in_one_line(copy, da
 # The causes that such draws meet seldom, one by one
 
 
+@pytest.mark.parametrize("name", ["env.json", "generations.txt", "latest.pt"])
+@pytest.mark.parametrize("command", ["resume", "generate"])
+def test_no_file_of_a_run_is_waited_for(copy, name, command):
+    folder = copy()
+    (folder / "folder" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "folder" / name)
+    main, arguments = COMMANDS[command]
+    assert_done_or_said(run(main, arguments, folder))
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.EIO])
 def test_what_the_system_refuses_is_said_with_the_file_and_the_reason(number):
     line = explain(OSError(number, os.strerror(number), "logs/some.txt"))
