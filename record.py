@@ -142,8 +142,8 @@ class Record:
             if size > noted:
                 os.truncate(path, noted)
 
-    def metrics(self, kind: str) -> list[dict[str, Any]]:
-        return [values for values in read_metrics(self.folder / "metrics.jsonl") if values["kind"] == kind]
+    def metrics(self, *kinds: str) -> list[dict[str, Any]]:
+        return [values for values in read_metrics(self.folder / "metrics.jsonl") if values["kind"] in kinds]
 
     def has_lost_its_save(self, save_interval: int | None) -> bool:
         """Whether the run is further than its first save, so that one that finds no save must not begin anew: it would write
