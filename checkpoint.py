@@ -103,6 +103,7 @@ def save_model(model: nn.Module, path: Path, tensors: dict[str, Tensor] | None =
 def open_tensors(path: Path) -> safetensors.safe_open:
     """A safetensors file, of which nothing but the names is read yet. Raises `InputError` where it is missing, cut short or
     something else."""
+    check_regular(path)  # a FIFO would be waited for
     try:
         return safetensors.safe_open(path, "pt")
     except FileNotFoundError:
@@ -120,6 +121,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def load_plain(path: Path) -> dict[str, Any]:
     """What `save_plain` or the first implementation wrote: a dict of tensors, numbers, texts and lists. Whatever else a pickle
     may hold is refused, and nothing in it is called."""
+    check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused anyhow

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -227,7 +228,7 @@ class Config(BaseModel):
     save_interval: int | None = option(
         None, "steps between saves of the resumable state; null = by save_minutes", ge=1, le=LONGEST
     )
-    save_minutes: float = option(5.0, "minutes between such saves; a run that ends or is stopped saves too", gt=0)
+    save_minutes: float = option(5.0, "minutes between such saves; the first weights, the end and a stop are saved too", gt=0)
     eval_context: Literal["stream", "window"] = option("stream", "context past block_size in final evaluations and samples")
     skip_warmup_saves: bool = option(True, "no best_model.safetensors before the warm-up is over")
     sample_tokens: int = option(64, "tokens of the sample written at each evaluation; 0 = none", ge=0)
@@ -388,7 +389,8 @@ def make_config(values: dict[str, Any], source: str, given: Collection[str] = ()
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a combination of keys, which the message begins with
-        beside = f" with {', '.join(f'--{key}' for key in given)}" if given else ""
+        about = [key for key in given if re.search(rf"\b{key}\b", message)] or given  # of all options those that it names
+        beside = f" with {', '.join(f'--{key}' for key in about)}" if given else ""
         raise InputError(f"{source}{beside}: {message}")
     key = str(first["loc"][0])
     raise InputError(("" if key in given else f"{source}: ") + f"{key}: {message}, not {shown(first['input'])}")

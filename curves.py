@@ -16,12 +16,13 @@ def points(folder: Path, against: str) -> list[tuple[float, float]]:
     """(step or tokens, bits per byte of validation) of a run."""
     if not (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder}: is no run directory (it has no metrics.jsonl)")
-    record, found = Record(folder), []
+    lines = Record(folder).metrics("train", "validation")
+    train, found = [line for line in lines if line["kind"] == "train"], []
     try:
-        each = {line["tokens"] / line["step"] for line in record.metrics("train")[:1]}  # tokens of a step, always the same
-        for line in record.metrics("validation"):
-            if each and is_finite(line["bits_per_byte"]):
-                found.append((line["step"] * (1 if against == "step" else max(each)), line["bits_per_byte"]))
+        each = train[0]["tokens"] / train[0]["step"] if train else None  # tokens of a step, always the same
+        for line in lines:
+            if each and line["kind"] == "validation" and is_finite(line["bits_per_byte"]):
+                found.append((line["step"] * (1 if against == "step" else each), line["bits_per_byte"]))
     except (KeyError, TypeError, ZeroDivisionError):
         raise InputError(f"{folder / 'metrics.jsonl'}: a line in it is not one of train.py's; give another run") from None
     return found

@@ -22,6 +22,7 @@ import kernels
 from checkpoint import chosen_device, load_model
 from config import Config, InputError, Parser, run_command
 from decode import Decoder, PackedModel
+from errors import check_regular
 from graphs import can_be_captured, graphed
 from model import FastWeightMemory
 from sampling import Settings, generate, measure
@@ -311,11 +312,14 @@ def keep_samples(folder: Path, settings: Settings, texts: list[str], more: str) 
     entry = f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {more} {values}\n"
     for i, text in enumerate(texts):
         entry += f"{heading(i, len(texts))}{text}\n\n"
+    path = folder / GENERATIONS_FILE
     try:
-        with open(folder / GENERATIONS_FILE, "a", encoding="utf-8", newline="\n") as file:
+        check_regular(path)  # a FIFO would be waited for
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(entry)
-    except OSError as error:
-        print(f"note: {folder / GENERATIONS_FILE}: cannot be written ({error.strerror}); text is printed only", file=sys.stderr)
+    except (OSError, InputError) as error:
+        reason = f"{path}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
+        print(f"note: {reason}; text is printed only", file=sys.stderr)
 
 
 def heading(i: int, n: int) -> str:

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 import evaluate as own_evaluate
 from checkpoint import load_model
 from config import InputError, run_command
+from generate import bare_prompt
 from sampling import Reader
 
 HERE = Path(__file__).resolve().parent
@@ -152,23 +153,27 @@ class WaveletAdapter(LM):
         ]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Each context's continuation up to the first of its stop texts, which is left out."""
-        prompts = [self.tokenizer.encode(request.args[0] or BEFORE_A_TEXT) for request in requests]
+        """Each context's continuation up to the first of its stop texts, which is left out. Spaces at a context's end are left
+        to the model, which has seen hardly any word begin after one of its own, and are no part of the answer."""
+        bare = [bare_prompt(request.args[0], self.tokenizer) for request in requests]
+        prompts = [self.tokenizer.encode(context or BEFORE_A_TEXT) for context in bare]
         answers = [""] * len(prompts)
         for batch in self.batches([len(prompt) for prompt in prompts]):
-            found = self.continue_texts([prompts[i] for i in batch], [requests[i].args[1] for i in batch])
-            for i, answer in zip(batch, found, strict=True):
-                answers[i] = answer
+            wishes = [
+                Wish(self.tokenizer, requests[i].args[1], self.max_new_tokens, bare[i] != requests[i].args[0]) for i in batch
+            ]
+            self.continue_texts([prompts[i] for i in batch], wishes)
+            for i, wish in zip(batch, wishes, strict=True):
+                answers[i] = wish.answer
         return answers
 
     @torch.inference_mode()
-    def continue_texts(self, prompts: Sequence[list[int]], settings: Sequence[dict]) -> list[str]:
-        """The continuation of each prompt under its settings. All are read in step: where a shorter prompt ends its row goes
-        on with what it makes, beside the rest of the longer ones. A row that is done leaves the batch."""
-        wishes = [Wish(self.tokenizer, given, self.max_new_tokens) for given in settings]
+    def continue_texts(self, prompts: Sequence[list[int]], wishes: Sequence["Wish"]) -> None:
+        """Continues each prompt as its wish says. All are read in step: where a shorter prompt ends its row goes on with what
+        it makes, beside the rest of the longer ones. A row that is done leaves the batch."""
         rows = [i for i, wish in enumerate(wishes) if not wish.done]  # the wish of each row
         if not rows:
-            return [wish.answer for wish in wishes]
+            return
         reader = Reader(self.model, self.context)
         shortest = min(len(prompts[i]) for i in rows)
         text = torch.tensor([prompts[i][:shortest] for i in rows], device=self._where)  # (R, tokens so far)
@@ -182,7 +187,7 @@ class WaveletAdapter(LM):
                     token[row] = wishes[i].choose(logits[row])
             left = [row for row, i in enumerate(rows) if not wishes[i].done]
             if not left:
-                return [wish.answer for wish in wishes]
+                return
             if len(left) < len(rows):
                 rows = [rows[row] for row in left]
                 text, token, reader.state = text[left], token[left], reader.state.select(left)
@@ -194,11 +199,13 @@ class WaveletAdapter(LM):
 class Wish:
     """A text that the harness asks for: how its tokens are chosen, what there is of it so far, and when it is done."""
 
-    def __init__(self, tokenizer, settings: dict, most: int):
+    def __init__(self, tokenizer, settings: dict, most: int, spaced: bool = False):
+        """`spaced`: spaces at its beginning are the prompt's, and no part of it."""
         stops = settings.get("until") or []
         self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         self.temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
         self.tokenizer, self.most = tokenizer, int(settings.get("max_gen_toks", most))
+        self.spaced = spaced
         self.made: list[int] = []
         self.answer, self.done = "", self.most < 1
 
@@ -209,7 +216,8 @@ class Wish:
         else:
             token = int(logits.argmax(-1))
         self.made.append(token)
-        self.answer = self.tokenizer.decode(self.made)
+        text = self.tokenizer.decode(self.made)
+        self.answer = text.lstrip(" ") if self.spaced else text
         found = [self.answer.index(stop) for stop in self.stops if stop in self.answer]
         if found:
             self.answer = self.answer[: min(found)]

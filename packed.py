@@ -485,7 +485,8 @@ class Weights:
     def check(self) -> None:
         """Raises `InputError` if the file has tensors that nothing asked for."""
         if self.given is not None and (unused := self.given.keys() - self.used):
-            raise InputError(f"{self.source}: has {sorted(unused)[0]}, which the network of its config.json has no use for")
+            first = min(f"{name}/{kind}".lstrip("/") for name in unused for kind in self.given[name])  # as the file calls it
+            raise InputError(f"{self.source}: has {first}, which the network of its config.json has no use for")
         self.given = None
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
 from config import Config, InputError, Parser, run_command, save_config
 from data import DATA_FILE, run_folder
 from decode import Decoder, PackedModel, head_is_embedding
+from errors import check_regular
 from model import LanguageModel
 from packed import Weights, Widths
 from tokenizer import Tokenizer, write_whole
@@ -33,9 +34,12 @@ COMPONENTS = {
 }
 
 
-def quantise(model: LanguageModel, config: Config, tokenizer: Tokenizer | None, widths: Widths, folder: Path) -> int:
-    """Writes `model` at `widths` to `folder`, which is new or empty, with its config and tokenizer: all of it or nothing.
-    Returns the size of the weights' file in bytes. Raises `InputError` where it cannot be written."""
+def quantise(
+    model: LanguageModel, config: Config, tokenizer: Tokenizer | None, widths: Widths, folder: Path, data: bytes | None = None
+) -> int:
+    """Writes `model` at `widths` to `folder`, which is new or empty, with its config, its tokenizer and `data`, its run's
+    data.json if it has one: all of it or nothing. Returns the size of the weights' file in bytes. Raises `InputError` where it
+    cannot be written."""
     weights = Weights(widths, saving=True)
     Decoder(model, weights=weights)
     metadata = {"format": PACKED_FORMAT, "vocab_size": str(model.vocab_size), "bits": json.dumps(asdict(widths))}
@@ -44,6 +48,8 @@ def quantise(model: LanguageModel, config: Config, tokenizer: Tokenizer | None, 
         save_config(config, folder / "config.json")
         if tokenizer is not None:
             tokenizer.save(folder)
+        if data is not None:  # by it evaluate.py reads the text as the run did
+            write_whole(folder / DATA_FILE, data)
         save_tensors(weights.saved, folder / MODEL_FILE, metadata)  # the last: with it the folder is a checkpoint
     except OSError as error:
         raise InputError(f"out: {folder} cannot be written ({error.strerror}); give another folder") from None
@@ -75,10 +81,9 @@ def main() -> None:
     own = {field.name: getattr(args, field.name) for field in fields(Widths)}
     widths = replace(Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None})
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = quantise(model, config, tokenizer, widths, out)
     kept = run_folder(args.checkpoint) / DATA_FILE
-    if kept.exists():  # so that evaluate.py reads the text as the run did
-        write_whole(out / DATA_FILE, kept.read_bytes())
+    check_regular(kept)
+    size = quantise(model, config, tokenizer, widths, out, kept.read_bytes() if kept.exists() else None)
     print(f"checkpoint: {out}\nbytes: {size}\nshare_of_fp32: {size / (4 * parameters):.4f}")
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import written_whole
 from config import Config, InputError, save_config
-from errors import check_regular
+from errors import check_regular, read_json
 from tables import plain
 
 
@@ -51,23 +52,25 @@ class Record:
                 continue
             except OSError as error:
                 raise InputError(f"out_dir: cannot make {folder} ({error.strerror}); give a writable folder") from None
-        record = Record(folder)
-        with written_whole(folder / "env.json") as beside:
-            beside.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-        with written_whole(folder / "config.json") as beside:  # the last: a folder that has it is whole
-            save_config(config, beside)
-        return record
+        try:
+            with written_whole(folder / "env.json") as beside:
+                beside.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            with written_whole(folder / "config.json") as beside:  # the last: a folder that has it is whole
+                save_config(config, beside)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # what went wrong is what is to be said
+            raise
+        return Record(folder)
 
     @staticmethod
     def is_run(folder: Path) -> bool:
         """Whether a folder has what marks a run: `create`'s config.json and env.json. A repository and a quantised checkpoint
         have a config.json too."""
         try:
-            values = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # there is none, or it is something else
+            values = read_json(folder / "env.json")
+        except InputError:  # there is none, or it is something else
             return False
-        marked = isinstance(values, dict) and {"date", "command", "torch"} <= values.keys()
-        return marked and (folder / "config.json").is_file()
+        return {"date", "command", "torch"} <= values.keys() and (folder / "config.json").is_file()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -139,8 +142,8 @@ class Record:
             if size > noted:
                 os.truncate(path, noted)
 
-    def metrics(self, kind: str) -> list[dict[str, Any]]:
-        return [values for values in read_metrics(self.folder / "metrics.jsonl") if values["kind"] == kind]
+    def metrics(self, *kinds: str) -> list[dict[str, Any]]:
+        return [values for values in read_metrics(self.folder / "metrics.jsonl") if values["kind"] in kinds]
 
     def has_lost_its_save(self, save_interval: int | None) -> bool:
         """Whether the run is further than its first save, so that one that finds no save must not begin anew: it would write

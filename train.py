@@ -106,6 +106,8 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
             last = (last[0] + paused, last[1])
         trainer.seconds = before + time.perf_counter() - began
         due = ended or (config.save_interval is not None and step % config.save_interval == 0)
+        # The first weights are never without a save, so that one who finds them without knows that it is lost.
+        due = due or (trainer.saved_step < 0 and math.isfinite(min(trainer.best, trainer.best_average)))
         if trainer.world.size == 1 or step % config.log_interval == 0:  # several processes must agree, which takes time
             stopping = trainer.world.highest(stop.signal or 0)
             late = config.save_interval is None and time.perf_counter() - saved > 60 * config.save_minutes
@@ -283,13 +285,16 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
         config = located(config)
         check_source(config)
     if world.rank == 0 and not resumed:
+        # By an exception, as Ctrl-C is, so that the folder of a start that is stopped goes too.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        held.callback(signal.signal, signal.SIGTERM, before)
         folder = Record.create(config).folder
-    record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
-    if world.rank == 0:
-        held.enter_context(record.locked())
-        print(f"run: {record.folder}", flush=True)
     trainer = None
     try:
+        record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
+        if world.rank == 0:
+            held.enter_context(record.locked())
+            print(f"run: {record.folder}", flush=True)
         trainer = start(config, record, world, resumed, begun)
         if profile:
             profile_steps(trainer)
@@ -298,7 +303,7 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
             train(trainer, stop)
     except BaseException:
         if world.rank == 0 and not resumed and (trainer is None or trainer.step == 0):
-            shutil.rmtree(record.folder, ignore_errors=True)  # what ended the run is what is to be said
+            shutil.rmtree(folder, ignore_errors=True)  # what ended the run is what is to be said
         raise
     if world.rank == 0:
         finish(trainer)

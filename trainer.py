@@ -20,7 +20,6 @@ from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, sav
 from config import Config, InputError
 from data import Corpus, total_steps, training_order
 from distributed import Shards, World, remove_other_shards, save_shards
-from errors import check_regular
 from features import fill_features
 from model import build_model
 from optimizers import (
@@ -257,7 +256,6 @@ class Trainer:
         no step is done again. Without a save a run that was stopped before its first one starts from the beginning; of any
         other it is missing, which raises `InputError`."""
         path = self.record.folder / LATEST
-        check_regular(path)  # a FIFO would be waited for
         if not path.exists():
             if self.record.has_lost_its_save(self.config.save_interval):
                 raise InputError(f"resume: {path.parent} has results, but no {LATEST} to go on from; start a new run")

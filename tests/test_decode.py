@@ -243,7 +243,7 @@ def test_steps_and_chunks_read_the_same_quantised_weights(model, bits):
 def test_products_are_those_of_the_weights_read_from_a_table(shape, bits, wide, monkeypatch):
     if bits != 16:  # bf16 in oneDNN's layout needs the CPU that it is for
         monkeypatch.setattr(packed, "wide_type", lambda device: wide)
-    monkeypatch.setattr(packed, "at_a_time", lambda inputs, device: 64)  # several slices
+    monkeypatch.setattr(packed, "at_a_time", lambda inputs, device="cpu": 64)  # several slices
     weight, outputs = torch.randn(shape), shape[0]
     tensors = quantised(weight, bits)
     held = Table(tensors, shape[1])(torch.arange(outputs))

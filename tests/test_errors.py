@@ -251,6 +251,16 @@ def test_whatever_happened_to_a_file_a_command_ends_well_or_in_one_line(copy, da
 # The causes that such draws meet seldom, one by one
 
 
+@pytest.mark.parametrize("name", ["env.json", "generations.txt", "latest.pt"])
+@pytest.mark.parametrize("command", ["resume", "generate"])
+def test_no_file_of_a_run_is_waited_for(copy, name, command):
+    folder = copy()
+    (folder / "folder" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "folder" / name)
+    main, arguments = COMMANDS[command]
+    assert_done_or_said(run(main, arguments, folder))
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.EIO])
 def test_what_the_system_refuses_is_said_with_the_file_and_the_reason(number):
     line = explain(OSError(number, os.strerror(number), "logs/some.txt"))
@@ -355,7 +365,7 @@ def test_a_number_of_processes_that_is_none_is_said_in_one_line(place, values):
 def test_a_fault_is_blamed_on_where_it_is(place):
     blamed = run(train.main, ["--config", "run.json", "--lr", "abc"], place).err
     assert "error: lr: " in blamed and "run.json" not in blamed
-    blamed = run(train.main, ["--config", "run.json", "--lr", "1e-9"], place).err  # below the file's min_lr
+    blamed = run(train.main, ["--config", "run.json", "--lr", "1e-9", "--seed", "5"], place).err  # below min_lr
     assert "run.json with --lr: min_lr: " in blamed
     assert "dataset: " in run(train.main, ["--config", "run.json", "--dataset", "\udcff"], place).err
 

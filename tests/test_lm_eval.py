@@ -83,6 +83,19 @@ def test_generation_is_greedy_and_ends_before_a_stop_text(adapter):
     assert short == long[: long.index(stop)]
 
 
+def test_spaces_at_a_prompts_end_are_the_models_to_write(adapter, monkeypatch):
+    """Where a word's token begins with its space, a space at the prompt's end is a token that no word comes after."""
+    wish = {"until": [], "max_gen_toks": 8}
+    asked, texts = [], iter([" a", " fox"])
+    monkeypatch.setattr(adapter.tokenizer, "spaced", True, raising=False)
+    monkeypatch.setattr(adapter.tokenizer, "decode", lambda made: next(texts) if len(made) == 8 else "")
+    monkeypatch.setattr(adapter, "batches", lambda lengths: [[i] for i in range(len(lengths))])
+    continued = adapter.continue_texts
+    monkeypatch.setattr(adapter, "continue_texts", lambda prompts, wishes: (asked.extend(prompts), continued(prompts, wishes)))
+    assert adapter.generate_until([request("It was ", wish), request("It was", wish)]) == ["a", " fox"]
+    assert asked == [list(b"It was")] * 2
+
+
 @pytest.mark.parametrize("context", ["stream", "window"])
 def test_texts_side_by_side_have_the_answers_of_each_alone(folder, context):
     from lm_eval_adapter import WaveletAdapter

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import safetensors
 import torch
 from conftest import random_ids, save_byte_run, tiny
 from test_decode import ALONE
@@ -93,6 +94,16 @@ def test_commands_take_it(packed, command, capsys, tmp_path):
 def test_single_components_have_widths_of_their_own(packed):
     tensors = load_tensors(packed(8, "--mlp", 4, "--embedding", 16) / "best_model.safetensors")
     assert "layers.0.mlp.last/int4" in tensors and "embedding/float16" in tensors and "head/int8" in tensors
+
+
+@pytest.mark.parametrize("name", ["stray", "layers.9.stray/int8"])
+def test_a_tensor_that_nothing_asks_for_is_named(packed, name):
+    file = packed(8) / "best_model.safetensors"
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_tensors(load_tensors(file) | {name: torch.zeros(2)}, file, metadata)
+    with pytest.raises(InputError, match=f"has {name}, which"):
+        load_model(file.parent)
 
 
 def test_it_is_not_quantised_twice(packed, command, tmp_path):

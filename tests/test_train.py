@@ -573,6 +573,47 @@ def test_a_run_stopped_before_its_first_save_begins_anew(settings, tmp_path, mon
     assert untimed(folder) == before and (folder / "samples.txt").read_text() == samples
 
 
+def test_where_saves_go_by_time_the_first_weights_are_saved_with_the_state(settings, tmp_path, monkeypatch):
+    """Else a kill before the first save in minutes would leave weights, and nothing to go on from."""
+    options = ["--config", settings(save_interval=None), "--out_dir"]
+    run(monkeypatch, *options, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        taken, take_step = [], Trainer.take_step
+
+        def some_steps(self):
+            if len(taken) == 6:
+                raise MemoryError  # as good as a kill: nothing is saved for it
+            taken.append(None)
+            return take_step(self)
+
+        patch.setattr(Trainer, "take_step", some_steps)
+        with pytest.raises(MemoryError):
+            run(monkeypatch, *options, tmp_path / "logs")
+    folder = only_run(tmp_path)
+    assert (folder / "best_model.safetensors").exists()
+    run(monkeypatch, "--resume", folder)
+    assert_same_run(next((tmp_path / "whole").iterdir()), folder)
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "a full disk"])
+def test_a_start_that_is_stopped_leaves_no_folder(settings, tmp_path, monkeypatch, end):
+    def stopped(*arguments, **options):
+        assert list((tmp_path / "logs").iterdir())
+        if end == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        raise InputError("config.json: cannot be written")
+
+    before = signal.getsignal(signal.SIGTERM)
+    if end == "SIGTERM":
+        monkeypatch.setattr(train_module, "run_corpus", stopped)
+    else:
+        monkeypatch.setattr("record.save_config", stopped)
+    with pytest.raises((SystemExit, InputError)):
+        run(monkeypatch, "--config", settings())
+    assert not list((tmp_path / "logs").iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(settings, tmp_path, monkeypatch):
     path = settings(max_steps=4)
     first = start("--config", path, "--max_steps", 10**6)
