@@ -184,9 +184,13 @@ def test_compiled_decoders_give_their_own_logits():
 # ===== Steps over a state that stays in its place
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "fwpkm_inference_updates" not in str(CASES[case])])
+# Every third of the single options and pairs: the step is the decoder's own, of which the others are tested above.
+IN_PLACE = [case for case in CASES if "fwpkm_inference_updates" not in str(CASES[case])][::3]
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
 def test_steps_in_place_give_the_models_logits(case):
-    model, ids = network(case), random_ids(2, 45)
+    model, ids = network(case), random_ids(2, 37)  # past the tiny block size of 32
     decoder = Decoder(model)
     with torch.no_grad():
         for stream in (False, True):

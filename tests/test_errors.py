@@ -314,8 +314,11 @@ def another_user() -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_place_that_may_not_be_written_is_named(copy):
     folder = copy()
-    for path in [folder, *folder.parents[:3]]:
-        path.chmod(0o755)
+    for path in [folder, *folder.parents]:
+        if path.stat().st_mode & 0o055 != 0o055:  # pytest's own folders are for their owner alone
+            path.chmod(0o755)
+    for name in ("text.txt", "run.json"):
+        (folder / name).chmod(0o644)  # the other user may read, whatever this one's umask is
     outcome = run(train.main, ["--config", "run.json", "--cache_dir", "/tmp"], folder, another_user)
     assert outcome.code == 2 and "logs" in outcome.err, outcome
     assert_done_or_said(outcome)
