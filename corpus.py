@@ -440,8 +440,7 @@ def _hub_documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if Path(identity).exists():
-            named = ", and a dataset_name that they have" if config.dataset_name else ""
-            right = f"give whole .parquet ones{named}"
+            right = "give whole .parquet ones" + (", and a dataset_name that they have" if config.dataset_name else "")
             raise InputError(f"dataset: cannot read the files of {identity} ({reason}); {right}") from error
         named = config.dataset_path or config.dataset in HUB
         local = "" if named else f"; no local file or folder is called {config.dataset} either"

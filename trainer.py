@@ -71,8 +71,9 @@ class Trainer:
         self.writer = Writer(self.device)
         self.loss = world.parallel_loss(self.model, compiled_loss(self) if config.compile else self.model.loss)
         self.graph: StepGraph | None = None
-        self.eager_steps = EAGER_STEPS if self.may_be_a_graph() else math.inf  # left before the step becomes a CUDA graph
+        self.eager_steps = math.inf  # left before the step becomes a CUDA graph
         if self.may_be_a_graph():
+            self.eager_steps = EAGER_STEPS
             put_rates_on(next(self.model.parameters()).device, self.optimizers)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -126,9 +127,9 @@ class Trainer:
             if self.config.decompose_bypass_cross_window:
                 self.carried[i] = state.detach().clone()  # a CUDA graph's output lives until the next step alone
         with record_function("clipping"):
-            self.named_gradients = [name for name, p in self.model.named_parameters() if p.grad is not None]
-            gradients = [p for p in self.model.parameters() if p.grad is not None]
-            norms = self.world.gradient_norms(gradients) / self.scaler.scale
+            with_gradients = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+            self.named_gradients = list(with_gradients)
+            norms = self.world.gradient_norms(list(with_gradients.values())) / self.scaler.scale
             norm = torch.linalg.vector_norm(norms)
         with record_function("optimizer"):
             self.apply(norm)
