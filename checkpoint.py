@@ -1,16 +1,14 @@
-"""Checkpoints: safetensors beside config.json and the tokenizer; strict loading; the first implementation's files too.
+"""Checkpoints: safetensors beside config.json and the tokenizer; strict loading; the first
+implementation's files too.
 
-A checkpoint PATH is a run directory, a `.safetensors` file in one, or a `.pt` of the first implementation with its
-`config.json` beside it. Loading fills every parameter and uses every tensor, or it is an error that names them. Files are
-written beside their name and renamed, so a kill leaves the old file or the new one. Nothing is ever unpickled.
-"""
+A checkpoint PATH is a run directory, a `.safetensors` file in one, or a `.pt` of the first
+implementation with its `config.json` beside it. Loading fills every parameter and uses every
+tensor, or it is an error that names them. Files are written beside their name and renamed, so a
+kill leaves the old file or the new one. Nothing is ever unpickled."""
 
-import contextlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +17,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from config import Config, InputError, load_config, make_config, read_json, without_removed
-from decode import Decoder, PackedModel
-from errors import check_regular
+from common.command import InputError
+from common.files import check_regular, read_json, written_whole
+from config import Config, load_config, make_config, without_removed
+from data.tokenizer import Tokenizer, load_tokenizer
+from inference.decode import Decoder, PackedModel
+from inference.packed import Weights, Widths
+from layers.state import State
 from model import MultinodalLM, WaveletLM, build_model
-from packed import Weights, Widths
-from state import State
-from tokenizer import Tokenizer, load_tokenizer
 
 MODEL_FILE = "best_model.safetensors"
 PACKED_FORMAT = "waveletlm-packed"  # of quantised checkpoints, in the file's metadata
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path` to write to, and renames it to `path` if all went well: readers never see half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        check_regular(path)  # a device would be replaced by a file
-        beside.touch()
-        mode = beside.stat().st_mode  # what the umask makes of a new file; safetensors' own are for their owner alone
-        yield beside
-        beside.chmod(mode)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the contents
-        os.replace(beside, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to take away
-            beside.unlink(missing_ok=True)
-
-
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and buffers by name, a tensor with several names (tied, shared) once."""
+    """The model's parameters and buffers by name, a tensor with several names (tied, shared)
+    once."""
     tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -62,18 +41,25 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors to a safetensors file, whole or not at all. The same tensors and metadata make the same bytes."""
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes tensors to a safetensors file, whole or not at all. The same tensors and metadata make
+    the same bytes."""
     with written_whole(path) as beside:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata
+        )
         if metadata:
             _order_metadata(beside)
 
 
 def _order_metadata(path: Path) -> None:
-    """Sorts the metadata in a safetensors file's header, which safetensors writes in another order each time."""
+    """Sorts the metadata in a safetensors file's header, which safetensors writes in another order
+    each time."""
     with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")  # the file: the header's size, the header in JSON, the tensors
+        # the file: the header's size, the header in JSON, the tensors
+        size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -84,25 +70,29 @@ def _order_metadata(path: Path) -> None:
 
 
 def save_plain(values: dict[str, Any], path: Path) -> None:
-    """Writes tensors, numbers and lists in torch's own format, to be read with weights_only; whole or not at all."""
+    """Writes tensors, numbers and lists in torch's own format, to be read with weights_only; whole
+    or not at all."""
     with written_whole(path) as beside, open(beside, "wb") as file:
         try:
             torch.save(values, file)
-        except RuntimeError as error:  # torch's writer hides the system's error, such as a full disk
+        except RuntimeError as error:
+            # torch's writer hides the system's error, such as a full disk
             raise OSError(str(error).splitlines()[0]) from None
 
 
 def save_model(model: nn.Module, path: Path, tensors: dict[str, Tensor] | None = None) -> None:
-    """Writes the model's own tensors; config.json and the tokenizer beside it are the run's. `tensors` are the whole ones
-    of a model that is sharded."""
+    """Writes the model's own tensors; config.json and the tokenizer beside it are the run's.
+    `tensors` are the whole ones of a model that is sharded."""
     save_tensors(
-        own_tensors(model) if tensors is None else tensors, path, {"format": "waveletlm", "vocab_size": str(model.vocab_size)}
+        own_tensors(model) if tensors is None else tensors,
+        path,
+        {"format": "waveletlm", "vocab_size": str(model.vocab_size)},
     )
 
 
 def open_tensors(path: Path) -> safetensors.safe_open:
-    """A safetensors file, of which nothing but the names is read yet. Raises `InputError` where it is missing, cut short or
-    something else."""
+    """A safetensors file, of which nothing but the names is read yet. Raises `InputError` where it
+    is missing, cut short or something else."""
     check_regular(path)  # a FIFO would be waited for
     try:
         return safetensors.safe_open(path, "pt")
@@ -119,46 +109,69 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """What `save_plain` or the first implementation wrote: a dict of tensors, numbers, texts and lists. Whatever else a pickle
-    may hold is refused, and nothing in it is called."""
+    """What `save_plain` or the first implementation wrote: a dict of tensors, numbers, texts and
+    lists. Whatever else a pickle may hold is refused, and nothing in it is called."""
     check_regular(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused anyhow
             values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader meets damage in many ways, and its own advice is to unpickle all the same
-        raise InputError(f"{path}: cannot be read: not a whole file of plain tensors ({type(error).__name__})") from None
+    except Exception as error:
+        # torch's reader meets damage in many ways, and its own advice is to unpickle all the same
+        raise InputError(
+            f"{path}: cannot be read: not a whole file of plain tensors ({type(error).__name__})"
+        ) from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: cannot be read: holds no dict of values by name")
     return values
 
 
 def check_tensors(tensors: dict[str, Tensor], like: dict[str, Tensor], source: str | Path) -> None:
-    """Raises `InputError`, naming `source`, unless `tensors` has the names of `like`, in its shapes and types, all finite."""
+    """Raises `InputError`, naming `source`, unless `tensors` has the names of `like`, in its shapes
+    and types, all finite."""
     if missing := like.keys() - tensors.keys():
         raise InputError(f"{source}: lacks {_some(missing)}, which its config.json asks for")
     if unused := tensors.keys() - like.keys():
-        raise InputError(f"{source}: has {_some(unused)}, which the network of its config.json has no use for")
+        raise InputError(
+            f"{source}: has {_some(unused)}, which the network of its config.json has no use for"
+        )
     for name, wanted in like.items():
         check_tensor(name, tensors[name], wanted.shape, wanted.dtype, source)
         check_finite(name, tensors[name], source)
 
 
-def check_tensor(name: str, tensor: Any, shape: torch.Size, dtype: torch.dtype, source: str | Path) -> None:
-    """Raises `InputError` unless `tensor` is a plain one of this shape and type: no copy may broadcast or convert it."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+def check_tensor(
+    name: str, tensor: Any, shape: torch.Size, dtype: torch.dtype, source: str | Path
+) -> None:
+    """Raises `InputError` unless `tensor` is a plain one of this shape and type: no copy may
+    broadcast or convert it."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.layout != torch.strided
+        or tensor.device.type == "meta"
+    ):
         raise InputError(f"{source}: {name} is no plain tensor")
     if tensor.shape != shape:
-        raise InputError(f"{source}: {name} is {list(tensor.shape)}, its config.json makes it {list(shape)}")
+        raise InputError(
+            f"{source}: {name} is {list(tensor.shape)}, its config.json makes it {list(shape)}"
+        )
     if tensor.dtype != dtype:
-        raise InputError(f"{source}: {name} is {_type(tensor.dtype)}, not {_type(dtype)}; convert it")
+        raise InputError(
+            f"{source}: {name} is {_type(tensor.dtype)}, not {_type(dtype)}; convert it"
+        )
 
 
 def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
-    """Raises `InputError` where a value is NaN or infinite. NaN is both the least and the greatest, so these two tell, without
-    a copy."""
-    if tensor.is_floating_point() and tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
-        raise InputError(f"{source}: {name} has values that are not finite; take an earlier checkpoint")
+    """Raises `InputError` where a value is NaN or infinite. NaN is both the least and the greatest,
+    so these two tell, without a copy."""
+    if (
+        tensor.is_floating_point()
+        and tensor.numel()
+        and not all(extreme.isfinite() for extreme in tensor.aminmax())
+    ):
+        raise InputError(
+            f"{source}: {name} has values that are not finite; take an earlier checkpoint"
+        )
 
 
 def _type(dtype: torch.dtype) -> str:
@@ -168,7 +181,8 @@ def _type(dtype: torch.dtype) -> str:
 def fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Puts `tensors` in the place of the model's. Raises `InputError` as `check_tensors` does."""
     check_tensors(tensors, own_tensors(model), path)
-    model.load_state_dict(tensors, strict=False, assign=True)  # strict was done above; tied names are absent here
+    # strict was done above; tied names are absent here
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
 
 
@@ -177,23 +191,19 @@ def _some(names: set[str]) -> str:
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
-def chosen_device(device: str) -> str:
-    """What the commands' --device names: "auto" is a GPU where there is one. Raises `InputError` where there is no such."""
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
-    return "cuda" if has_gpu and device != "cpu" else "cpu"
-
-
 def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config, Tokenizer | None]:
-    """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has none). Of a quantised
-    checkpoint the model is a `PackedModel`, which reads text and has no parameters."""
+    """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has
+    none). Of a quantised checkpoint the model is a `PackedModel`, which reads text and has no
+    parameters."""
     path = Path(path)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         pt = path / "best_model.pt"
         if not (path.is_dir() and pt.is_file()):
-            raise InputError(f"{file}: no such checkpoint; give a run directory, a .safetensors file or an old .pt")
+            raise InputError(
+                f"{file}: no such checkpoint; give a run directory, a .safetensors file or an"
+                " old .pt"
+            )
         file = pt
     if file.suffix == ".pt":
         tensors, config, vocab_size = read_original(file)
@@ -205,8 +215,11 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
             return packed, config, matching_tokenizer(file, packed.vocab_size)
         vocab_size = _vocab_size(tensors, file)
     else:
-        raise InputError(f"{file}: not a checkpoint; give a run directory, a .safetensors file or an old .pt")
-    with torch.device("meta"):  # every tensor comes from the file: initialising them first would only cost time
+        raise InputError(
+            f"{file}: not a checkpoint; give a run directory, a .safetensors file or an old .pt"
+        )
+    # every tensor comes from the file: initialising them first would only cost time
+    with torch.device("meta"):
         model = build_model(config, vocab_size)
     if file.suffix == ".pt":
         tensors = from_original(tensors, model, file)
@@ -215,26 +228,35 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
 
 
 def matching_tokenizer(file: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer beside a checkpoint. Raises `InputError` where it has not the vocabulary of the checkpoint's network."""
+    """The tokenizer beside a checkpoint. Raises `InputError` where it has not the vocabulary of the
+    checkpoint's network."""
     tokenizer = load_tokenizer(file.parent)
     if tokenizer is not None and tokenizer.vocab_size != vocab_size:
         raise InputError(
-            f"{file}: knows {vocab_size} tokens, but {tokenizer.name} beside it has {tokenizer.vocab_size}: it is another run's"
+            f"{file}: knows {vocab_size} tokens, but {tokenizer.name} beside it has"
+            f" {tokenizer.vocab_size}: it is another run's"
         )
     return tokenizer
 
 
-def read_packed(tensors: dict[str, Tensor], metadata: dict[str, str], config: Config, path: Path, device: str) -> PackedModel:
-    """The model of a quantised checkpoint: its tensors as quantize.py wrote them, and the bits of each component."""
+def read_packed(
+    tensors: dict[str, Tensor], metadata: dict[str, str], config: Config, path: Path, device: str
+) -> PackedModel:
+    """The model of a quantised checkpoint: its tensors as quantize.py wrote them, and the bits of
+    each component."""
     try:
         widths, vocab_size = Widths(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: its metadata does not name the bits of each component; quantise the run again") from None
+        raise InputError(
+            f"{path}: its metadata does not name the bits of each component; quantise the run again"
+        ) from None
     for name, tensor in tensors.items():
         check_finite(name, tensor, path)
     with torch.device("meta"):
         model = build_model(config, vocab_size).eval()
-    weights = Weights(widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path))
+    weights = Weights(
+        widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path)
+    )
     return PackedModel(Decoder(model, weights=weights)).eval()
 
 
@@ -245,27 +267,42 @@ def _vocab_size(tensors: dict[str, Tensor], path: Path) -> int:
     raise InputError(f"{path}: has no token_embedding.weight, so it is not a WaveletLM checkpoint")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The first implementation's layout: one flat state dict, shared tensors under each layer that uses them
+# The first implementation's layout: one flat state dict, shared tensors under each layer that uses
+# them
 
 
 def original_names(name: str, model: WaveletLM) -> list[str]:
-    """The names under which the first implementation keeps our tensor `name`; a shared one has several."""
+    """The names under which the first implementation keeps our tensor `name`; a shared one has
+    several."""
     config = model.config
     name = re.sub(r"\.parametrizations\.weight\.original$", ".weight_orig", name)
     name = re.sub(r"\.parametrizations\.weight\.0\._([uv])$", r".weight_\1", name)
     if match := re.match(r"wavelets\.(\d+)\.(.+)", name):
         index, rest = int(match[1]), match[2]
-        layers = [f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index]
+        layers = [
+            f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index
+        ]
         return [layer + old for layer in layers for old in _original_wavelet_names(rest, config)]
-    if match := re.match(r"(layers\.\d+\.)inverse_update_nets\.(?:update_nets\.(\d+)\.(.+)|basis_weights)", name):
+    if match := re.match(
+        r"(layers\.\d+\.)inverse_update_nets\.(?:update_nets\.(\d+)\.(.+)|basis_weights)", name
+    ):
         layer, base, rest = match.groups()  # of several bases
         own = "basis_weights" if base is None else f"wavelets.{base}.update_nets.{rest}"
-        names = [f"{layer}lifting_reconstruct_wavelet.{own}", f"{layer}lifting_reconstruct.multi_basis.{own}"]
-        inverse = [] if base is None else [f"{layer}lifting_reconstruct.reconstructs.{base}.decompose.update_nets.{rest}"]
+        names = [
+            f"{layer}lifting_reconstruct_wavelet.{own}",
+            f"{layer}lifting_reconstruct.multi_basis.{own}",
+        ]
+        inverse = (
+            []
+            if base is None
+            else [f"{layer}lifting_reconstruct.reconstructs.{base}.decompose.update_nets.{rest}"]
+        )
         return names + inverse
     if match := re.match(r"(layers\.\d+\.)inverse_(update_nets\..+)", name):
-        return [match[1] + place + match[2] for place in ("lifting_reconstruct_wavelet.", "lifting_reconstruct.decompose.")]
+        return [
+            match[1] + place + match[2]
+            for place in ("lifting_reconstruct_wavelet.", "lifting_reconstruct.decompose.")
+        ]
     name = re.sub(r"\.bypass\.(average\.)?", ".", name)
     name = re.sub(r"\.mixers\.norms\.", ".mixer_depth_norms.", name)
     name = re.sub(r"\.mixers\.(alphas|betas)\.", r".mixer_depth_\1.", name)
@@ -292,34 +329,57 @@ def _original_wavelet_names(rest: str, config: Config) -> list[str]:
 
 
 def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
-    """Reads a `.pt` and the config.json beside it. Returns the tensors by their old names, the config, and V."""
+    """Reads a `.pt` and the config.json beside it. Returns the tensors by their old names, the
+    config, and V."""
     raw = load_plain(path)
-    if not (raw and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in raw.items())):
-        raise InputError(f"{path}: must hold one dict of tensors by name, as the first implementation saves it")
-    for name, tensor in raw.items():  # here, since NaN would make copies of one tensor seem to differ
+    if not (
+        raw and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in raw.items())
+    ):
+        raise InputError(
+            f"{path}: must hold one dict of tensors by name, as the first implementation saves it"
+        )
+    # here, since NaN would make copies of one tensor seem to differ
+    for name, tensor in raw.items():
         check_tensor(name, tensor, tensor.shape, tensor.dtype, path)
         check_finite(name, tensor, path)
     tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in raw.items()}
     if "token_embedding.weight" not in tensors or "layers.0.scale_weights" not in tensors:
-        raise InputError(f"{path}: has no token_embedding.weight or layers.0.scale_weights, so it is not a WaveletLM")
-    config = original_config(read_json(path.parent / "config.json"), tensors, path.parent / "config.json")
+        raise InputError(
+            f"{path}: has no token_embedding.weight or layers.0.scale_weights, so it is not a"
+            " WaveletLM"
+        )
+    config = original_config(
+        read_json(path.parent / "config.json"), tensors, path.parent / "config.json"
+    )
     return tensors, config, tensors["token_embedding.weight"].size(0)
 
 
 def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Path) -> Config:
-    """The config of an old run: its own values, for keys that it lacks what the tensors show, else off.
+    """The config of an old run: its own values, for keys that it lacks what the tensors show, else
+    off.
 
-    Only what shapes the network is taken: how an old run was trained has no bearing on its weights. A key that we do not
-    know may be there, since old configs have many, unless it is true: then it switches on what this network lacks.
-    """
+    Only what shapes the network is taken: how an old run was trained has no bearing on its weights.
+    A key that we do not know may be there, since old configs have many, unless it is true: then it
+    switches on what this network lacks."""
     old = without_removed(old, str(source))
     known = {key: old[key] for key in Config.network_keys() if key in old}
-    if unknown := [key for key, value in old.items() if key not in Config.model_fields and value is True]:
+    if unknown := [
+        key for key, value in old.items() if key not in Config.model_fields and value is True
+    ]:
         ignored = {"benchmark_only"}
         if rest := [key for key in unknown if key not in ignored]:
-            raise InputError(f"{source}: {', '.join(rest)} switches on something that this network does not have")
-    values = {"per_scale_mixer_widths": None, "dataset": "original", "wavelet_crawl": False, "multi_basis_lifting": False}
-    values |= {key: False for key in Config.network_keys() if Config.model_fields[key].annotation is bool}
+            raise InputError(
+                f"{source}: {', '.join(rest)} switches on something that this network does not have"
+            )
+    values = {
+        "per_scale_mixer_widths": None,
+        "dataset": "original",
+        "wavelet_crawl": False,
+        "multi_basis_lifting": False,
+    }
+    values |= {
+        key: False for key in Config.network_keys() if Config.model_fields[key].annotation is bool
+    }
     shown = shown_by_tensors(tensors)
     if shown["mixer_depth"] > 1:  # mixers in a row were of full width, whatever the key said
         known.pop("per_scale_mixer_widths", None)
@@ -345,28 +405,38 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
     hidden = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?predict_nets\.0\.0\.weight")
     linear = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?predict_nets\.0\.weight")
     crawl = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?dilation_logits")
-    layer0 = {n.removeprefix("layers.0."): t for n, t in tensors.items() if n.startswith("layers.0.lifting")}
+    layer0 = {
+        n.removeprefix("layers.0."): t
+        for n, t in tensors.items()
+        if n.startswith("layers.0.lifting")
+    }
     shared = all(torch.equal(t, tensors.get(f"layers.1.{n}", t)) for n, t in layer0.items())
     depths = count(r"layers\.0\.scale_mixers_by_depth\.(\d+)\.")
     values = {
         "C": width, "layers": count(r"layers\.(\d+)\."), "levels": levels,
         "wavelet_mode": "lifting" if hidden or linear else "haar",
-        "lifting_linear_only": linear is not None, "lifting_hidden_mult": hidden[0] // padded if hidden else 1,
-        "shared_lifting_weights": shared, "skip_proj_out": "layers.0.proj_out.weight" not in tensors,
+        "lifting_linear_only": linear is not None,
+        "lifting_hidden_mult": hidden[0] // padded if hidden else 1,
+        "shared_lifting_weights": shared,
+        "skip_proj_out": "layers.0.proj_out.weight" not in tensors,
         "untied_reconstruction": shape(r"layers\.0\.lifting_reconstruct_wavelet\..*") is not None,
         "multi_basis_lifting": "layers.0.lifting_wavelet.basis_weights" in tensors,
-        "multi_basis_inits": ["haar"] * max(1, count(r"layers\.0\.lifting_wavelet\.wavelets\.(\d+)\.")),
+        "multi_basis_inits": ["haar"] * max(1,
+            count(r"layers\.0\.lifting_wavelet\.wavelets\.(\d+)\.")),
         "wavelet_crawl": crawl is not None, "wavelet_crawl_k": crawl[1] if crawl else 3,
-        "decompose_bypass": "layers.0.history_gains" in tensors, "decompose_bypass_ema": "layers.0.ema_gate.weight" in tensors,
+        "decompose_bypass": "layers.0.history_gains" in tensors,
+        "decompose_bypass_ema": "layers.0.ema_gate.weight" in tensors,
         "learned_residual": "layers.0.residual_alpha_mlp" in tensors,
         "per_layer_embedding": "layers.0.embedding_residual_gamma" in tensors,
         "cross_scale_gating": "layers.0.scale_routing" in tensors,
         "use_mixer_gate": shape(mixers + r"\.0\.(?:mixer\.)?gate\.weight") is not None,
         "low_rank": (shape(mixers + r"\.0\.(?:mixer\.)?U") or [0, 0])[1],
-        "mixer_depth": max(1, depths), "mixer_depth_stabilizers": "layers.0.mixer_depth_alphas.0" in tensors,
+        "mixer_depth": max(1, depths),
+        "mixer_depth_stabilizers": "layers.0.mixer_depth_alphas.0" in tensors,
         "stab_spectral_norm": any(name.endswith(".weight_orig") for name in tensors),
         "mlp_expansion": (shape(r"layers\.0\.ffwd\.net\.0\.weight") or [0])[0] // width,
-        "mlp_layers": 1 if "layers.0.ffwd.net.1.weight" in tensors else max(2, count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
+        "mlp_layers": 1 if "layers.0.ffwd.net.1.weight" in tensors else max(2,
+            count(r"layers\.0\.ffwd\.net\.(\d+)\.")),
     }  # fmt: skip
     inner = [shape(mixers + rf"\.{s}\.mixer\.mixer\.weight(?:_orig)?") for s in range(levels + 1)]
     values["per_scale_mixer_widths"] = [s[0] / padded for s in inner] if all(inner) else None
@@ -376,25 +446,35 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         if keys:
             values |= {f"{memory}_heads": keys[0], f"{memory}_num_keys": keys[1] ** 2}
     if "lm_head.weight" in tensors:
-        values["tie_embedding_to_lm_head"] = torch.equal(tensors["lm_head.weight"], tensors["token_embedding.weight"])
+        values["tie_embedding_to_lm_head"] = torch.equal(
+            tensors["lm_head.weight"], tensors["token_embedding.weight"]
+        )
     return values
 
 
 def from_original(old: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Old tensors under our names. Copies of a shared tensor must be equal; every old tensor must be used.
+    """Old tensors under our names. Copies of a shared tensor must be equal; every old tensor must
+    be used.
 
-    Two have no place here and are used up so: fast weights left in a file are added to the values they change, and the
-    Predict networks of an untied reconstruction, which nothing ever reads, are dropped.
-    """
+    Two have no place here and are used up so: fast weights left in a file are added to the values
+    they change, and the Predict networks of an untied reconstruction, which nothing ever reads, are
+    dropped."""
     if isinstance(model, MultinodalLM):
-        raise InputError(f"{path}: multinodal_enabled: only single networks are read from the old format")
+        raise InputError(
+            f"{path}: multinodal_enabled: only single networks are read from the old format"
+        )
     unused, tensors = set(old), {}
     for name in own_tensors(model):
         copies = [alias for alias in original_names(name, model) if alias in old]
         if not copies:
-            raise InputError(f"{path}: lacks {original_names(name, model)[0]}, which its config.json asks for")
+            raise InputError(
+                f"{path}: lacks {original_names(name, model)[0]}, which its config.json asks for"
+            )
         if different := [alias for alias in copies if not torch.equal(old[alias], old[copies[0]])]:
-            raise InputError(f"{path}: {different[0]} differs from {copies[0]}, but its config.json makes them one tensor")
+            raise InputError(
+                f"{path}: {different[0]} differs from {copies[0]}, but its config.json makes them"
+                " one tensor"
+            )
         unused -= set(copies)
         tensors[name] = old[copies[0]]
     for name in sorted(unused):
@@ -403,15 +483,20 @@ def from_original(old: dict[str, Tensor], model: nn.Module, path: Path) -> dict[
             if values in tensors:
                 tensors[values] = tensors[values] + old[name]
                 unused.discard(name)
-        elif model.config.untied_reconstruction and re.search(r"\.lifting_reconstruct.*\.(predict_nets|dilation_logits)", name):
+        elif model.config.untied_reconstruction and re.search(
+            r"\.lifting_reconstruct.*\.(predict_nets|dilation_logits)", name
+        ):
             unused.discard(name)
     if unused:
-        raise InputError(f"{path}: has {_some(unused)}, which the network of its config.json has no use for")
+        raise InputError(
+            f"{path}: has {_some(unused)}, which the network of its config.json has no use for"
+        )
     return tensors
 
 
 def to_original(model: WaveletLM) -> dict[str, Tensor]:
-    """The model's tensors in the first implementation's layout, which `from_original` reads back unchanged."""
+    """The model's tensors in the first implementation's layout, which `from_original` reads back
+    unchanged."""
     if not isinstance(model, WaveletLM) or model.config.exp_parametrization:
         raise InputError("the old format holds single networks without exp_parametrization only")
     old = {}
@@ -427,12 +512,16 @@ def save_original(model: WaveletLM, folder: Path) -> None:
     """Writes `best_model.pt` and config.json as the first implementation lays them out."""
     save_plain(to_original(model), folder / "best_model.pt")
     with written_whole(folder / "config.json") as beside:
-        beside.write_text(json.dumps(model.config.model_dump(mode="json"), indent=1), encoding="utf-8")
+        beside.write_text(
+            json.dumps(model.config.model_dump(mode="json"), indent=1), encoding="utf-8"
+        )
 
 
 def save_state(state: State, path: Path) -> None:
     """Writes a model state, so that a text can be gone on with later."""
-    tensors = {f"{i}.{name}": t for i, block in enumerate(state.blocks) for name, t in block.items()}
+    tensors = {
+        f"{i}.{name}": t for i, block in enumerate(state.blocks) for name, t in block.items()
+    }
     save_tensors(tensors, path, {"blocks": str(len(state.blocks))})
 
 
@@ -442,6 +531,8 @@ def load_state(path: Path, device: str = "cpu") -> State:
     for key, tensor in load_tensors(path).items():
         index, _, name = key.partition(".")
         if not index.isdecimal():
-            raise InputError(f"{path}: has {key}, so it is not a saved state; give a file that save_state wrote")
+            raise InputError(
+                f"{path}: has {key}, so it is not a saved state; give a file that save_state wrote"
+            )
         blocks.setdefault(int(index), {})[name] = tensor.to(device)
     return State([blocks[i] for i in sorted(blocks)])

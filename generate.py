@@ -2,12 +2,11 @@
 
     python generate.py --checkpoint logs/RUN --prompt "The history of" --num_tokens 200
 
-Text goes to stdout as it is made; figures go to stderr as `key: value`; samples are appended to the run's generations.txt.
-"""
+Text goes to stdout as it is made; figures go to stderr as `key: value`; samples are appended to the
+run's generations.txt."""
 
 import argparse
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,67 +17,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
-from checkpoint import chosen_device, load_model
-from config import Config, InputError, Parser, run_command
-from decode import Decoder, PackedModel
-from errors import check_regular
-from graphs import can_be_captured, graphed
-from model import FastWeightMemory
-from sampling import Settings, generate, measure
-from tokenizer import TextStream, Tokenizer
+from checkpoint import load_model
+from common.command import InputError, Parser, run_command
+from common.device import chosen_device
+from common.files import check_regular
+from config import Config
+from data.tokenizer import TextStream, Tokenizer
+from inference import kernels
+from inference.decode import Decoder, PackedModel
+from inference.graphs import can_be_captured, graphed
+from inference.sampling import Settings, bare_prompt, generate, measure, settings_of
+from inference.spacing import _clean_line, clean_spacing
+from layers.memory import FastWeightMemory
 
 GENERATIONS_FILE = "generations.txt"
-STRATEGIES = {"top_p": 0.85, "repetition_penalty": 1.2, "entropy_adaptive": True, "metrics": True, "clean_spacing": True}
+STRATEGIES = {
+    "top_p": 0.85,
+    "repetition_penalty": 1.2,
+    "entropy_adaptive": True,
+    "metrics": True,
+    "clean_spacing": True,
+}
 STRATEGIES_TEMPERATURE = 0.9  # the highest under --strategies
-
-# ===== WikiText's spacing
-
-CONTRACTION = re.compile(r"n't|'(s|t|re|ve|m|ll|d)", re.IGNORECASE)
-SPAN_OF_NUMBERS = re.compile(r"\S*\d – \d\S*|\d\d? : \d\d")  # years, scores; times of day
-CLOSING = {".", ",", ";", ":", "!", "?", "...", ")", "]", "%"}
-OPENING = {"(", "[", "$", "£"}
-
-
-def clean_spacing(text: str) -> str:
-    """Undoes WikiText's tokenisation line by line: `@-@`, `@,@`, `@.@`, spaces around punctuation, quotes, brackets and
-    before contractions. Text that is clean stays as it is."""
-    return "\n".join(map(_clean_line, text.split("\n")))
-
-
-def _clean_line(line: str) -> str:
-    while (cleaned := _clean_once(line)) != line:  # each pass removes something, so this ends
-        line = cleaned
-    return line
-
-
-def _clean_once(line: str) -> str:
-    words = line.split(" ")
-    glued = set()  # i: no space between words i and i + 1
-    is_open = {'"': False, "'": False}
-    for i, word in enumerate(words):
-        previous, following = words[i - 1] if i else "", words[i + 1] if i + 1 < len(words) else ""
-        if word in is_open:
-            if not is_open[word] and word == "'" and (previous.endswith("s") or "'" not in words[i + 1 :]):
-                if previous.endswith("s"):  # a plural's genitive, more often than a quote
-                    glued.add(i - 1)
-                continue
-            glued.add(i - 1 if is_open[word] else i)
-            is_open[word] = not is_open[word]
-        elif word in ("@-@", "@,@", "@.@"):
-            words[i] = word[1]
-            glued |= {i - 1, i}
-        elif SPAN_OF_NUMBERS.fullmatch(f"{previous} {word} {following}"):
-            glued |= {i - 1, i}
-        elif word in CLOSING or CONTRACTION.fullmatch(word):
-            glued.add(i - 1)
-        elif word in OPENING:
-            glued.add(i)
-    return "".join(word if i in glued else word + " " for i, word in enumerate(words[:-1])) + words[-1]
 
 
 class Printer:
-    """Prints text as it comes, in whole characters; with `clean`, in whole lines, whose quotes are paired."""
+    """Prints text as it comes, in whole characters; with `clean`, in whole lines, whose quotes are
+    paired."""
 
     def __init__(self, tokenizer: Tokenizer, clean: bool):
         self.stream, self.clean, self.line = TextStream(tokenizer), clean, ""
@@ -98,32 +63,6 @@ class Printer:
         print(_clean_line(self.line) if self.clean else "", flush=True)
 
 
-# ===== For other scripts
-
-
-def settings_of(config: Config) -> Settings:
-    """The settings that a run's config asks for."""
-    keys = ("temperature", "top_p", "repetition_penalty", "seed")
-    return Settings(context=config.eval_context, **{key: getattr(config, key) for key in keys})
-
-
-def bare_prompt(prompt: str, tokenizer: Tokenizer) -> str:
-    """`prompt` without spaces at its end, where a word's token begins with the space before it: after a space of its own a
-    model has seen hardly any word begin, so it would say something else than it means. A prompt of spaces alone stays."""
-    bare = prompt.rstrip(" ")
-    return bare if bare and tokenizer.spaced else prompt
-
-
-def sample_text(model: nn.Module, tokenizer: Tokenizer, config: Config, num_tokens: int) -> str:
-    """The config's `bare_prompt`, continued by the model as it is: plain text. Leaves the model in the mode that it was in."""
-    was_training = model.training
-    device = next(model.parameters()).device
-    ids = torch.tensor([tokenizer.encode(bare_prompt(config.generation_prompt, tokenizer))], dtype=torch.int64, device=device)
-    sample = generate(model.eval(), ids, num_tokens, settings_of(config))
-    model.train(was_training)
-    return tokenizer.decode(sample.ids[0].tolist())
-
-
 # ===== The command
 
 
@@ -131,28 +70,76 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     given = "(default: the checkpoint's %s)"
     add = parser.add_argument_group("Text").add_argument
-    add("--checkpoint", metavar="PATH", required=True, help="run directory, .safetensors file, or an old .pt")
-    add("--prompt", metavar="TEXT", help="text to go on from, without spaces at its end " + given % "generation_prompt")
-    add("--num_tokens", type=int, metavar="N", help="tokens to generate " + given % "num_new_tokens")
-    add("--n", type=int, default=1, help="samples, in one batch; several are printed when all are done (default 1)")
-    add("--seed", type=int, default=1337, help="the same seed gives the same text, whatever the batch (default 1337)")
-    add("--interactive", action="store_true", help="read a prompt per line from stdin until it ends, and continue each")
+    add(
+        "--checkpoint",
+        metavar="PATH",
+        required=True,
+        help="run directory, .safetensors file, or an old .pt",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="text to go on from, without spaces at its end " + given % "generation_prompt",
+    )
+    add(
+        "--num_tokens", type=int, metavar="N", help="tokens to generate " + given % "num_new_tokens"
+    )
+    add(
+        "--n",
+        type=int,
+        default=1,
+        help="samples, in one batch; several are printed when all are done (default 1)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=1337,
+        help="the same seed gives the same text, whatever the batch (default 1337)",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="read a prompt per line from stdin until it ends, and continue each",
+    )
     add = parser.add_argument_group("Choosing a token").add_argument
-    add("--temperature", type=float, metavar="T", help="divides the logits; 0 = most probable token " + given % "temperature")
-    add("--top_p", type=float, metavar="P", help="nucleus: the smallest set of this probability " + given % "top_p")
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="divides the logits; 0 = most probable token " + given % "temperature",
+    )
+    add(
+        "--top_p",
+        type=float,
+        metavar="P",
+        help="nucleus: the smallest set of this probability " + given % "top_p",
+    )
     add(
         "--repetition_penalty",
         type=float,
         metavar="R",
-        help="divides positive and multiplies negative logits of tokens in the text so far " + given % "repetition_penalty",
+        help="divides positive and multiplies negative logits of tokens in the text so far "
+        + given % "repetition_penalty",
     )
     add("--context", choices=["stream", "window"], help=CONTEXT_HELP)
     add = parser.add_argument_group("Strategies").add_argument
     add("--strategies", action="store_true", help=STRATEGIES_HELP)
     add("--entropy_adaptive", action="store_true", help=ADAPTIVE_HELP)
-    add("--min_temperature", type=float, default=0.5, metavar="T", help="T_min of --entropy_adaptive (default 0.5)")
+    add(
+        "--min_temperature",
+        type=float,
+        default=0.5,
+        metavar="T",
+        help="T_min of --entropy_adaptive (default 0.5)",
+    )
     add("--lookahead_k", type=int, default=1, metavar="K", help=LOOKAHEAD_HELP)
-    add("--lookahead_depth", type=int, default=4, metavar="D", help="tokens of each candidate's greedy text (default 4)")
+    add(
+        "--lookahead_depth",
+        type=int,
+        default=4,
+        metavar="D",
+        help="tokens of each candidate's greedy text (default 4)",
+    )
     add(
         "--best_of_n",
         type=int,
@@ -161,58 +148,89 @@ def build_parser() -> argparse.ArgumentParser:
         help=BEST_HELP,
     )
     add("--wavelet_coherence", action="store_true", help=COHERENCE_HELP)
-    add("--fwpkm_inference_updates", action="store_true", help="let the text rewrite the fast-weight memory as it goes")
+    add(
+        "--fwpkm_inference_updates",
+        action="store_true",
+        help="let the text rewrite the fast-weight memory as it goes",
+    )
     add = parser.add_argument_group("Output and speed").add_argument
-    add("--clean_spacing", action="store_true", help="undo WikiText's spacing of punctuation, quotes and contractions")
-    add("--metrics", action="store_true", help="mean log-probability, entropy, Distinct-1/2/3 and Rep-4, on stderr")
+    add(
+        "--clean_spacing",
+        action="store_true",
+        help="undo WikiText's spacing of punctuation, quotes and contractions",
+    )
+    add(
+        "--metrics",
+        action="store_true",
+        help="mean log-probability, entropy, Distinct-1/2/3 and Rep-4, on stderr",
+    )
     width = parser.add_mutually_exclusive_group()
     width.add_argument("--bits", type=int, choices=[32, 16, 8, 4], help=BITS_HELP)
-    width.add_argument("--ptq8", action="store_const", dest="bits", const=8, help="the same as --bits 8")
-    width.add_argument("--ptq4", action="store_const", dest="bits", const=4, help="the same as --bits 4")
+    width.add_argument(
+        "--ptq8", action="store_const", dest="bits", const=8, help="the same as --bits 8"
+    )
+    width.add_argument(
+        "--ptq4", action="store_const", dest="bits", const=4, help="the same as --bits 4"
+    )
     add("--compile", action="store_true", help=COMPILE_HELP)
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto takes a GPU where there is one (default auto)")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto takes a GPU where there is one (default auto)",
+    )
     return parser
 
 
 BITS_HELP = (
-    "width of the weights: 32 = fp32, 16 = bf16, 8 or 4 = quantised while loading (default: as they lie in the checkpoint on a "
-    "CPU, 16 on a GPU, where the time for a token is that of reading the weights)"
+    "width of the weights: 32 = fp32, 16 = bf16, 8 or 4 = quantised while loading (default: as they"
+    " lie in the checkpoint on a CPU, 16 on a GPU, where the time for a token is that of reading"
+    " the weights)"
 )
 COMPILE_HELP = (
-    "compile the step of one token with torch.compile: up to a minute at first, then more tokens per second where the weights "
-    "are 8 or 4 bits wide; beside other work on the same cores set OMP_NUM_THREADS to the cores that are free"
+    "compile the step of one token with torch.compile: up to a minute at first, then more tokens"
+    " per second where the weights are 8 or 4 bits wide; beside other work on the same cores set"
+    " OMP_NUM_THREADS to the cores that are free"
 )
 CONTEXT_HELP = (
-    "past block_size: stream carries the state on, its mean over the last block_size tokens; window rebuilds it from the "
-    "last block_size/2 tokens whenever block_size is reached (default: the checkpoint's eval_context)"
+    "past block_size: stream carries the state on, its mean over the last block_size tokens; window"
+    " rebuilds it from the last block_size/2 tokens whenever block_size is reached (default: the"
+    " checkpoint's eval_context)"
 )
 STRATEGIES_HELP = (
-    "--entropy_adaptive with at most temperature 0.9, --top_p 0.85, --repetition_penalty 1.2, --metrics, --clean_spacing; "
-    "a value given beside it counts"
+    "--entropy_adaptive with at most temperature 0.9, --top_p 0.85, --repetition_penalty 1.2,"
+    " --metrics, --clean_spacing; a value given beside it counts"
 )
 ADAPTIVE_HELP = (
-    "temperature T_max - H/ln V * (T_max - T_min), H the entropy of the model's softmax, T_max the --temperature: "
-    "careful where the model is unsure"
+    "temperature T_max - H/ln V * (T_max - T_min), H the entropy of the model's softmax, T_max the"
+    " --temperature: careful where the model is unsure"
 )
 LOOKAHEAD_HELP = (
-    "try the K most probable tokens of the nucleus, each followed by a greedy text of --lookahead_depth tokens, and take "
-    "the one whose whole text is most probable; chance has no part in it (default 1: no lookahead)"
+    "try the K most probable tokens of the nucleus, each followed by a greedy text of"
+    " --lookahead_depth tokens, and take the one whose whole text is most probable; chance has no"
+    " part in it (default 1: no lookahead)"
 )
-BEST_HELP = "make N texts for each sample and keep the one whose mean log-probability is highest (default 1)"
+BEST_HELP = (
+    "make N texts for each sample and keep the one whose mean log-probability is highest"
+    " (default 1)"
+)
 COHERENCE_HELP = (
-    "every 16 tokens compare the mean Haar approximation of the prompt's embeddings with that of the last 128 tokens; "
-    "where their cosine c is under 0.5, top_p is multiplied by max(0.5, c/0.5)"
+    "every 16 tokens compare the mean Haar approximation of the prompt's embeddings with that of"
+    " the last 128 tokens; where their cosine c is under 0.5, top_p is multiplied by max(0.5,"
+    " c/0.5)"
 )
 
 
 def read_settings(args: argparse.Namespace, config: Config) -> Settings:
-    """What the command line says, over what --strategies says, over what the checkpoint's config says."""
+    """What the command line says, over what --strategies says, over what the checkpoint's config
+    says."""
     settings = settings_of(config)
     if args.strategies:
         temperature = args.temperature if args.temperature is not None else settings.temperature
         args.temperature = min(temperature, STRATEGIES_TEMPERATURE)
         for name, value in STRATEGIES.items():
-            if getattr(args, name) is None or getattr(args, name) is False:  # neither given nor switched on
+            # neither given nor switched on
+            if getattr(args, name) is None or getattr(args, name) is False:
                 setattr(args, name, value)
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
@@ -221,19 +239,29 @@ def read_settings(args: argparse.Namespace, config: Config) -> Settings:
 def allow_writes(model: nn.Module) -> None:
     """Switches fwpkm_inference_updates on."""
     if isinstance(model, PackedModel):
-        raise InputError("fwpkm_inference_updates: this checkpoint's memory is quantised; give the run that it was made from")
+        raise InputError(
+            "fwpkm_inference_updates: this checkpoint's memory is quantised; give the run that it"
+            " was made from"
+        )
     memories = [module for module in model.modules() if isinstance(module, FastWeightMemory)]
     if not memories:
-        raise InputError("fwpkm_inference_updates: this checkpoint has no fast-weight memory (its fwpkm_enabled is false)")
+        raise InputError(
+            "fwpkm_inference_updates: this checkpoint has no fast-weight memory (its fwpkm_enabled"
+            " is false)"
+        )
     for memory in memories:
         memory.writes = True
 
 
 def build_decoder(model: nn.Module, bits: int | None) -> Decoder:
-    """What reads the text: the network prepared for inference with weights of `bits` bits; None = as `BITS_HELP` says."""
+    """What reads the text: the network prepared for inference with weights of `bits` bits; None =
+    as `BITS_HELP` says."""
     if isinstance(model, PackedModel):
         if bits is not None:
-            raise InputError(f"bits: {bits} (--ptq{bits}): this checkpoint is quantised already; leave the option out")
+            raise InputError(
+                f"bits: {bits} (--ptq{bits}): this checkpoint is quantised already; leave the"
+                " option out"
+            )
         return model.decoder
     if bits is None and next(model.parameters()).device.type == "cuda":
         bits = 16
@@ -253,7 +281,9 @@ def compile_step(decoder: Decoder, settings: Settings) -> None:
             decoder.compile(rows, stream)
     except (RuntimeError, OSError, ImportError) as error:  # no C++ compiler, say
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"compile: torch cannot compile here, so leave the option out ({reason})") from None
+        raise InputError(
+            f"compile: torch cannot compile here, so leave the option out ({reason})"
+        ) from None
     say_figures({"seconds_to_compile": time.perf_counter() - began})
 
 
@@ -262,9 +292,16 @@ def say_what_is_slower(decoder: Decoder) -> None:
     if decoder.device.type != "cuda":
         return
     if not kernels.HAS_TRITON:
-        print("note: Triton is not installed, so weights are multiplied by torch's own kernels", file=sys.stderr)
+        print(
+            "note: Triton is not installed, so weights are multiplied by torch's own kernels",
+            file=sys.stderr,
+        )
     if not can_be_captured(decoder):
-        print("note: a memory that writes is no part of a CUDA graph, so steps are launched one by one", file=sys.stderr)
+        print(
+            "note: a memory that writes is no part of a CUDA graph, so steps are launched one"
+            " by one",
+            file=sys.stderr,
+        )
 
 
 def read_prompts(args: argparse.Namespace, config: Config) -> Iterator[str]:
@@ -289,7 +326,10 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[in
     if not ids:
         raise InputError("prompt: has no tokens; give some text to go on from")
     if max(ids) >= vocab_size:
-        raise InputError(f"prompt: token {max(ids)} of {tokenizer.name} is beyond the model's {vocab_size}; they do not match")
+        raise InputError(
+            f"prompt: token {max(ids)} of {tokenizer.name} is beyond the model's {vocab_size}; they"
+            " do not match"
+        )
     return ids
 
 
@@ -299,7 +339,8 @@ def say_figures(values: dict[str, float]) -> None:
 
 
 def speed(seconds: list[float], start: float, rows: int) -> dict[str, float]:
-    """Time to the first token, and tokens per second from the third on: the second may compile or pack the step."""
+    """Time to the first token, and tokens per second from the third on: the second may compile or
+    pack the step."""
     values = {"seconds_to_first_token": seconds[0] - start} if seconds else {}
     if len(seconds) > 2:
         values["tokens_per_second"] = rows * (len(seconds) - 2) / (seconds[-1] - seconds[1])
@@ -318,7 +359,9 @@ def keep_samples(folder: Path, settings: Settings, texts: list[str], more: str) 
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(entry)
     except (OSError, InputError) as error:
-        reason = f"{path}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
+        reason = (
+            f"{path}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
+        )
         print(f"note: {reason}; text is printed only", file=sys.stderr)
 
 
@@ -341,13 +384,20 @@ class Session:
     metrics: bool
 
     def continue_prompt(self, prompt: str, keep: Callable[[list[str]], None]) -> None:
-        """Generates, prints and measures, and gives the texts to `keep`. A single text is printed as it comes; several, or the
-        best of several, when they are done and kept. Of what is stopped on the way, by Ctrl-C say, all that was made by then is
-        kept."""
+        """Generates, prints and measures, and gives the texts to `keep`. A single text is printed
+        as it comes; several, or the best of several, when they are done and kept. Of what is
+        stopped on the way, by Ctrl-C say, all that was made by then is kept."""
         asked, prompt = prompt, bare_prompt(prompt, self.tokenizer)
         if asked != prompt:
-            print("note: spaces at the prompt's end are left out, for tokens begin with their space", file=sys.stderr)
-        ids = torch.tensor([encode_prompt(prompt, self.tokenizer, self.vocab_size)], dtype=torch.int64, device=self.device)
+            print(
+                "note: spaces at the prompt's end are left out, for tokens begin with their space",
+                file=sys.stderr,
+            )
+        ids = torch.tensor(
+            [encode_prompt(prompt, self.tokenizer, self.vocab_size)],
+            dtype=torch.int64,
+            device=self.device,
+        )
         printer = Printer(self.tokenizer, self.clean) if self.settings.rows == 1 else None
         moments: list[float] = []
         made: list[Tensor] = []  # each step's tokens, of all texts
@@ -362,10 +412,18 @@ class Session:
         try:
             if printer is not None:
                 printer.text(prompt)
-            sample = generate(self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding)
+            sample = generate(
+                self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding
+            )
         except (KeyboardInterrupt, BrokenPipeError):
             if made:
-                keep(self.texts(torch.cat([ids.cpu().expand(len(made[0]), -1), torch.stack(made, dim=1)], dim=1)))
+                keep(
+                    self.texts(
+                        torch.cat(
+                            [ids.cpu().expand(len(made[0]), -1), torch.stack(made, dim=1)], dim=1
+                        )
+                    )
+                )
             with contextlib.suppress(BrokenPipeError):
                 print(flush=True)  # what is said next begins a line
             raise
@@ -389,28 +447,44 @@ class Session:
 def main() -> None:
     args = build_parser().parse_args()
     if args.interactive and args.prompt is not None:
-        raise InputError("prompt: --interactive reads its prompts from stdin; leave one of the two out")
+        raise InputError(
+            "prompt: --interactive reads its prompts from stdin; leave one of the two out"
+        )
     device = chosen_device(args.device)
     model, config, tokenizer = load_model(args.checkpoint, device)
     if tokenizer is None:
-        raise InputError(f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so it can write no text")
+        raise InputError(
+            f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so it can"
+            " write no text"
+        )
     settings = read_settings(args, config)
     num_tokens = config.num_new_tokens if args.num_tokens is None else args.num_tokens
     if num_tokens < 0:
         raise InputError(f"num_tokens: {num_tokens} is out of range; it must be 0 or more")
     if settings.lookahead_k > 1 and settings.rows > 1:
-        print("note: chance has no part in lookahead, so all samples will be the same", file=sys.stderr)
+        print(
+            "note: chance has no part in lookahead, so all samples will be the same",
+            file=sys.stderr,
+        )
     if args.fwpkm_inference_updates:
         allow_writes(model)
     decoder, vocab_size = build_decoder(model, args.bits), model.vocab_size
     say_what_is_slower(decoder)
     if args.compile:
         compile_step(decoder, settings)
-    embedding = decoder.cells[0].embedding(torch.arange(vocab_size, device=device)) if settings.wavelet_coherence else None
+    embedding = (
+        decoder.cells[0].embedding(torch.arange(vocab_size, device=device))
+        if settings.wavelet_coherence
+        else None
+    )
     del model  # what the decoder has packed is not needed twice
     clean, metrics = args.clean_spacing, args.metrics
-    session = Session(decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics)
-    folder = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
+    session = Session(
+        decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics
+    )
+    folder = (
+        Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
+    )
 
     def keep(texts: list[str]) -> None:
         keep_samples(folder, settings, texts, f"num_tokens={num_tokens} bits={args.bits}")

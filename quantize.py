@@ -1,10 +1,11 @@
-"""Writes a checkpoint with quantised weights, which generate.py, evaluate.py and probes.py take in the place of the run's own.
+"""Writes a checkpoint with quantised weights, which generate.py, evaluate.py and probes take in
+the place of the run's own.
 
     python quantize.py --checkpoint logs/RUN --bits 8 --out logs/RUN-int8
 
-8 bits: a scale for each output channel. 4 bits: a scale and an offset for each group of 64 inputs. Weights lie on disk at
-their width, folded as the decoder reads them, so that nothing is converted or lost when they are loaded.
-"""
+8 bits: a scale for each output channel. 4 bits: a scale and an offset for each group of 64 inputs.
+Weights lie on disk at their width, folded as the decoder reads them, so that nothing is converted
+or lost when they are loaded."""
 
 import json
 import shutil
@@ -12,13 +13,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
-from config import Config, InputError, Parser, run_command, save_config
-from data import DATA_FILE, run_folder
-from decode import Decoder, PackedModel, head_is_embedding
-from errors import check_regular
+from common.command import InputError, Parser, run_command
+from common.files import check_regular, write_whole
+from config import Config, save_config
+from data.prepare import DATA_FILE, run_folder
+from data.tokenizer import Tokenizer
+from inference.decode import Decoder, PackedModel, head_is_embedding
+from inference.packed import Weights, Widths
 from model import LanguageModel
-from packed import Weights, Widths
-from tokenizer import Tokenizer, write_whole
 
 COMPONENTS = {
     "mixer_coarse": "mixers of the coarse third of the scales",
@@ -28,21 +30,33 @@ COMPONENTS = {
     "bypass": "what the running mean of the block below goes through",
     "mlp": "the MLP",
     "memory": "values of the product-key memories, output of the associative memory",
-    "query": "what the memories make of their input: queries, and an associative memory's keys, values and gates",
+    "query": (
+        "what the memories make of their input: queries, and an associative memory's keys, values"
+        " and gates"
+    ),
     "embedding": "the token embedding, and the table of n-grams with its map",
     "head": "the head",
 }
 
 
 def quantise(
-    model: LanguageModel, config: Config, tokenizer: Tokenizer | None, widths: Widths, folder: Path, data: bytes | None = None
+    model: LanguageModel,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    widths: Widths,
+    folder: Path,
+    data: bytes | None = None,
 ) -> int:
-    """Writes `model` at `widths` to `folder`, which is new or empty, with its config, its tokenizer and `data`, its run's
-    data.json if it has one: all of it or nothing. Returns the size of the weights' file in bytes. Raises `InputError` where it
-    cannot be written."""
+    """Writes `model` at `widths` to `folder`, which is new or empty, with its config, its tokenizer
+    and `data`, its run's data.json if it has one: all of it or nothing. Returns the size of the
+    weights' file in bytes. Raises `InputError` where it cannot be written."""
     weights = Weights(widths, saving=True)
     Decoder(model, weights=weights)
-    metadata = {"format": PACKED_FORMAT, "vocab_size": str(model.vocab_size), "bits": json.dumps(asdict(widths))}
+    metadata = {
+        "format": PACKED_FORMAT,
+        "vocab_size": str(model.vocab_size),
+        "bits": json.dumps(asdict(widths)),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.json")
@@ -50,9 +64,12 @@ def quantise(
             tokenizer.save(folder)
         if data is not None:  # by it evaluate.py reads the text as the run did
             write_whole(folder / DATA_FILE, data)
-        save_tensors(weights.saved, folder / MODEL_FILE, metadata)  # the last: with it the folder is a checkpoint
+        # the last: with it the folder is a checkpoint
+        save_tensors(weights.saved, folder / MODEL_FILE, metadata)
     except OSError as error:
-        raise InputError(f"out: {folder} cannot be written ({error.strerror}); give another folder") from None
+        raise InputError(
+            f"out: {folder} cannot be written ({error.strerror}); give another folder"
+        ) from None
     finally:
         if not (folder / MODEL_FILE).exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -61,29 +78,53 @@ def quantise(
 
 def main() -> None:
     parser = Parser(__doc__.split("\n", 1)[0])
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run directory, .safetensors file, or an old .pt")
-    parser.add_argument("--bits", type=int, required=True, choices=[8, 4], help="width of all weights but those named below")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="run directory, .safetensors file, or an old .pt",
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        required=True,
+        choices=[8, 4],
+        help="width of all weights but those named below",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the new checkpoint")
     group = parser.add_argument_group(
-        "Bits of single components, 4, 8, 16 or 32 (default: as --bits; at 4, mixer_coarse and query are 8)"
+        "Bits of single components, 4, 8, 16 or 32 (default: as --bits; at 4, mixer_coarse and"
+        " query are 8)"
     )
     for field in fields(Widths):
-        group.add_argument(f"--{field.name}", type=int, choices=[4, 8, 16, 32], help=COMPONENTS[field.name])
+        group.add_argument(
+            f"--{field.name}", type=int, choices=[4, 8, 16, 32], help=COMPONENTS[field.name]
+        )
     args = parser.parse_args()
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"out: {out} is there already; give a new folder, so that nothing in it is written over or hidden")
+        raise InputError(
+            f"out: {out} is there already; give a new folder, so that nothing in it is written over"
+            " or hidden"
+        )
     model, config, tokenizer = load_model(args.checkpoint)
     if isinstance(model, PackedModel):
-        raise InputError(f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made from")
+        raise InputError(
+            f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made"
+            " from"
+        )
     if head_is_embedding(config) and args.head is not None:
         raise InputError("head: its weight is the embedding's in this run; give --embedding")
     own = {field.name: getattr(args, field.name) for field in fields(Widths)}
-    widths = replace(Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None})
+    widths = replace(
+        Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None}
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kept = run_folder(args.checkpoint) / DATA_FILE
     check_regular(kept)
-    size = quantise(model, config, tokenizer, widths, out, kept.read_bytes() if kept.exists() else None)
+    size = quantise(
+        model, config, tokenizer, widths, out, kept.read_bytes() if kept.exists() else None
+    )
     print(f"checkpoint: {out}\nbytes: {size}\nshare_of_fp32: {size / (4 * parameters):.4f}")
 
 

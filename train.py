@@ -3,13 +3,16 @@
     python train.py --config configs/quickstart.json
     python train.py --layers 4 --lr 0.005          # config.json, with keys overridden
     python train.py --resume logs/RUN              # goes on where a run was stopped or killed
-    torchrun --nproc_per_node=8 train.py           # several GPUs; key `parallel` says how (see distributed.py)
-    python train.py --plan 8 --config FILE         # what it would need on 8 GPUs, without making a weight (see plan.py)
-    python train.py --profile                      # a few steps under the profiler, and where they went
+    torchrun --nproc_per_node=8 train.py           # several GPUs; key `parallel` says how (see
+    distributed.py)
+    python train.py --plan 8 --config FILE         # what it would need on 8 GPUs, without making a
+    weight (see plan.py)
+    python train.py --profile                      # a few steps under the profiler, and where they
+    went
 
-A run's folder, named by the first line of output, holds all there is to know of it. A step depends on the seed, its number
-and the weights alone, so a resumed run takes the very steps that it would have taken without the stop.
-"""
+A run's folder, named by the first line of output, holds all there is to know of it. A step depends
+on the seed, its number and the weights alone, so a resumed run takes the very steps that it would
+have taken without the stop."""
 
 import argparse
 import contextlib
@@ -26,29 +29,34 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import MODEL_FILE, load_model, own_tensors, save_model
-from config import Config, InputError, Parser, add_config_options, given_options, load_config, make_config, run_command
-from corpus import check_source, located
-from data import evaluation_slice, run_corpus
-from distributed import World, join
-from evaluate import bigram_nats, figures, score
-from generate import sample_text
-from optimizers import learning_rate, warmup_steps
-from plan import check_memory, print_plan
-from profiling import matmul_rate, profile_steps, work_per_token
-from record import Record
-from tokenizer import text_bytes
-from trainer import LATEST, Trainer
+from common.command import InputError, Parser, run_command
+from config import Config, add_config_options, given_options, load_config, make_config
+from data.corpus import check_source, located
+from data.order import evaluation_slice
+from data.prepare import run_corpus
+from data.tokenizer import text_bytes
+from inference.sampling import sample_text
+from inference.scoring import bigram_nats, figures, score
+from training.distributed import World, join
+from training.optimizers import learning_rate, warmup_steps
+from training.plan import check_memory, print_plan
+from training.profiling import matmul_rate, profile_steps, work_per_token
+from training.record import Record
+from training.trainer import LATEST, Trainer
 
-AVERAGE_FILE = "average_model.safetensors"  # the best average of the weights, where ema_decay asks for one
+# the best average of the weights, where ema_decay asks for one
+AVERAGE_FILE = "average_model.safetensors"
 
 
 class StopRequest:
-    """Within it, Ctrl-C and SIGTERM only set `signal`, so that a run stops between two steps, saved. A second Ctrl-C
-    is not caught."""
+    """Within it, Ctrl-C and SIGTERM only set `signal`, so that a run stops between two steps,
+    saved. A second Ctrl-C is not caught."""
 
     def __enter__(self) -> "StopRequest":
         self.signal: int | None = None
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def _note(self, number: int, frame) -> None:
@@ -61,17 +69,29 @@ class StopRequest:
 
 
 def train(trainer: Trainer, stop: StopRequest) -> None:
-    """Steps until the end or a request to stop, with log lines, evaluations, samples and saves at their intervals."""
+    """Steps until the end or a request to stop, with log lines, evaluations, samples and saves at
+    their intervals."""
     config, record, corpus = trainer.config, trainer.record, trainer.corpus
-    bits = corpus.train.n_tokens / corpus.train.n_bytes / math.log(2)  # nats per token → bits per byte
-    held_out = whole_windows(evaluation_slice(corpus.validation, config.eval_tokens + 1), config.block_size)
-    held_out_bits = (len(held_out) - 1) / text_bytes(corpus.tokenizer, held_out[1:].tolist()) / math.log(2)
+    # nats per token → bits per byte
+    bits = corpus.train.n_tokens / corpus.train.n_bytes / math.log(2)
+    held_out = whole_windows(
+        evaluation_slice(corpus.validation, config.eval_tokens + 1), config.block_size
+    )
+    held_out_bits = (
+        (len(held_out) - 1) / text_bytes(corpus.tokenizer, held_out[1:].tolist()) / math.log(2)
+    )
     work = None  # of a token, as a share of what a GPU multiplies in a second
     if trainer.device == "cuda":
         work = work_per_token(trainer) / matmul_rate("cuda", trainer.cast or torch.float32)
     began, before = time.perf_counter(), trainer.seconds
     last, losses, saved = (time.perf_counter(), trainer.step), [], time.perf_counter()
-    progress = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=not sys.stderr.isatty(), leave=False)
+    progress = tqdm(
+        total=trainer.total_steps,
+        initial=trainer.step,
+        unit="step",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
     stopping = 0
     while trainer.step < trainer.total_steps and not stopping:
         loss, norm = trainer.take_step()
@@ -85,17 +105,23 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
             rate = learning_rate(step - 1, trainer.total_steps, config)
             card, on_the_card = {}, ""
             if work is not None:
-                ms, memory = 1e3 * trainer.tokens_per_step / speed, torch.cuda.max_memory_allocated() / 2**30
+                ms, memory = (
+                    1e3 * trainer.tokens_per_step / speed,
+                    torch.cuda.max_memory_allocated() / 2**30,
+                )
                 mfu = speed * work / trainer.world.size
                 card = {"milliseconds": ms, "mfu": mfu, "memory_gib": memory}
                 on_the_card = f"{ms:.1f} ms  MFU {mfu:.0%}  {memory:.1f} GiB  "
             record.say(
-                f"step {step}/{trainer.total_steps}  loss {nats:.4f}  bits/byte {nats * bits:.4f}  lr {rate:.2e}  "
-                f"norm {norm.item():.2f}  {speed:,.0f} tokens/s  {on_the_card}{timedelta(seconds=int(left))} left"
+                f"step {step}/{trainer.total_steps}  loss {nats:.4f}  bits/byte {nats * bits:.4f} "
+                f" lr {rate:.2e}  norm {norm.item():.2f}  {speed:,.0f} tokens/s "
+                f" {on_the_card}{timedelta(seconds=int(left))} left"
             )
             record.metric(
-                kind="train", step=step, loss=nats, bits_per_byte=nats * bits, lr=rate, gradient_norm=norm.item(),
-                skipped=trainer.skipped, tokens=step * trainer.tokens_per_step, tokens_per_second=speed, **card,
+                kind="train", step=step, loss=nats, bits_per_byte=nats * bits, lr=rate,
+                gradient_norm=norm.item(),
+                skipped=trainer.skipped, tokens=step * trainer.tokens_per_step,
+                tokens_per_second=speed, **card,
             )  # fmt: skip
             last, losses = (now, step), []
         if step % config.eval_interval == 0 or ended:
@@ -106,11 +132,18 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
             last = (last[0] + paused, last[1])
         trainer.seconds = before + time.perf_counter() - began
         due = ended or (config.save_interval is not None and step % config.save_interval == 0)
-        # The first weights are never without a save, so that one who finds them without knows that it is lost.
-        due = due or (trainer.saved_step < 0 and math.isfinite(min(trainer.best, trainer.best_average)))
-        if trainer.world.size == 1 or step % config.log_interval == 0:  # several processes must agree, which takes time
+        # The first weights are never without a save, so that one who finds them without knows that
+        # it is lost.
+        due = due or (
+            trainer.saved_step < 0 and math.isfinite(min(trainer.best, trainer.best_average))
+        )
+        # several processes must agree, which takes time
+        if trainer.world.size == 1 or step % config.log_interval == 0:
             stopping = trainer.world.highest(stop.signal or 0)
-            late = config.save_interval is None and time.perf_counter() - saved > 60 * config.save_minutes
+            late = (
+                config.save_interval is None
+                and time.perf_counter() - saved > 60 * config.save_minutes
+            )
             due = due or bool(trainer.world.highest(int(late)))
         if due:
             trainer.save()
@@ -120,33 +153,48 @@ def train(trainer: Trainer, stop: StopRequest) -> None:
         trainer.save()
     trainer.writer.finish()
     if stopping:
-        record.say(f"stopped after step {trainer.step}; go on with: python train.py --resume {record.folder}")
+        record.say(
+            f"stopped after step {trainer.step}; go on with: python train.py --resume"
+            f" {record.folder}"
+        )
         sys.exit(128 + stopping)
 
 
 def whole_windows(tokens: Tensor, block_size: int) -> Tensor:
-    """The tokens (n,) that a validation in windows of `block_size` predicts, and the one before them."""
+    """The tokens (n,) that a validation in windows of `block_size` predicts, and the one before
+    them."""
     length = min(block_size, len(tokens) - 1)
     return tokens[: (len(tokens) - 1) // length * length + 1]
 
 
 def evaluate_now(trainer: Trainer, held_out: Tensor, bits: float) -> None:
-    """Validation on the fixed tokens, of the weights and of their average, the best checkpoints, a sample, and the curves."""
+    """Validation on the fixed tokens, of the weights and of their average, the best checkpoints, a
+    sample, and the curves."""
     config, record = trainer.config, trainer.record
     trainer.best = validate(trainer, held_out, bits, "validation", MODEL_FILE, trainer.best)
     if trainer.average:
         with trainer.average.in_place():
-            trainer.best_average = validate(trainer, held_out, bits, "average", AVERAGE_FILE, trainer.best_average)
+            trainer.best_average = validate(
+                trainer, held_out, bits, "average", AVERAGE_FILE, trainer.best_average
+            )
     if config.sample_tokens and trainer.world.kind != "fsdp" and trainer.world.rank == 0:
-        record.sample(trainer.step, sample_text(trainer.model, trainer.corpus.tokenizer, config, config.sample_tokens))
+        record.sample(
+            trainer.step,
+            sample_text(trainer.model, trainer.corpus.tokenizer, config, config.sample_tokens),
+        )
     record.draw_curves()
 
 
-def validate(trainer: Trainer, held_out: Tensor, bits: float, kind: str, file: str, best: float) -> float:
-    """Logs the loss of the model's present weights as `kind`, keeps them in `file` where it is the lowest, and returns that."""
+def validate(
+    trainer: Trainer, held_out: Tensor, bits: float, kind: str, file: str, best: float
+) -> float:
+    """Logs the loss of the model's present weights as `kind`, keeps them in `file` where it is the
+    lowest, and returns that."""
     config, record, step = trainer.config, trainer.record, trainer.step
     nats = trainer.validation_nats(held_out)
-    record.say(f"step {step}/{trainer.total_steps}  {kind} loss {nats:.4f}  bits/byte {nats * bits:.4f}")
+    record.say(
+        f"step {step}/{trainer.total_steps}  {kind} loss {nats:.4f}  bits/byte {nats * bits:.4f}"
+    )
     record.metric(kind=kind, step=step, loss=nats, bits_per_byte=nats * bits)
     warm = step >= warmup_steps(trainer.total_steps, config) or not config.skip_warmup_saves
     last_chance = step == trainer.total_steps and math.isinf(best)
@@ -154,20 +202,30 @@ def validate(trainer: Trainer, held_out: Tensor, bits: float, kind: str, file: s
         return best
     tensors = trainer.world.whole(own_tensors(trainer.model))
     if trainer.world.rank == 0:
-        trainer.writer.write(lambda ready: save_model(trainer.model, record.folder / file, ready), tensors)
+        trainer.writer.write(
+            lambda ready: save_model(trainer.model, record.folder / file, ready), tensors
+        )
     return nats
 
 
 def finish(trainer: Trainer) -> None:
-    """The figures of the best checkpoint on the whole validation and test splits, a sample, and the end block. They are made
-    once: of a run that has them they are printed again."""
+    """The figures of the best checkpoint on the whole validation and test splits, a sample, and the
+    end block. They are made once: of a run that has them they are printed again."""
     config, record, corpus = trainer.config, trainer.record, trainer.corpus
     if made := record.metrics("result"):
-        print("\n".join(figure_lines({key: value for key, value in made[-1].items() if key not in ("kind", "step")})))
+        print(
+            "\n".join(
+                figure_lines(
+                    {key: value for key, value in made[-1].items() if key not in ("kind", "step")}
+                )
+            )
+        )
         return
     result: dict[str, float | int | str] = {}
     if trainer.average:
-        result |= split_figures(trainer, load_model(record.folder / AVERAGE_FILE, trainer.device)[0], "average_")
+        result |= split_figures(
+            trainer, load_model(record.folder / AVERAGE_FILE, trainer.device)[0], "average_"
+        )
     model, _, tokenizer = load_model(record.folder, trainer.device)
     result |= split_figures(trainer, model, "")
     bigram = bigram_nats(corpus.train.tokens, corpus.validation.tokens, corpus.vocab_size)
@@ -175,7 +233,9 @@ def finish(trainer: Trainer) -> None:
     scored = (corpus.validation.n_tokens - 1) / corpus.validation.scored_bytes
     result["bigram_val_bits_per_byte"] = bigram * scored / math.log(2)
     trained = trainer.seconds - trainer.evaluation_seconds
-    result |= {"tokens_per_second": round(trainer.step * trainer.tokens_per_step / max(trained, 1e-9), 1)}
+    result |= {
+        "tokens_per_second": round(trainer.step * trainer.tokens_per_step / max(trained, 1e-9), 1)
+    }
     if (peak := peak_memory(trainer.device)) is not None:
         result["peak_memory_mib"] = round(peak / 2**20, 1)
     result |= {
@@ -198,24 +258,32 @@ def finish(trainer: Trainer) -> None:
 
 def figure_lines(result: dict[str, float | int | str]) -> list[str]:
     return [
-        f"{key}: {value:.6f}" if isinstance(value, float) and not value.is_integer() else f"{key}: {value}"
+        (
+            f"{key}: {value:.6f}"
+            if isinstance(value, float) and not value.is_integer()
+            else f"{key}: {value}"
+        )
         for key, value in result.items()
     ]
 
 
 def peak_memory(device: str) -> int | None:
-    """The most memory that this process has had on `device`, in bytes; None on a system without a record of it (Windows)."""
+    """The most memory that this process has had on `device`, in bytes; None on a system without a
+    record of it (Windows)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
         import resource  # Unix only
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, float]:
-    """The figures of `model` on the whole validation and test splits, their names begun with `prefix`."""
+    """The figures of `model` on the whole validation and test splits, their names begun with
+    `prefix`."""
     window, context, result = trainer.config.block_size, trainer.config.eval_context, {}
     for short, split in (("val", trainer.corpus.validation), ("test", trainer.corpus.test)):
         nats = score(model, split.tokens, window, max(1, window // 2), context, trainer.device)
@@ -226,24 +294,44 @@ def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, 
 
 
 def check_levels(config: Config) -> None:
-    """Raises `InputError` where the coarsest levels would see nothing but zeros in training, as windows have nothing before
-    them. Networks of the first implementation may have such levels, so the config itself allows it."""
+    """Raises `InputError` where the coarsest levels would see nothing but zeros in training, as
+    windows have nothing before them. Networks of the first implementation may have such levels, so
+    the config itself allows it."""
     longest = 2 ** (config.levels - 1)  # tokens that the coarsest level looks back
     if longest >= config.block_size and not config.decompose_bypass_cross_window:
         raise InputError(
-            f"levels: {config.levels} levels look back {longest} tokens, block_size is {config.block_size}; "
-            f"at most {int(math.log2(config.block_size - 1)) + 1} levels fit"
+            f"levels: {config.levels} levels look back {longest} tokens, block_size is"
+            f" {config.block_size}; at most {int(math.log2(config.block_size - 1)) + 1} levels fit"
         )
 
 
 def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
-    """The config that the command line asks for, the run to resume if any, and the other options."""
+    """The config that the command line asks for, the run to resume if any, and the other
+    options."""
     parser = Parser(__doc__.split("\n", 1)[0])
-    parser.add_argument("--config", default=None, metavar="FILE", help="JSON file of keys and values (default config.json)")
-    parser.add_argument("--resume", default=None, metavar="RUN_DIR", help="go on with the run in this folder")
-    parser.add_argument("--plan", type=int, metavar="GPUS", help="print what a run on so many GPUs needs, and stop")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="with --plan: of each GPU; says whether the run fits")
-    parser.add_argument("--profile", action="store_true", help="a few steps under the profiler, their table, and stop")
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="JSON file of keys and values (default config.json)",
+    )
+    parser.add_argument(
+        "--resume", default=None, metavar="RUN_DIR", help="go on with the run in this folder"
+    )
+    parser.add_argument(
+        "--plan", type=int, metavar="GPUS", help="print what a run on so many GPUs needs, and stop"
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="with --plan: of each GPU; says whether the run fits",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="a few steps under the profiler, their table, and stop",
+    )
     add_config_options(parser)
     args = parser.parse_args()
     given = given_options(args)
@@ -255,15 +343,23 @@ def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
     folder = Path(args.resume)
     if not args.resume or not Record.is_run(folder):
         raise InputError(
-            f"resume: {args.resume or 'an empty name'} is no folder that train.py made for a run; give one of those"
+            f"resume: {args.resume or 'an empty name'} is no folder that train.py made for a run;"
+            " give one of those"
         )
     saved = load_config(folder / "config.json")
-    asked = load_config(args.config, **given) if args.config else make_config(saved.model_dump() | given, "command line")
-    asked, before = located(asked), located(saved)  # a run's paths are full ones, those of the command line may not be
+    asked = (
+        load_config(args.config, **given)
+        if args.config
+        else make_config(saved.model_dump() | given, "command line")
+    )
+    # a run's paths are full ones, those of the command line may not be
+    asked, before = located(asked), located(saved)
     changed = [key for key in Config.model_fields if getattr(asked, key) != getattr(before, key)]
     if changed:
         keys = ", ".join(changed)
-        raise InputError(f"resume: not as in {folder}/config.json: {keys}; leave them out, or start a new run")
+        raise InputError(
+            f"resume: not as in {folder}/config.json: {keys}; leave them out, or start a new run"
+        )
     return saved, folder, args
 
 
@@ -276,9 +372,12 @@ def main() -> None:
         run(config, folder, world, held, profile=options.profile)
 
 
-def run(config: Config, folder: Path | None, world: World, held: contextlib.ExitStack, profile: bool) -> None:
-    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and holds the run while `held`
-    is open. A new run that fails before its first step leaves no folder."""
+def run(
+    config: Config, folder: Path | None, world: World, held: contextlib.ExitStack, profile: bool
+) -> None:
+    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and
+    holds the run while `held` is open. A new run that fails before its first step leaves no
+    folder."""
     resumed = folder is not None
     begun = resumed and (folder / LATEST).exists()
     if not resumed:
@@ -310,15 +409,18 @@ def run(config: Config, folder: Path | None, world: World, held: contextlib.Exit
 
 
 def start(config: Config, record: Record, world: World, resumed: bool, begun: bool) -> Trainer:
-    """All that comes before the first step: data, network and optimizers, and what a resumed run had, if it had `begun`."""
+    """All that comes before the first step: data, network and optimizers, and what a resumed run
+    had, if it had `begun`."""
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():
-        # What a run that is refused would have in its log is not of the run, so a resumed one only prints it.
+        # What a run that is refused would have in its log is not of the run, so a resumed one only
+        # prints it.
         say = record.say if not resumed else print if world.rank == 0 else lambda line: None
         corpus = run_corpus(config, record.folder, begun, say, keeps=world.rank == 0)
     say(
-        f"text: {corpus.source}; {corpus.train.n_bytes:,} bytes of training, {corpus.validation.n_bytes:,} of validation, "
-        f"{corpus.test.n_bytes:,} of test; between documents {corpus.separator}"
+        f"text: {corpus.source}; {corpus.train.n_bytes:,} bytes of training,"
+        f" {corpus.validation.n_bytes:,} of validation, {corpus.test.n_bytes:,} of test; between"
+        f" documents {corpus.separator}"
     )
     check_memory(config, corpus.vocab_size, world.device, world.size)
     trainer = Trainer(config, record, corpus, world)
@@ -327,9 +429,10 @@ def start(config: Config, record: Record, world: World, resumed: bool, begun: bo
         record.say(f"resumed after step {trainer.step}")
     count = sum(p.numel() for p in trainer.model.parameters())
     record.say(
-        f"{count:,} parameters, vocabulary {corpus.vocab_size:,}, {trainer.total_steps:,} steps of "
-        f"{trainer.tokens_per_step:,} tokens ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), "
-        f"{world.size} × {trainer.device}, autocast {trainer.cast}"
+        f"{count:,} parameters, vocabulary {corpus.vocab_size:,}, {trainer.total_steps:,} steps of"
+        f" {trainer.tokens_per_step:,} tokens"
+        f" ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), {world.size} ×"
+        f" {trainer.device}, autocast {trainer.cast}"
     )
     return trainer
 

@@ -1,38 +1,26 @@
-"""What several test files need: a tiny config with every released feature on, random weights, the shared fixtures."""
+"""What pytest needs before any test: threads, seeds, and fixtures of several files."""
 
 import os
 from pathlib import Path
-from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined: as the imports below import them
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, at their import
 
-from checkpoint import save_model
-from config import Config, make_config, save_config
-from features import FeatureEmbedding
-from model import build_model
-from tokenizer import ByteTokenizer
+import json
 
-SHARED = Path(__file__).parents[2] / "shared"
-VOCAB = 50
-
-# The released feature set at a size that runs in milliseconds. Dropouts are 0, so that results repeat.
-TINY = {
-    "C": 16, "layers": 2, "levels": 3, "block_size": 32, "mlp_expansion": 2, "low_rank": 2,
-    "pkm_num_keys": 16, "pkm_top_k": 4, "fwpkm_num_keys": 16, "fwpkm_top_k": 4, "fwpkm_chunk_size": 8,
-    "multinodal_cell_dim": 16,
-    **{f"dropout_{place}": 0.0 for place in ("embedding", "projection", "mixer", "mlp", "lm_head")},
-}  # fmt: skip
+from helpers import SHARED, SMALL
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the tensors are tiny: more threads only get in each other's way
-    settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-    settings.load_profile("repeatable")
+    hypothesis.settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, database=None
+    )
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
@@ -49,64 +37,27 @@ def shared() -> Path:
     return SHARED
 
 
-def tiny(**overrides: Any) -> Config:
-    """A config for tests. Mixer widths follow `levels`: full at the coarse half of the scales, half at the fine one."""
-    values = TINY | overrides
-    scales = values["levels"] + 1
-    values.setdefault("per_scale_mixer_widths", (1.0,) * (scales // 2) + (0.5,) * (scales - scales // 2))
-    return make_config(values, "tiny")
+@pytest.fixture
+def text(tmp_path):
+    """A file of a few thousand words with some regularity in it."""
+    lines = [
+        f"The {i} bears of valley {i % 7} met the fox, who owed them {i * i % 13} pears.\n"
+        for i in range(300)
+    ]
+    (tmp_path / "tale.txt").write_text("".join(lines), encoding="utf-8")
+    return tmp_path / "tale.txt"
 
 
-def new_model(config: Config) -> torch.nn.Module:
-    """A network as it begins. Where it has token features they are random: there is no tokenizer to take them from."""
-    model = build_model(config, VOCAB)
-    for module in model.modules():
-        if isinstance(module, FeatureEmbedding):
-            module.basis.normal_(generator=torch.Generator().manual_seed(0))
-    return model
+@pytest.fixture
+def settings(text, tmp_path):
+    def make(**overrides):
+        values = SMALL | {
+            "dataset": str(text),
+            "out_dir": str(tmp_path / "logs"),
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(values | overrides), encoding="utf-8")
+        return path
 
-
-def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Moves every parameter away from its initial value, so that zero-initialised gains count and no matrix is special.
-
-    Logits that a softmax blends (bases, lags) are drawn anew: at their initial 10 and 5 one choice hides all others.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith(("basis_weights", "dilation_logits")):
-                parameter.copy_(noise)
-            elif parameter.dim() >= 2 and not name.endswith("history_gains"):
-                parameter.add_(0.4 * noise / parameter.size(-1) ** 0.5)
-            else:
-                parameter.add_(0.2 * noise)
-    return model
-
-
-def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
-    """A network with randomised weights, in eval mode."""
-    torch.manual_seed(seed)
-    return randomised(new_model(config), seed).eval()
-
-
-def random_ids(rows: int = 2, length: int = 40, seed: int = 0) -> torch.Tensor:
-    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def run_in_chunks(model: torch.nn.Module, ids: torch.Tensor, lengths, state=None):
-    """The logits of `ids`, given to the model in pieces of `lengths` with the state handed on, and the last state."""
-    logits = []
-    for piece in ids.split(list(lengths), dim=1):
-        part, state = model(piece, state)
-        logits.append(part)
-    return torch.cat(logits, dim=1), state
-
-
-def save_byte_run(config: Config, folder: Path) -> Path:
-    """Fills `folder` with a run of a randomised network over bytes, as train.py leaves it for other commands; returns it."""
-    torch.manual_seed(0)
-    save_model(randomised(build_model(config, 256)), folder / "best_model.safetensors")
-    save_config(config, folder / "config.json")
-    ByteTokenizer().save(folder)
-    return folder
+    return make

@@ -1,4 +1,5 @@
-"""Checkpoints give back the very network that was saved, or one line that says what is wrong with the file."""
+"""Checkpoints give back the very network that was saved, or one line that says what is wrong with
+the file."""
 
 import json
 import os
@@ -8,18 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, random_ids, random_model, tiny
+from helpers import ROOT, SHARED, random_ids, random_model, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import load_model, original_config, save_model, save_original, save_tensors, to_original, written_whole
-from config import Config, InputError, load_config, save_config
+from checkpoint import (
+    load_model,
+    original_config,
+    save_model,
+    save_original,
+    save_tensors,
+    to_original,
+)
+from common.command import InputError
+from common.files import written_whole
+from config import Config, load_config, save_config
+from data.tokenizer import ByteTokenizer
 from model import build_model
-from tokenizer import ByteTokenizer
 
 FIXTURES = SHARED / "fixtures"
-FOLDERS = sorted(path.parent for path in FIXTURES.glob("*/best_model.pt") if not path.parent.name.startswith("train5_"))
+FOLDERS = sorted(
+    path.parent
+    for path in FIXTURES.glob("*/best_model.pt")
+    if not path.parent.name.startswith("train5_")
+)
 every_fixture = pytest.mark.parametrize(
     "fixture",
     [pytest.param(folder, id=folder.name) for folder in FOLDERS]
@@ -44,7 +58,11 @@ NETWORKS = {  # overrides that change the names or the sharing of tensors
         "multi_basis_inits": ("zero", "haar", "random"),
         "shared_lifting_weights": False,
     },
-    "untied linear bases": {"multi_basis_lifting": True, "untied_reconstruction": True, "lifting_linear_only": True},
+    "untied linear bases": {
+        "multi_basis_lifting": True,
+        "untied_reconstruction": True,
+        "lifting_linear_only": True,
+    },
     "haar": {"wavelet_mode": "haar"},
     "linear": {"lifting_linear_only": True},
     "wide lifting": {"lifting_hidden_mult": 2},
@@ -58,9 +76,18 @@ NETWORKS = {  # overrides that change the names or the sharing of tensors
     "full widths by scale": {"per_scale_mixer_widths": (1.0,) * 4},
     "deep mixers": {"mixer_depth": 3},
     "deep mixers of full width": {"mixer_depth": 2, "per_scale_mixer_widths": None},
-    "stabilised deep mixers": {"mixer_depth": 2, "mixer_depth_stabilizers": True, "mixer_depth_residuals": True},
+    "stabilised deep mixers": {
+        "mixer_depth": 2,
+        "mixer_depth_stabilizers": True,
+        "mixer_depth_residuals": True,
+    },
     "spectral norm": {"stab_spectral_norm": True, "layers": 1, "levels": 2},
-    "spectral norm of deep mixers": {"stable_parametrization": True, "mixer_depth": 2, "layers": 1, "levels": 1},
+    "spectral norm of deep mixers": {
+        "stable_parametrization": True,
+        "mixer_depth": 2,
+        "layers": 1,
+        "levels": 1,
+    },
     "looped": {"looped_blocks": True, "looped_blocks_count": 3},
     "loop iterations": {"loop_iterations": 2},
     "no projection": {"skip_proj_out": True},
@@ -88,7 +115,8 @@ def logits_of(model) -> torch.Tensor:
 
 
 def assert_same(loaded, model) -> None:
-    """Bit-equal tensors by the same names; equal logits, but for the rounding of products of differently aligned memory."""
+    """Bit-equal tensors by the same names; equal logits, but for the rounding of products of
+    differently aligned memory."""
     got, want = loaded.state_dict(), model.state_dict()
     assert got.keys() == want.keys()
     for name in want:
@@ -108,7 +136,9 @@ def copy_of(fixture: Path, folder: Path) -> tuple[dict[str, torch.Tensor], dict]
     """A writable copy of a fixture in `folder`; returns its tensors and its config's values."""
     for name in ("best_model.pt", "config.json"):
         (folder / name).write_bytes((fixture / name).read_bytes())
-    return torch.load(folder / "best_model.pt", weights_only=True), json.loads((folder / "config.json").read_text())
+    return torch.load(folder / "best_model.pt", weights_only=True), json.loads(
+        (folder / "config.json").read_text()
+    )
 
 
 def error_of(path: Path) -> str:
@@ -122,7 +152,18 @@ def error_of(path: Path) -> str:
 # ===== Our own format
 
 
-SHARING = ["released", "tied", "unshared", "untied", "bases", "untied bases", "haar", "spectral norm", "deep mixers", "looped"]
+SHARING = [
+    "released",
+    "tied",
+    "unshared",
+    "untied",
+    "bases",
+    "untied bases",
+    "haar",
+    "spectral norm",
+    "deep mixers",
+    "looped",
+]
 
 
 @pytest.mark.parametrize("kind", [*SHARING, *NEW_FORMAT_ONLY])
@@ -133,7 +174,9 @@ def test_a_saved_network_loads_as_itself(kind, tmp_path):
     assert config == model.config and tokenizer is None and not loaded.training
     assert_same(loaded, model)
     assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
-    assert all(tensor.requires_grad for tensor in loaded.parameters()), "a loaded network can be trained on"
+    assert all(tensor.requires_grad for tensor in loaded.parameters()), (
+        "a loaded network can be trained on"
+    )
 
 
 def test_a_checkpoint_is_a_folder_or_a_file_by_path_or_text(tmp_path):
@@ -163,11 +206,14 @@ def test_a_loaded_network_trains_as_the_saved_one(tmp_path):
         loss.backward()
         torch.optim.SGD(network.parameters(), 0.1).step()
         losses.append(network.eval().loss(random_ids(), random_ids(seed=1))[0])
-    # Not to the last bit: a file's tensors lie at other addresses, by which the kernels order their sums.
+    # Not to the last bit: a file's tensors lie at other addresses, by which the kernels order their
+    # sums.
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("accident", [RuntimeError("power"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "accident", [RuntimeError("power"), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(accident, tmp_path, monkeypatch):
     file = save_run(random_model(tiny()), tmp_path)
     before, names = file.read_bytes(), set(os.listdir(tmp_path))
@@ -233,7 +279,9 @@ def test_a_checkpoint_without_its_config_is_an_error_that_names_the_config(suffi
 
 def rewrite(path: Path, change) -> None:
     """Applies `change` to the tensors of a checkpoint of either format."""
-    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    tensors = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    )
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors)
     if path.suffix == ".safetensors":
@@ -281,7 +329,12 @@ def test_a_tensor_that_is_not_finite_is_an_error_that_names_it(saved, value):
 def test_a_tensor_of_another_type_is_an_error_that_names_it_and_both_types(saved, dtype):
     rewrite(saved, lambda tensors: tensors.update({"layers.1.ln2.bias": torch.ones(16).to(dtype)}))
     line = error_of(saved)
-    assert str(saved) in line and "layers.1.ln2.bias" in line and str(dtype)[6:] in line and "float32" in line
+    assert (
+        str(saved) in line
+        and "layers.1.ln2.bias" in line
+        and str(dtype)[6:] in line
+        and "float32" in line
+    )
 
 
 def test_a_tokenizer_of_another_vocabulary_is_an_error_that_names_both(saved):
@@ -292,15 +345,19 @@ def test_a_tokenizer_of_another_vocabulary_is_an_error_that_names_both(saved):
 
 def test_the_same_network_is_written_as_the_same_bytes_by_every_process(tmp_path):
     script = (
-        "import sys, pathlib, torch; from checkpoint import save_tensors;"
-        "save_tensors({'a': torch.ones(3), 'é': torch.zeros(2, 2)}, pathlib.Path(sys.argv[1]), {k: k for k in 'zyxabc\"é'})"
+        "import sys, pathlib, torch; from checkpoint import save_tensors;save_tensors({'a':"
+        " torch.ones(3), 'é': torch.zeros(2, 2)}, pathlib.Path(sys.argv[1]), {k: k for k in"
+        " 'zyxabc\"é'})"
     )
     files = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    for file in files:  # a process each, since it is by process that the order of safetensors' metadata differs
-        subprocess.run([sys.executable, "-c", script, file], check=True, cwd=Path(checkpoint.__file__).parent)
+    # a process each, since it is by process that the order of safetensors' metadata differs
+    for file in files:
+        subprocess.run([sys.executable, "-c", script, file], check=True, cwd=ROOT)
     assert len({file.read_bytes() for file in files}) == 1
     with safe_open(files[0], "pt") as file:
-        assert file.metadata() == {k: k for k in 'zyxabc"é'} and torch.equal(file.get_tensor("a"), torch.ones(3))
+        assert file.metadata() == {k: k for k in 'zyxabc"é'} and torch.equal(
+            file.get_tensor("a"), torch.ones(3)
+        )
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
@@ -310,11 +367,20 @@ def test_new_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
         save_run(random_model(tiny()), tmp_path / "run")
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()} == {0o666 & ~umask}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()} == {
+        0o666 & ~umask
+    }
 
 
 @pytest.mark.parametrize(
-    "change", [{"C": 32}, {"layers": 3}, {"mlp_expansion": 3}, {"pkm_num_keys": 25}, {"learned_residual": False}]
+    "change",
+    [
+        {"C": 32},
+        {"layers": 3},
+        {"mlp_expansion": 3},
+        {"pkm_num_keys": 25},
+        {"learned_residual": False},
+    ],
 )
 def test_a_config_of_another_network_is_an_error_that_names_the_file(saved, change):
     path = saved.parent / "config.json"
@@ -323,7 +389,12 @@ def test_a_config_of_another_network_is_an_error_that_names_the_file(saved, chan
 
 
 def test_many_missing_tensors_are_named_in_a_line_of_bounded_length(saved):
-    rewrite(saved, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("layers.1.")])
+    rewrite(
+        saved,
+        lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if name.startswith("layers.1.")
+        ],
+    )
     assert len(error_of(saved)) < 1000
 
 
@@ -361,7 +432,9 @@ def test_reading_and_writing_the_old_format_is_the_identity(fixture):
     model, config, _ = load_model(fixture)
     written = to_original(model)
     dropped = {  # networks that nothing ever reads
-        name for name in old if config.untied_reconstruction and "lifting_reconstruct" in name and "predict_nets" in name
+        name
+        for name in old
+        if config.untied_reconstruction and "lifting_reconstruct" in name and "predict_nets" in name
     }
     assert written.keys() == old.keys() - dropped
     for name, tensor in written.items():
@@ -372,7 +445,9 @@ def test_a_compiled_network_s_prefix_is_stripped(tmp_path):
     model = random_model(tiny())
     save_original(model, tmp_path)
     old = torch.load(tmp_path / "best_model.pt", weights_only=True)
-    torch.save({f"_orig_mod.{name}": tensor for name, tensor in old.items()}, tmp_path / "best_model.pt")
+    torch.save(
+        {f"_orig_mod.{name}": tensor for name, tensor in old.items()}, tmp_path / "best_model.pt"
+    )
     assert_same(load_model(tmp_path)[0], model)
 
 
@@ -384,16 +459,23 @@ def test_a_file_of_another_name_is_read_too(tmp_path):
 
 
 SHOWN = [  # keys whose value the names and shapes of an old state dict show
-    "C", "layers", "levels", "low_rank", "mlp_expansion", "mlp_layers", "wavelet_mode", "shared_lifting_weights",
-    "untied_reconstruction", "multi_basis_lifting", "multi_basis_inits", "cross_scale_gating", "per_scale_mixer_widths",
-    "wavelet_crawl", "wavelet_crawl_k", "lifting_linear_only", "lifting_hidden_mult", "use_mixer_gate", "mixer_depth",
-    "mixer_depth_stabilizers", "decompose_bypass", "decompose_bypass_ema", "learned_residual", "skip_proj_out",
-    "tie_embedding_to_lm_head", "per_layer_embedding", "pkm_enabled", "pkm_num_keys", "pkm_heads", "fwpkm_enabled",
+    "C", "layers", "levels", "low_rank", "mlp_expansion", "mlp_layers", "wavelet_mode",
+    "shared_lifting_weights",
+    "untied_reconstruction", "multi_basis_lifting", "multi_basis_inits", "cross_scale_gating",
+    "per_scale_mixer_widths",
+    "wavelet_crawl", "wavelet_crawl_k", "lifting_linear_only", "lifting_hidden_mult",
+    "use_mixer_gate", "mixer_depth",
+    "mixer_depth_stabilizers", "decompose_bypass", "decompose_bypass_ema", "learned_residual",
+    "skip_proj_out",
+    "tie_embedding_to_lm_head", "per_layer_embedding", "pkm_enabled", "pkm_num_keys", "pkm_heads",
+    "fwpkm_enabled",
     "fwpkm_num_keys", "fwpkm_heads", "stab_spectral_norm",
 ]  # fmt: skip
 WITHOUT_EFFECT_ON_A_TRAINED_NETWORK = [  # initial scales, and what only training reads
-    "lifting_init", "lifting_dropout", "stable_parametrization", "stab_ff_scaling", "stab_proj_out_scaling",
-    "stab_mixer_eps_scaling", "stab_lifting_level_scaling", "decompose_bypass_cross_window", "stochastic_depth_rate",
+    "lifting_init", "lifting_dropout", "stable_parametrization", "stab_ff_scaling",
+    "stab_proj_out_scaling",
+    "stab_mixer_eps_scaling", "stab_lifting_level_scaling", "decompose_bypass_cross_window",
+    "stochastic_depth_rate",
     *(f"dropout_{place}" for place in ("embedding", "projection", "mixer", "mlp", "lm_head")),
 ]  # fmt: skip
 
@@ -422,7 +504,8 @@ def test_each_absent_key_is_read_off_the_tensors(fixture, tmp_path):
     whole = network_of(original_config(values, tensors, fixture))
     for key in SHOWN:
         lacking = {name: value for name, value in values.items() if name != key}
-        if network_of(original_config(lacking, tensors, fixture)) != whole:  # perhaps another way to say the same
+        # perhaps another way to say the same
+        if network_of(original_config(lacking, tensors, fixture)) != whole:
             logits = logits_with(tmp_path, lacking, expected["ids"])
             torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0, msg=key)
 
@@ -431,7 +514,11 @@ def test_each_absent_key_is_read_off_the_tensors(fixture, tmp_path):
 def test_all_absent_keys_are_read_off_the_tensors_together(fixture, tmp_path):
     _, values = copy_of(fixture, tmp_path)
     expected = torch.load(fixture / "expected.pt", weights_only=True)
-    rest = {key: value for key, value in values.items() if key not in SHOWN + WITHOUT_EFFECT_ON_A_TRAINED_NETWORK}
+    rest = {
+        key: value
+        for key, value in values.items()
+        if key not in SHOWN + WITHOUT_EFFECT_ON_A_TRAINED_NETWORK
+    }
     logits = logits_with(tmp_path, rest, expected["ids"])
     torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
 
@@ -439,25 +526,38 @@ def test_all_absent_keys_are_read_off_the_tensors_together(fixture, tmp_path):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_absent_keys_are_read_off_the_tensors_of_every_network(kind, tmp_path):
     model = random_model(tiny(**NETWORKS[kind]))
-    rest = {key: value for key, value in model.config.model_dump(mode="json").items() if key not in SHOWN}
+    rest = {
+        key: value
+        for key, value in model.config.model_dump(mode="json").items()
+        if key not in SHOWN
+    }
     if network_of(original_config(rest, to_original(model), tmp_path)) != network_of(model.config):
         save_original(model, tmp_path)
-        torch.testing.assert_close(logits_with(tmp_path, rest, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            logits_with(tmp_path, rest, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
     ("network", "ignored"),
     [
-        ({"mixer_depth": 2, "per_scale_mixer_widths": None}, {"per_scale_mixer_widths": [1.0, 1.0, 0.5, 0.5]}),
+        (
+            {"mixer_depth": 2, "per_scale_mixer_widths": None},
+            {"per_scale_mixer_widths": [1.0, 1.0, 0.5, 0.5]},
+        ),
         ({"wavelet_mode": "haar"}, {"untied_reconstruction": True}),
         ({}, {"mixer_depth_residuals": True}),
     ],
 )
-def test_a_key_that_the_first_implementation_did_not_look_at_changes_nothing(network, ignored, tmp_path):
+def test_a_key_that_the_first_implementation_did_not_look_at_changes_nothing(
+    network, ignored, tmp_path
+):
     model = random_model(tiny(**network))
     save_original(model, tmp_path)
     values = model.config.model_dump(mode="json") | ignored
-    torch.testing.assert_close(logits_with(tmp_path, values, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits_with(tmp_path, values, random_ids()), logits_of(model), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_an_old_config_s_gate_activation_is_silu_when_absent(tmp_path):
@@ -493,7 +593,13 @@ def test_an_unknown_key_that_is_true_is_an_error_that_names_it_and_others_are_ig
     model = random_model(tiny())
     save_original(model, tmp_path)
     values = model.config.model_dump(mode="json")
-    idle = {"use_flux_capacitor": False, "flux": 3, "flux_mode": "on", "flux_list": [1], "flux_none": None}
+    idle = {
+        "use_flux_capacitor": False,
+        "flux": 3,
+        "flux_mode": "on",
+        "flux_list": [1],
+        "flux_none": None,
+    }
     (tmp_path / "config.json").write_text(json.dumps(values | idle))
     assert_same(load_model(tmp_path)[0], model)
     (tmp_path / "config.json").write_text(json.dumps(values | {"use_flux_capacitor": True}))
@@ -504,11 +610,16 @@ def test_how_an_old_run_was_trained_does_not_matter_to_its_weights(tmp_path):
     model = random_model(tiny())
     save_original(model, tmp_path)
     training = {
-        "optimizer": "adagrad", "amp_dtype": "float16", "device": "cuda:0", "compile_mode": "max-autotune-no-cudagraphs",
-        "epochs": 0, "warmup_fraction": 1, "dataset_name": None, "tokenizer": None, "eval_interval": 0, "lr": 0,
-        "generation_prompt": "", "top_p": 0, "repetition_penalty": 0.9, "max_steps": 0, "seed": -1, "grad_clip": None,
+        "optimizer": "adagrad", "amp_dtype": "float16", "device": "cuda:0",
+        "compile_mode": "max-autotune-no-cudagraphs",
+        "epochs": 0, "warmup_fraction": 1, "dataset_name": None, "tokenizer": None,
+        "eval_interval": 0, "lr": 0,
+        "generation_prompt": "", "top_p": 0, "repetition_penalty": 0.9, "max_steps": 0, "seed": -1,
+        "grad_clip": None,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(model.config.model_dump(mode="json") | training))
+    (tmp_path / "config.json").write_text(
+        json.dumps(model.config.model_dump(mode="json") | training)
+    )
     assert_same(load_model(tmp_path)[0], model)
 
 
@@ -525,7 +636,10 @@ def test_fast_weights_left_in_an_old_file_are_added_to_the_values(tmp_path):
     with torch.no_grad():
         for i, layer in enumerate(model.layers):
             change = torch.randn_like(layer.fwpkm.values.weight)
-            rewrite(tmp_path / "best_model.pt", lambda t, i=i, c=change: t[f"layers.{i}.fwpkm.value_deltas"].copy_(c))
+            rewrite(
+                tmp_path / "best_model.pt",
+                lambda t, i=i, c=change: t[f"layers.{i}.fwpkm.value_deltas"].copy_(c),
+            )
             layer.fwpkm.values.weight += change
     assert_same(load_model(tmp_path)[0], model)
 
@@ -535,7 +649,9 @@ def test_an_old_file_without_fast_weights_is_read_too(tmp_path):
     save_original(model, tmp_path)
     rewrite(
         tmp_path / "best_model.pt",
-        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("value_deltas")],
+        lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if name.endswith("value_deltas")
+        ],
     )
     assert_same(load_model(tmp_path)[0], model)
 
@@ -559,7 +675,9 @@ def test_code_in_a_pickle_is_never_run(place, tmp_path):
     assert mark.exists(), "the pickle would have done it"
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {"a": torch.ones(1)}}, {"a": 1}, torch.ones(1), {}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"model": {"a": torch.ones(1)}}, {"a": 1}, torch.ones(1), {}]
+)
 def test_an_old_file_that_is_no_plain_state_dict_is_an_error_that_names_it(content, tmp_path):
     save_original(random_model(tiny()), tmp_path)
     torch.save(content, tmp_path / "best_model.pt")

@@ -1,35 +1,31 @@
-"""A config is complete, typed, ranged, consistent and frozen; what is wrong with one is said in one line that names the key."""
+"""A config is complete, typed, ranged, consistent and frozen; what is wrong with one is said in one
+line that names the key."""
 
-import argparse
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
+from helpers import ROOT, tiny
 from pydantic import ValidationError
 
+from common.command import InputError, Parser, run_command
 from config import (
     LAST_WITH_REMOVED,
     REMOVED_KEYS,
     REMOVED_VALUES,
     SECTIONS,
     Config,
-    InputError,
-    Parser,
     add_config_options,
     given_options,
     load_config,
     make_config,
-    run_command,
     save_config,
 )
 from model import build_model
 
-ROOT = Path(__file__).parents[1]
 KEYS = list(Config.model_fields)
 
 
@@ -50,16 +46,25 @@ def command_line(*arguments: str) -> dict:
 
 @pytest.mark.parametrize(
     "wrong, right",
-    [("layer", "layers"), ("drop_out_mlp", "dropout_mlp"), ("blocksize", "block_size"), ("levles", "levels")],
+    [
+        ("layer", "layers"),
+        ("drop_out_mlp", "dropout_mlp"),
+        ("blocksize", "block_size"),
+        ("levles", "levels"),
+    ],
 )
 def test_an_unknown_key_is_an_error_that_suggests_the_nearest(wrong, right):
     line = error_of({wrong: 3})
     assert wrong in line and f"did you mean {right}" in line
 
 
-@pytest.mark.parametrize("wrong, hint", [("--levles", "did you mean --levels?"), ("--qqqq=3", "see --help")])
+@pytest.mark.parametrize(
+    "wrong, hint", [("--levles", "did you mean --levels?"), ("--qqqq=3", "see --help")]
+)
 def test_an_unknown_option_is_an_error_that_names_it(wrong, hint):
-    with pytest.raises(InputError, match=re.escape(f"unknown option {wrong.partition('=')[0]}; {hint}")):
+    with pytest.raises(
+        InputError, match=re.escape(f"unknown option {wrong.partition('=')[0]}; {hint}")
+    ):
         command_line(wrong, "3")
 
 
@@ -90,7 +95,9 @@ def test_a_number_with_a_fraction_is_no_integer_and_an_integer_is_a_number():
     assert make_config({"lr": 1}, "x").lr == 1.0
 
 
-@pytest.mark.parametrize("key", ["optimizer", "wavelet_mode", "mixer_gate_activation", "lifting_init", "eval_context"])
+@pytest.mark.parametrize(
+    "key", ["optimizer", "wavelet_mode", "mixer_gate_activation", "lifting_init", "eval_context"]
+)
 def test_a_word_that_is_no_choice_is_an_error_that_lists_the_choices(key):
     line = error_of({key: "sgdd"})
     choices = Config.model_fields[key].annotation.__args__
@@ -98,7 +105,12 @@ def test_a_word_that_is_no_choice_is_an_error_that_lists_the_choices(key):
 
 
 def test_a_value_past_its_range_is_an_error_that_names_the_key():
-    beyond = {"ge": lambda v, step: v - step, "gt": lambda v, _: v, "le": lambda v, step: v + step, "lt": lambda v, _: v}
+    beyond = {
+        "ge": lambda v, step: v - step,
+        "gt": lambda v, _: v,
+        "le": lambda v, step: v + step,
+        "lt": lambda v, _: v,
+    }
     for key, field in Config.model_fields.items():
         step = 1 if "int" in str(field.annotation) else 1e-6
         for limit in field.metadata:
@@ -110,17 +122,26 @@ def test_a_value_past_its_range_is_an_error_that_names_the_key():
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("C", 0), ("layers", 0), ("levels", 0), ("block_size", 0), ("mlp_expansion", -1), ("mlp_layers", 0), ("low_rank", -1),
-        ("mixer_depth", 0), ("loop_iterations", 0), ("dropout_mlp", 1.0), ("dropout_mlp", -0.1), ("lifting_dropout", 1.0),
-        ("stochastic_depth_rate", 1.0), ("pkm_top_k", 0), ("fwpkm_chunk_size", 1), ("fwpkm_update_lr", 0.0), ("lr", 0.0),
-        ("lr", -1.0), ("warmup_fraction", 1.0), ("top_p", 0.0), ("top_p", 1.1), ("temperature", -0.1), ("num_new_tokens", -1),
-        ("repetition_penalty", 0.5), ("micro_batch_size", 0), ("grad_accum", 0), ("epochs", 0.0), ("max_steps", 0),
-        ("multi_basis_inits", ()), ("multi_basis_inits", ("haar", "hair")), ("dataset", ""), ("adam_betas", (0.9,)),
-        ("lr", float("nan")), ("lr", float("inf")), ("epochs", float("inf")), ("temperature", float("inf")),
+        ("C", 0), ("layers", 0), ("levels", 0), ("block_size", 0), ("mlp_expansion", -1),
+        ("mlp_layers", 0), ("low_rank", -1),
+        ("mixer_depth", 0), ("loop_iterations", 0), ("dropout_mlp", 1.0), ("dropout_mlp", -0.1),
+        ("lifting_dropout", 1.0),
+        ("stochastic_depth_rate", 1.0), ("pkm_top_k", 0), ("fwpkm_chunk_size", 1),
+        ("fwpkm_update_lr", 0.0), ("lr", 0.0),
+        ("lr", -1.0), ("warmup_fraction", 1.0), ("top_p", 0.0), ("top_p", 1.1),
+        ("temperature", -0.1), ("num_new_tokens", -1),
+        ("repetition_penalty", 0.5), ("micro_batch_size", 0), ("grad_accum", 0), ("epochs", 0.0),
+        ("max_steps", 0),
+        ("multi_basis_inits", ()), ("multi_basis_inits", ("haar", "hair")), ("dataset", ""),
+        ("adam_betas", (0.9,)),
+        ("lr", float("nan")), ("lr", float("inf")), ("epochs", float("inf")),
+        ("temperature", float("inf")),
         ("grad_clip", float("nan")), ("multinodal_bagged_eps", float("nan")),
-        ("split_fractions", (float("nan"), 0.5, 0.5)), ("per_scale_mixer_widths", (float("inf"),) * 6),
+        ("split_fractions", (float("nan"), 0.5, 0.5)),
+        ("per_scale_mixer_widths", (float("inf"),) * 6),
         ("dataset_mix", {"": 1.0}),
-        ("dataset_mix", {"books": 0.0}), ("dataset_mix", {"books": float("nan")}), ("dataset_mix", {"wikitext-103": 1.0}),
+        ("dataset_mix", {"books": 0.0}), ("dataset_mix", {"books": float("nan")}),
+        ("dataset_mix", {"wikitext-103": 1.0}),
     ],
 )  # fmt: skip
 def test_senseless_values_are_errors_that_name_the_key(key, value):
@@ -135,7 +156,8 @@ CONTRADICTIONS = [
     ("per_scale_mixer_widths", {"per_scale_mixer_widths": (1.0,)}),
     ("per_scale_mixer_widths", {"per_scale_mixer_widths": (1.0, 1.0, 1.0, 0.5, 0.5, 0.0)}),
     ("per_scale_mixer_widths", {"per_scale_mixer_widths": (1.0, 1.0, 1.0, 0.5, 0.5, -0.5)}),
-    ("per_scale_mixer_widths", {"C": 16, "per_scale_mixer_widths": (1.0, 1.0, 1.0, 0.5, 0.5, 0.01)}),
+    ("per_scale_mixer_widths", {"C": 16, "per_scale_mixer_widths": (1.0, 1.0, 1.0, 0.5, 0.5,
+        0.01)}),
     (  # the width of a cell, not C, is what the mixers have
         "per_scale_mixer_widths",
         {
@@ -156,15 +178,19 @@ CONTRADICTIONS = [
     ("split_fractions", {"split_fractions": (0.5, 0.5, 0.5)}),
     ("split_fractions", {"split_fractions": (1.0, 0.0, 0.0)}),
     ("untied_reconstruction", {"untied_reconstruction": True, "wavelet_mode": "haar"}),
-    ("untied_reconstruction", {"untied_reconstruction": True, "wavelet_mode": "packets", "per_scale_mixer_widths": None}),
+    ("untied_reconstruction", {"untied_reconstruction": True, "wavelet_mode": "packets",
+        "per_scale_mixer_widths": None}),
     ("per_scale_mixer_widths", {"wavelet_mode": "packets"}),
-    ("lifting_gate", {"lifting_gate": True, "wavelet_mode": "packets", "per_scale_mixer_widths": None}),
-    ("levels", {"wavelet_mode": "packets", "levels": 9, "block_size": 1024, "per_scale_mixer_widths": None}),
+    ("lifting_gate", {"lifting_gate": True, "wavelet_mode": "packets",
+        "per_scale_mixer_widths": None}),
+    ("levels", {"wavelet_mode": "packets", "levels": 9, "block_size": 1024,
+        "per_scale_mixer_widths": None}),
     ("mixer_top_k", {"mixer_top_k": 2048}),
     ("decompose_bypass_ema", {"decompose_bypass": False, "decompose_bypass_ema": True}),
     (
         "multinodal_cross_cell_gating",
-        {"multinodal_enabled": True, "multinodal_cross_cell_gating": True, "multinodal_num_cells": 1},
+        {"multinodal_enabled": True, "multinodal_cross_cell_gating": True,
+            "multinodal_num_cells": 1},
     ),
     ("multinodal_seeds", {"multinodal_enabled": True, "multinodal_num_cells": 3}),
     ("multinodal_features_per_cell", {"multinodal_features_per_cell": 0}),
@@ -184,14 +210,20 @@ def test_the_config_of_an_old_run_loads_where_its_removed_keys_are_off(tmp_path)
     assert not set(REMOVED_KEYS) & set(tiny().model_dump())
 
 
-REMOVED = [(key, not off if isinstance(off, bool) else off + 2.0) for key, off in REMOVED_KEYS.items()]
+REMOVED = [
+    (key, not off if isinstance(off, bool) else off + 2.0) for key, off in REMOVED_KEYS.items()
+]
 REMOVED += [(key, value) for key, values in REMOVED_VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize("key, value", REMOVED)
-def test_what_was_removed_is_an_error_that_says_so_and_names_the_last_commit_that_has_it(key, value):
+def test_what_was_removed_is_an_error_that_says_so_and_names_the_last_commit_that_has_it(
+    key, value
+):
     line = error_of({key: value})
-    assert line.startswith(f"my.json: {key}: {json.dumps(value)} was removed") and line.endswith(LAST_WITH_REMOVED)
+    assert line.startswith(f"my.json: {key}: {json.dumps(value)} was removed") and line.endswith(
+        LAST_WITH_REMOVED
+    )
 
 
 @pytest.mark.parametrize("key", REMOVED_KEYS)
@@ -206,14 +238,24 @@ def test_a_memory_that_is_off_needs_no_valid_size():
 
 @pytest.mark.parametrize(
     "text, problem",
-    [("", "not JSON"), ('{"C": 4,}', "not JSON"), ("[1]", "object"), ("3", "object"), ('{"C": "4"}', " C: ")],
+    [
+        ("", "not JSON"),
+        ('{"C": 4,}', "not JSON"),
+        ("[1]", "object"),
+        ("3", "object"),
+        ('{"C": "4"}', " C: "),
+    ],
 )
 def test_a_file_that_holds_no_config_is_an_error_that_names_it(tmp_path, text, problem):
     path = tmp_path / "some.json"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
         load_config(path)
-    assert str(path) in str(caught.value) and problem in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(path) in str(caught.value)
+        and problem in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_missing_file_a_folder_and_invalid_utf8_are_errors_that_name_them(tmp_path):
@@ -234,8 +276,14 @@ def test_input_errors_end_a_command_with_one_line_on_stderr_and_code_2(capsys):
 
 
 def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback():
-    command = [sys.executable, "-c", "from config import run_command; run_command(lambda: print('x' * 10**6))"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-c",
+        "from common.command import run_command; run_command(lambda: print('x' * 10**6))",
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.read(1)
         process.stdout.close()
         errors = process.stderr.read()
@@ -258,10 +306,19 @@ def test_options_of_the_command_line_override_the_file(tmp_path):
         (["--max_steps", "None"], {"max_steps": None}),
         (["--dataset_mix", "[]"], {"dataset_mix": ()}),
         (["--dataset_mix", '{"pg19": 0.5}'], {"dataset_mix": (("pg19", 0.5),)}),
-        (["--per_scale_mixer_widths", "[1, 1, 1, 1, 0.5, 0.5]"], {"per_scale_mixer_widths": (1, 1, 1, 1, 0.5, 0.5)}),
+        (
+            ["--per_scale_mixer_widths", "[1, 1, 1, 1, 0.5, 0.5]"],
+            {"per_scale_mixer_widths": (1, 1, 1, 1, 0.5, 0.5)},
+        ),
         (["--multi_basis_inits", '["haar", "zero"]'], {"multi_basis_inits": ("haar", "zero")}),
-        (["--optimizer", "AdamW", "--amp_dtype", "bf16"], {"optimizer": "AdamW", "amp_dtype": "bf16"}),
-        (["--dataset", "123", "--generation_prompt", "null"], {"dataset": "123", "generation_prompt": "null"}),
+        (
+            ["--optimizer", "AdamW", "--amp_dtype", "bf16"],
+            {"optimizer": "AdamW", "amp_dtype": "bf16"},
+        ),
+        (
+            ["--dataset", "123", "--generation_prompt", "null"],
+            {"dataset": "123", "generation_prompt": "null"},
+        ),
         (["--dataset_path", ""], {"dataset_path": ""}),
         ([], {}),
     ],
@@ -287,9 +344,10 @@ def test_every_value_survives_the_command_line():
 
 
 def test_help_lists_every_key_with_its_meaning_and_default():
-    parser = argparse.ArgumentParser()
+    parser = Parser("")
     add_config_options(parser)
-    text = " ".join(parser.format_help().split()).replace("- ", "-")  # argparse breaks lines after hyphens
+    # argparse breaks lines after hyphens
+    text = " ".join(parser.format_help().split()).replace("- ", "-")
     for key, field in Config.model_fields.items():
         default = json.dumps(field.default, ensure_ascii=False)
         assert f"--{key} VALUE " in text
@@ -303,7 +361,13 @@ def test_every_key_is_documented_and_in_a_section():
 
 
 def test_a_saved_config_loads_as_itself(tmp_path):
-    config = tiny(levels=4, max_steps=7, decompose_bypass_ema=True, multi_basis_inits=("zero", "random"), dataset="a/é.txt")
+    config = tiny(
+        levels=4,
+        max_steps=7,
+        decompose_bypass_ema=True,
+        multi_basis_inits=("zero", "random"),
+        dataset="a/é.txt",
+    )
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() == set(KEYS)

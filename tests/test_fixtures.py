@@ -1,19 +1,27 @@
-"""The first implementation's numbers: its checkpoints load and give its logits and losses, in training too."""
+"""The first implementation's numbers: its checkpoints load and give its logits and losses, in
+training too."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, run_in_chunks
+from helpers import SHARED, run_in_chunks
 
 from checkpoint import load_model
-from decode import Decoder
+from inference.decode import Decoder
 
 OWN = Path(__file__).parent / "fixtures"  # two networks, which every clone has
-# One folder a name: the two of the repository, and those beside it where there are any, of which two are the same ones.
-ALL = {file.parent.name: file.parent for place in (SHARED / "fixtures", OWN) for file in sorted(place.glob("*/expected.pt"))}
-NETWORKS = [pytest.param(path, id=name) for name, path in ALL.items() if not name.startswith("train5_")]
+# One folder a name: the two of the repository, and those beside it where there are any, of which
+# two are the same ones.
+ALL = {
+    file.parent.name: file.parent
+    for place in (SHARED / "fixtures", OWN)
+    for file in sorted(place.glob("*/expected.pt"))
+}
+NETWORKS = [
+    pytest.param(path, id=name) for name, path in ALL.items() if not name.startswith("train5_")
+]
 
 
 def expected_of(folder: Path) -> dict:
@@ -47,8 +55,12 @@ def test_five_adagrad_steps_equal_the_first_implementation_s(shared):
     folder = shared / "fixtures" / "train5_Adagrad"
     model, _, _ = load_model(folder)
     expected = expected_of(folder)
-    optimizer = torch.optim.Adagrad(model.train().parameters(), lr=0.01, eps=2e-13, weight_decay=1e-6)
-    for inputs, targets, lr, wanted in zip(*(expected[k] for k in ("inputs", "targets", "lrs", "losses")), strict=True):
+    optimizer = torch.optim.Adagrad(
+        model.train().parameters(), lr=0.01, eps=2e-13, weight_decay=1e-6
+    )
+    for inputs, targets, lr, wanted in zip(
+        *(expected[k] for k in ("inputs", "targets", "lrs", "losses")), strict=True
+    ):
         optimizer.param_groups[0]["lr"] = lr
         loss, _ = model.loss(inputs, targets)
         assert abs(loss.item() - wanted) < 1e-3
@@ -56,7 +68,9 @@ def test_five_adagrad_steps_equal_the_first_implementation_s(shared):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    torch.testing.assert_close(model.lm_head.weight.detach(), expected["final_lm_head"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.lm_head.weight.detach(), expected["final_lm_head"], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("folder", NETWORKS)

@@ -7,22 +7,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCAB, random_ids, random_model, randomised, save_byte_run, tiny
+from helpers import ROOT, VOCAB, random_ids, random_model, randomised, save_byte_run, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sampling
 from checkpoint import save_model
-from config import InputError, load_config, run_command, save_config
-from decode import Decoder
-from generate import bare_prompt, clean_spacing, main, sample_text
-from graphs import GraphedStep
-from model import build_model, build_wavelet
-from sampling import (
+from common.command import InputError, run_command
+from config import load_config, save_config
+from data.tokenizer import ByteTokenizer
+from generate import main
+from inference import sampling
+from inference.decode import Decoder
+from inference.graphs import GraphedStep
+from inference.sampling import (
     Rules,
     Sample,
     Settings,
     adaptive_temperature,
+    bare_prompt,
     distinct,
     draw,
     entropy_of,
@@ -31,10 +33,12 @@ from sampling import (
     measure,
     nucleus,
     penalised,
+    sample_text,
     tightened,
     window_start,
 )
-from tokenizer import ByteTokenizer
+from inference.spacing import clean_spacing
+from model import build_model, build_wavelet
 
 GREEDY = Settings(temperature=0, repetition_penalty=1)
 
@@ -45,7 +49,8 @@ def model() -> torch.nn.Module:
 
 
 class InPlace:
-    """A decoder that changes the state that it is given, as the fast one may, and counts its calls and starts."""
+    """A decoder that changes the state that it is given, as the fast one may, and counts its calls
+    and starts."""
 
     def __init__(self, model):
         self.model, self.config, self.calls, self.starts = model, model.config, [], 0
@@ -83,7 +88,9 @@ def grid(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.55, 0.9, 0.999, 1.0])
-@pytest.mark.parametrize("probs", [[0.1, 0.5, 0.15, 0.25], [0.25] * 4, [0.0, 1.0, 0.0], [0.4, 0.2, 0.2, 0.2], [1.0]])
+@pytest.mark.parametrize(
+    "probs", [[0.1, 0.5, 0.15, 0.25], [0.25] * 4, [0.0, 1.0, 0.0], [0.4, 0.2, 0.2, 0.2], [1.0]]
+)
 def test_draws_come_from_the_nucleus_and_from_all_of_it(probs, p):
     draws = draw(torch.tensor([probs]).repeat(2000, 1), torch.full((2000, 1), p), grid(2000))
     nucleus = in_nucleus(probs, p - 1e-6)
@@ -106,7 +113,9 @@ def test_the_nucleus_of_a_large_vocabulary_is_the_one_by_definition(p):
     logits = 2 * torch.randn(2, 20_000, generator=torch.Generator().manual_seed(1))
     probs = logits.mul(16).round().div(16).softmax(-1)  # rounded, so that many tokens are equals
     order = probs.double().sort(descending=True, stable=True)
-    wanted = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, order.indices, order.values.cumsum(1) - order.values < p)
+    wanted = torch.zeros_like(probs, dtype=torch.bool).scatter_(
+        1, order.indices, order.values.cumsum(1) - order.values < p
+    )
     assert torch.equal(nucleus(probs, torch.full((2, 1), p)) > 0, wanted)
 
 
@@ -118,7 +127,10 @@ def test_whole_distribution_is_drawn_by_its_inverse():
 
 def test_numbers_next_to_one_draw_the_last_possible_token():
     probs = torch.tensor([[0.5, 0.5, 0.0]])
-    assert draw(probs, torch.ones(1, 1), torch.full((1, 1), 1 - 2**-53, dtype=torch.float64)).item() == 1
+    assert (
+        draw(probs, torch.ones(1, 1), torch.full((1, 1), 1 - 2**-53, dtype=torch.float64)).item()
+        == 1
+    )
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
@@ -129,11 +141,16 @@ def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens(
 
 
 def test_adaptive_temperature_is_highest_where_the_model_is_sure():
-    uniform, sure = torch.zeros(1, 8).log_softmax(-1), torch.tensor([[50.0] + [0.0] * 7]).log_softmax(-1)
+    uniform, sure = (
+        torch.zeros(1, 8).log_softmax(-1),
+        torch.tensor([[50.0] + [0.0] * 7]).log_softmax(-1),
+    )
     entropy = entropy_of(torch.cat([uniform, sure]))
     assert entropy.tolist() == pytest.approx([math.log(8), 0], abs=1e-5)
     assert adaptive_temperature(entropy, 8, 0.5, 0.9).tolist() == pytest.approx([0.5, 0.9])
-    assert adaptive_temperature(torch.tensor([math.log(8) / 4]), 8, 0.5, 0.9).item() == pytest.approx(0.8)
+    assert adaptive_temperature(
+        torch.tensor([math.log(8) / 4]), 8, 0.5, 0.9
+    ).item() == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 21])
@@ -145,11 +162,14 @@ def test_haar_mean_is_the_mean_of_the_haar_approximation(length):
 
 
 def test_coherence_tightens_top_p_below_the_threshold_only():
-    assert tightened(0.8, torch.tensor([1.0, 0.5, 0.4, 0.1, -1.0])).tolist() == pytest.approx([0.8, 0.8, 0.64, 0.4, 0.4])
+    assert tightened(0.8, torch.tensor([1.0, 0.5, 0.4, 0.1, -1.0])).tolist() == pytest.approx(
+        [0.8, 0.8, 0.64, 0.4, 0.4]
+    )
 
 
 def test_coherence_shrinks_the_nucleus_of_a_text_that_strays(monkeypatch):
-    """Tokens 0 and 1 are embedded at a right angle. Both prompts are of 0; one text goes on with 0, the other with 1."""
+    """Tokens 0 and 1 are embedded at a right angle. Both prompts are of 0; one text goes on with 0,
+    the other with 1."""
 
     def goes_on(text, state):
         logits = torch.full((len(text), 1, 2), -9.0)
@@ -232,14 +252,17 @@ def test_row_of_a_batch_is_the_text_it_is_alone(model):
     assert torch.equal(several[:3], generate(model, ids, 30, Settings(n=3)).ids)
     assert len({tuple(row) for row in several.tolist()}) == 5
     tight = Settings(n=4, top_p=0.2)  # many draws are rejected: no row may use up another's numbers
-    assert torch.equal(generate(model, ids, 30, tight).ids[:1], generate(model, ids, 30, Settings(top_p=0.2)).ids)
+    assert torch.equal(
+        generate(model, ids, 30, tight).ids[:1], generate(model, ids, 30, Settings(top_p=0.2)).ids
+    )
 
 
 def test_same_seed_same_text_and_another_seed_another(model):
     ids = random_ids(rows=1, length=9)
     first, second = (generate(model, ids, 30, Settings(seed=5)).ids for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(first[:, :20], generate(model, ids, 11, Settings(seed=5)).ids)  # a shorter run is its beginning
+    # a shorter run is its beginning
+    assert torch.equal(first[:, :20], generate(model, ids, 11, Settings(seed=5)).ids)
     assert not torch.equal(first, generate(model, ids, 30, Settings(seed=6)).ids)
 
 
@@ -247,7 +270,9 @@ def test_log_probabilities_and_entropies_are_the_models_own(model):
     ids = random_ids(rows=1, length=8)
     sample = generate(model, ids, 20, Settings(n=2, temperature=0.7))
     log_p = model(sample.ids[:, :-1])[0][:, 7:].log_softmax(-1)
-    torch.testing.assert_close(sample.log_probs, log_p.gather(2, sample.ids[:, 8:, None]).squeeze(2), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        sample.log_probs, log_p.gather(2, sample.ids[:, 8:, None]).squeeze(2), atol=1e-4, rtol=1e-4
+    )
     torch.testing.assert_close(sample.entropy, -(log_p.exp() * log_p).sum(-1), atol=1e-4, rtol=1e-4)
 
 
@@ -294,25 +319,42 @@ def garden_path(text, state):
 def test_lookahead_avoids_the_garden_path_that_greedy_takes():
     ids = torch.tensor([[7]])
     greedy = generate(Toy(garden_path), ids, 3, GREEDY)
-    wise = generate(Toy(garden_path), ids, 3, Settings(lookahead_k=2, lookahead_depth=2, top_p=1, repetition_penalty=1))
+    wise = generate(
+        Toy(garden_path),
+        ids,
+        3,
+        Settings(lookahead_k=2, lookahead_depth=2, top_p=1, repetition_penalty=1),
+    )
     assert greedy.ids[0, 1] == 0 and wise.ids[0].tolist() == [7, 1, 2, 2]
     assert wise.log_probs.sum() > greedy.log_probs.sum()
-    narrow = generate(Toy(garden_path), ids, 1, Settings(lookahead_k=2, top_p=0.5, repetition_penalty=1))
+    narrow = generate(
+        Toy(garden_path), ids, 1, Settings(lookahead_k=2, top_p=0.5, repetition_penalty=1)
+    )
     assert narrow.ids[0, 1] == 0  # token 1 is outside the nucleus
 
 
-@pytest.mark.parametrize(("k", "depth", "penalty"), [(3, 1, 1.0), (3, 3, 1.0), (2, 4, 1.3), (VOCAB + 9, 1, 1.3)])
+@pytest.mark.parametrize(
+    ("k", "depth", "penalty"), [(3, 1, 1.0), (3, 3, 1.0), (2, 4, 1.3), (VOCAB + 9, 1, 1.3)]
+)
 def test_lookahead_equals_reading_every_candidate_anew(model, k, depth, penalty):
     ids = random_ids(rows=2, length=6)
-    settings = Settings(lookahead_k=k, lookahead_depth=depth, top_p=0.9, temperature=0.8, repetition_penalty=penalty)
-    assert generate(model, ids, 4, settings).ids.tolist() == [looked_ahead(model, row, settings) for row in ids.tolist()]
+    settings = Settings(
+        lookahead_k=k, lookahead_depth=depth, top_p=0.9, temperature=0.8, repetition_penalty=penalty
+    )
+    assert generate(model, ids, 4, settings).ids.tolist() == [
+        looked_ahead(model, row, settings) for row in ids.tolist()
+    ]
 
 
 def looked_ahead(model, text: list[int], settings: Settings) -> list[int]:
     def scores(tokens):
         logits = model(torch.tensor([tokens]))[0][0, -1].clone()
         for token in set(tokens):
-            logits[token] *= settings.repetition_penalty if logits[token] < 0 else 1 / settings.repetition_penalty
+            logits[token] *= (
+                settings.repetition_penalty
+                if logits[token] < 0
+                else 1 / settings.repetition_penalty
+            )
         return logits
 
     for _ in range(4):
@@ -343,7 +385,9 @@ def test_stream_carries_the_state_on(model):
 def test_window_is_a_model_restarted_on_the_last_half_block(model, length):
     """However the text before came to be: given or generated."""
     ids, block = random_ids(rows=1, length=length), 32
-    text = generate(model, ids, 70, Settings(temperature=0, repetition_penalty=1, context="window")).ids[0]
+    text = generate(
+        model, ids, 70, Settings(temperature=0, repetition_penalty=1, context="window")
+    ).ids[0]
     held = 0
     for end in range(1, len(text)):
         held = block // 2 + 1 if held == block else held + 1
@@ -361,7 +405,8 @@ def test_window_holds_from_half_a_block_to_a_block(length, block):
 def test_window_is_rebuilt_once_per_half_block(model):
     decoder = InPlace(model)
     generate(decoder, random_ids(rows=1, length=32), 16 * 5, Settings(context="window"))
-    assert decoder.starts == 1 + 5  # when 32, 48, 64, 80 and 96 tokens of text are followed by one more
+    # when 32, 48, 64, 80 and 96 tokens of text are followed by one more
+    assert decoder.starts == 1 + 5
     assert decoder.calls.count((1, 16)) == 5 and decoder.calls.count((1, 1)) == 79
 
 
@@ -390,13 +435,41 @@ def test_clean_spacing_undoes_wikitexts_tokenisation(spaced, clean):
 def test_clean_spacing_of_wikitext_leaves_no_tokenisation_and_does_not_change_again(shared):
     text = (shared / "data/wikitext/test.txt").read_text(encoding="utf-8")[:200_000]
     clean = clean_spacing(text)
-    assert not [mark for mark in ("@-@", "@,@", "@.@", " ,", " ;", " ' s ", " 's ", "( ", " )", "[ ") if mark in clean]
+    assert not [
+        mark
+        for mark in ("@-@", "@,@", "@.@", " ,", " ;", " ' s ", " 's ", "( ", " )", "[ ")
+        if mark in clean
+    ]
     assert clean_spacing(clean) == clean
-    assert clean.replace(" ", "") == text.replace(" ", "").replace("@-@", "-").replace("@,@", ",").replace("@.@", ".")
+    assert clean.replace(" ", "") == text.replace(" ", "").replace("@-@", "-").replace(
+        "@,@", ","
+    ).replace("@.@", ".")
 
 
 @given(
-    st.lists(st.sampled_from(['"', "'", "@-@", "@,@", ".", "(", ")", "'s", "n't", "7", "–", ":", "30", "dogs", "@", "", "\n"]))
+    st.lists(
+        st.sampled_from(
+            [
+                '"',
+                "'",
+                "@-@",
+                "@,@",
+                ".",
+                "(",
+                ")",
+                "'s",
+                "n't",
+                "7",
+                "–",
+                ":",
+                "30",
+                "dogs",
+                "@",
+                "",
+                "\n",
+            ]
+        )
+    )
 )
 def test_clean_spacing_twice_is_clean_spacing_once(words):
     clean = clean_spacing(" ".join(words))
@@ -434,19 +507,22 @@ class Spaced(ByteTokenizer):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "bare"), [("Return ", "Return"), ("a  ", "a"), ("a \n", "a \n"), (" a", " a"), ("  ", "  ")]
+    ("prompt", "bare"),
+    [("Return ", "Return"), ("a  ", "a"), ("a \n", "a \n"), (" a", " a"), ("  ", "  ")],
 )
 def test_spaces_at_a_prompts_end_are_left_to_the_next_token_where_it_begins_with_one(prompt, bare):
     assert bare_prompt(prompt, Spaced()) == bare
     assert bare_prompt(prompt, ByteTokenizer()) == prompt
     config = tiny(generation_prompt=prompt, temperature=0.0)
     net = randomised(build_model(config, 256))
-    stripped = sample_text(net, ByteTokenizer(), config.model_copy(update={"generation_prompt": bare}), 5)
+    stripped = sample_text(
+        net, ByteTokenizer(), config.model_copy(update={"generation_prompt": bare}), 5
+    )
     assert sample_text(net, Spaced(), config, 5) == stripped
 
 
 def test_the_prompts_that_come_with_the_repository_end_in_no_space():
-    repository = Path(__file__).parent.parent
+    repository = ROOT
     for path in [repository / "config.json", *(repository / "configs").glob("*.json")]:
         assert not load_config(path).generation_prompt.endswith(" "), path
 
@@ -457,7 +533,13 @@ def test_the_prompts_that_come_with_the_repository_end_in_no_space():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    config = tiny(generation_prompt="Once ", num_new_tokens=30, temperature=0.9, top_p=0.8, fwpkm_enabled=False)
+    config = tiny(
+        generation_prompt="Once ",
+        num_new_tokens=30,
+        temperature=0.9,
+        top_p=0.8,
+        fwpkm_enabled=False,
+    )
     return save_byte_run(config, folder)
 
 
@@ -466,7 +548,9 @@ def run(run_folder, monkeypatch, capsys):
     """Runs the command: returns its stdout and stderr. Bad input ends it with `SystemExit`."""
 
     def call(*arguments, stdin: str = "", checkpoint=run_folder):
-        monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(checkpoint), *map(str, arguments)])
+        monkeypatch.setattr(
+            "sys.argv", ["generate.py", "--checkpoint", str(checkpoint), *map(str, arguments)]
+        )
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
         capsys.readouterr()
         run_command(main)
@@ -476,7 +560,10 @@ def run(run_folder, monkeypatch, capsys):
 
 
 def figures_in(stderr: str) -> dict[str, float]:
-    return {key: float(value) for key, value in (line.split(": ") for line in stderr.splitlines() if ": " in line)}
+    return {
+        key: float(value)
+        for key, value in (line.split(": ") for line in stderr.splitlines() if ": " in line)
+    }
 
 
 def test_streamed_text_is_the_decoded_text(run, run_folder):
@@ -484,11 +571,13 @@ def test_streamed_text_is_the_decoded_text(run, run_folder):
     out = run("--num_tokens", 60).out
     assert out.startswith("Once ") and out.endswith("\n")
     entry = (run_folder / "generations.txt").read_text(encoding="utf-8")
-    assert "num_tokens=60 bits=None temperature=0.9 top_p=0.8" in entry.splitlines()[0]  # the run's own settings
+    # the run's own settings
+    assert "num_tokens=60 bits=None temperature=0.9 top_p=0.8" in entry.splitlines()[0]
     assert entry.split("\n", 1)[1] == out + "\n"
     assert run("--num_tokens", 60).out == out  # the same seed
     assert run("--num_tokens", 60, "--seed", 2).out != out
-    assert (run_folder / "generations.txt").read_text(encoding="utf-8").startswith(entry)  # appended to
+    # appended to
+    assert (run_folder / "generations.txt").read_text(encoding="utf-8").startswith(entry)
 
 
 def test_first_of_several_samples_is_the_only_one_alone(run):
@@ -498,11 +587,16 @@ def test_first_of_several_samples_is_the_only_one_alone(run):
 
 
 def test_spaces_that_are_left_out_are_told_of(run, monkeypatch):
-    plain, spaced = run("--prompt", "Return", "--num_tokens", 5), run("--prompt", "Return ", "--num_tokens", 5)
+    plain, spaced = (
+        run("--prompt", "Return", "--num_tokens", 5),
+        run("--prompt", "Return ", "--num_tokens", 5),
+    )
     assert spaced.out.startswith("Return ") and "note" not in spaced.err
     monkeypatch.setattr(ByteTokenizer, "spaced", True)
     told = run("--prompt", "Return ", "--num_tokens", 5)
-    assert told.out == plain.out and told.err.startswith("note: spaces at the prompt's end are left out")
+    assert told.out == plain.out and told.err.startswith(
+        "note: spaces at the prompt's end are left out"
+    )
 
 
 def test_zero_tokens_print_the_prompt(run):
@@ -516,7 +610,15 @@ def test_clean_spacing_prints_what_it_returns(run):
 
 
 def test_strategies_are_their_parts(run):
-    parts = ["--top_p", 0.85, "--repetition_penalty", 1.2, "--entropy_adaptive", "--metrics", "--clean_spacing"]
+    parts = [
+        "--top_p",
+        0.85,
+        "--repetition_penalty",
+        1.2,
+        "--entropy_adaptive",
+        "--metrics",
+        "--clean_spacing",
+    ]
     together = run("--num_tokens", 30, "--strategies")
     assert together.out == run("--num_tokens", 30, "--temperature", 0.9, *parts).out
     keys = {"mean_log_probability", "entropy", "distinct_1", "distinct_2", "distinct_3", "rep_4"}
@@ -524,15 +626,32 @@ def test_strategies_are_their_parts(run):
 
 
 def test_what_is_given_beside_strategies_counts(run):
-    cold = run("--num_tokens", 30, "--strategies", "--temperature", 0, "--repetition_penalty", 2).out
-    assert cold == run("--num_tokens", 30, "--temperature", 0, "--repetition_penalty", 2, "--clean_spacing").out
+    cold = run(
+        "--num_tokens", 30, "--strategies", "--temperature", 0, "--repetition_penalty", 2
+    ).out
+    assert (
+        cold
+        == run(
+            "--num_tokens", 30, "--temperature", 0, "--repetition_penalty", 2, "--clean_spacing"
+        ).out
+    )
     hot = run("--num_tokens", 30, "--strategies", "--temperature", 5).out
     assert hot == run("--num_tokens", 30, "--strategies").out  # capped at 0.9
 
 
 def test_every_strategy_runs_with_every_other(run):
-    options = ["--wavelet_coherence", "--entropy_adaptive", "--clean_spacing", "--metrics", "--context", "window"]
-    for more in (["--lookahead_k", 2, "--lookahead_depth", 2, "--best_of_n", 2], ["--n", 2, "--best_of_n", 2]):
+    options = [
+        "--wavelet_coherence",
+        "--entropy_adaptive",
+        "--clean_spacing",
+        "--metrics",
+        "--context",
+        "window",
+    ]
+    for more in (
+        ["--lookahead_k", 2, "--lookahead_depth", 2, "--best_of_n", 2],
+        ["--n", 2, "--best_of_n", 2],
+    ):
         result = run(*options, *more, "--num_tokens", 40)
         assert "Once" in result.out and "tokens_per_second" in result.err
 
@@ -610,7 +729,15 @@ def test_steps_in_place_write_the_same_texts(model, monkeypatch):
 
     decoder, ids = Decoder(model), random_ids(1, 7)
     window = {"context": "window"}
-    several = [{}, {"n": 3}, {"temperature": 0}, {"lookahead_k": 3}, window, {"lookahead_k": 2, **window}, {"best_of_n": 2}]
+    several = [
+        {},
+        {"n": 3},
+        {"temperature": 0},
+        {"lookahead_k": 3},
+        window,
+        {"lookahead_k": 2, **window},
+        {"best_of_n": 2},
+    ]
     several = [Settings(seed=3, **values) for values in several]
     expected = [generate(decoder, ids, 40, settings).ids for settings in several]
     monkeypatch.setattr(sampling, "graphed", always)
@@ -640,7 +767,8 @@ def test_logits_that_are_not_finite_are_an_error():
 
 
 def test_fast_weights_change_the_text(run_folder, tmp_path, run):
-    """With fwpkm_inference_updates the memory is written to, and the text after a chunk is another."""
+    """With fwpkm_inference_updates the memory is written to, and the text after a chunk is
+    another."""
     config = tiny(fwpkm_update_lr=30.0, generation_prompt="Once ")
     save_model(randomised(build_model(config, 256)), tmp_path / "best_model.safetensors")
     save_config(config, tmp_path / "config.json")
@@ -657,7 +785,8 @@ def test_what_was_made_until_it_was_stopped_is_kept(run, run_folder, monkeypatch
 
     kept = run_folder / "generations.txt"
     kept.unlink(missing_ok=True)
-    run("--num_tokens", 5, *(["--n", 2] if "--best_of_n" in more else more))  # all tries of a best-of-n that has no best yet
+    # all tries of a best-of-n that has no best yet
+    run("--num_tokens", 5, *(["--n", 2] if "--best_of_n" in more else more))
     expected, calls, read = texts_kept(), [], Decoder.__call__
     kept.unlink()
 

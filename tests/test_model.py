@@ -1,32 +1,24 @@
-"""The network's parts equal their definitions, nothing sees the future, and any split into chunks gives the same numbers."""
+"""The network's parts equal their definitions, nothing sees the future, and any split into chunks
+gives the same numbers."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, random_ids, random_model, randomised, run_in_chunks, tiny
+from helpers import ROOT, VOCAB, random_ids, random_model, randomised, run_in_chunks, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard as scipy_hadamard
 
-from bypass import MovingAverage, RunningMean
 from checkpoint import load_state, save_model, save_state
-from config import Config, InputError, load_config
-from loss import LinearCrossEntropy
-from memory import AssociativeMemory
-from model import (
-    Block,
-    FastWeightMemory,
-    Haar,
-    HaarPackets,
-    Lifting,
-    MultiBasis,
-    ProductKeyMemory,
-    build_model,
-)
-from transform import WalshHadamard
+from common.command import InputError
+from config import Config, load_config
+from layers.bypass import MovingAverage, RunningMean
+from layers.loss import LinearCrossEntropy
+from layers.memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
+from layers.transform import WalshHadamard
+from model import Block, Haar, HaarPackets, Lifting, MultiBasis, build_model
 
 AROUND_POWERS_OF_TWO = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 UPDATES = {"fwpkm_inference_updates": True, "fwpkm_update_lr": 0.5}
@@ -79,7 +71,9 @@ def test_walsh_hadamard_equals_scipy_and_is_its_own_inverse(width):
 
 
 @pytest.mark.parametrize("crawl", [False, True])
-@pytest.mark.parametrize("overrides", [{}, {"lifting_linear_only": True}, {"lifting_hidden_mult": 2}, {"C": 12}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"lifting_linear_only": True}, {"lifting_hidden_mult": 2}, {"C": 12}]
+)
 @pytest.mark.parametrize("init", ["haar", "zero", "random", "trained"])
 def test_reconstruction_inverts_lifting(init, overrides, crawl):
     config = tiny(wavelet_crawl=crawl, levels=4, **overrides)
@@ -131,7 +125,11 @@ def test_haar_by_hand_equals_lifting_with_its_gradients_and_those_of_its_state(l
 
 FOLDING = {  # options of a network whose mixers' outputs go to the stream by one product
     "plain": {},
-    "as best-small": {"decompose_bypass": False, "low_rank": 0, "per_scale_mixer_widths": (0.25,) * 4},
+    "as best-small": {
+        "decompose_bypass": False,
+        "low_rank": 0,
+        "per_scale_mixer_widths": (0.25,) * 4,
+    },
     "padded width": {"C": 12},
     "no routing, no gate": {"cross_scale_gating": False, "use_mixer_gate": False},
     "no transform": {"mixer_transform": "identity"},
@@ -146,18 +144,26 @@ def test_mixers_outputs_by_one_product_equal_the_reconstruction_with_its_gradien
     block, wavelet = model.double().block(1)
     assert block.branch is Block.folded_branch
     c = torch.randn(4, 2, 20, 16).double().requires_grad_()
-    parameters = [p for part in (block.mixers, block.coarse_modulation, block.proj_out) for p in part.parameters()]
+    parameters = [
+        p
+        for part in (block.mixers, block.coarse_modulation, block.proj_out)
+        for p in part.parameters()
+    ]
     results = []
     for branch in (Block.folded_branch, Block.wavelet_branch):
         gained = branch(block, c, wavelet)
         inputs = [c, block.scale_weights, *parameters]
-        results.append([gained, *torch.autograd.grad(gained.square().sum(), inputs, allow_unused=True)])
+        results.append(
+            [gained, *torch.autograd.grad(gained.square().sum(), inputs, allow_unused=True)]
+        )
     for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)  # the factors of √½ are kept in fp32
+        # the factors of √½ are kept in fp32
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "key, value", [("dropout_mixer", 0.1), ("scale_norm", True), ("mixer_top_k", 3), ("lifting_gate", True)]
+    "key, value",
+    [("dropout_mixer", 0.1), ("scale_norm", True), ("mixer_top_k", 3), ("lifting_gate", True)],
 )
 def test_what_is_not_linear_behind_the_mixers_is_reconstructed(key, value):
     model = build_model(tiny(**KINDS["narrow haar"] | {key: value}), VOCAB)
@@ -177,7 +183,9 @@ def test_crawl_begins_near_the_lag_of_its_level_and_mixes_the_k_lags_around_it(k
         logits = torch.zeros(k)
         logits[2**level - first] = 5.0
         assert torch.equal(wavelet.dilation_logits[level], logits)
-        mixed = sum(w * F.pad(x, (0, 0, first + i, 0))[:, :40] for i, w in enumerate(logits.softmax(0)))
+        mixed = sum(
+            w * F.pad(x, (0, 0, first + i, 0))[:, :40] for i, w in enumerate(logits.softmax(0))
+        )
         torch.testing.assert_close(wavelet.lagged(joined, level, 40), mixed, atol=1e-6, rtol=1e-5)
 
 
@@ -196,9 +204,17 @@ def test_two_equal_bases_are_one():
 
 
 def test_an_untied_reconstruction_of_bases_is_the_blend_of_each_by_its_own_networks():
-    config = tiny(multi_basis_lifting=True, untied_reconstruction=True, multi_basis_inits=("haar", "zero", "random"))
+    config = tiny(
+        multi_basis_lifting=True,
+        untied_reconstruction=True,
+        multi_basis_inits=("haar", "zero", "random"),
+    )
     model = random_model(config)
-    bases, inverse, u = model.wavelets[0], model.layers[0].inverse_update_nets, torch.randn(4, 2, 20, 16)
+    bases, inverse, u = (
+        model.wavelets[0],
+        model.layers[0].inverse_update_nets,
+        torch.randn(4, 2, 20, 16),
+    )
     blend, expected = inverse.basis_weights[:, 0].softmax(0), 0
     for share, nets in zip(blend, inverse.update_nets, strict=True):
         cur = u[0]
@@ -206,10 +222,15 @@ def test_an_untied_reconstruction_of_bases_is_the_blend_of_each_by_its_own_netwo
             cur = math.sqrt(2) * cur - nets[level](u[3 - level])
         expected = expected + share * cur
     torch.testing.assert_close(bases.reconstruct(u, inverse), expected)
-    assert not torch.allclose(bases.reconstruct(u), expected, atol=0.1), "the decomposition has other networks"
+    assert not torch.allclose(bases.reconstruct(u), expected, atol=0.1), (
+        "the decomposition has other networks"
+    )
 
 
-@pytest.mark.parametrize("heads, keys, top_k", [(1, 16, 1), (1, 64, 8), (2, 64, 5), (4, 25, 25), (2, 16, 40), (1, 100, 32)])
+@pytest.mark.parametrize(
+    "heads, keys, top_k",
+    [(1, 16, 1), (1, 64, 8), (2, 64, 5), (4, 25, 25), (2, 16, 40), (1, 100, 32)],
+)
 def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k):
     memory = randomised(ProductKeyMemory(tiny(), keys, top_k, heads))
     h = torch.randn(2, 9, 16)
@@ -235,7 +256,9 @@ def test_product_key_lookup_equals_the_search_of_all_keys(heads, keys, top_k):
 
 @pytest.mark.parametrize("pieces", [[50], [1] * 50, [7, 8, 9, 26], [8, 16, 26]])
 @pytest.mark.parametrize("stream", [False, True])
-def test_running_mean_equals_the_mean_of_all_the_past_and_in_a_stream_of_the_last_block(stream, pieces):
+def test_running_mean_equals_the_mean_of_all_the_past_and_in_a_stream_of_the_last_block(
+    stream, pieces
+):
     average = RunningMean(tiny(block_size=8))
     x = torch.randn(2, 50, 16)
     state, means = average.start(2, x, stream), []
@@ -297,7 +320,9 @@ def test_no_future_token_changes_the_past(kind):
     with torch.no_grad():
         logits, _ = model(ids)
         for t in AROUND_POWERS_OF_TWO:
-            changed = torch.cat([ids[:, :t], (ids[:, t:] + 1 + random_ids(2, 40 - t) % (VOCAB - 1)) % VOCAB], dim=1)
+            changed = torch.cat(
+                [ids[:, :t], (ids[:, t:] + 1 + random_ids(2, 40 - t) % (VOCAB - 1)) % VOCAB], dim=1
+            )
             assert (changed[:, t:] != ids[:, t:]).all()
             other, _ = model(changed)
             assert torch.equal(other[:, :t], logits[:, :t]), t
@@ -317,7 +342,9 @@ def test_no_gradient_flows_from_the_past_to_a_future_embedding(kind):
         cell.token_embedding.register_forward_hook(as_leaf)
     logits, _ = model(ids)
     for t in AROUND_POWERS_OF_TWO:
-        for gradient in torch.autograd.grad(logits[:, t - 1].square().sum(), leaves, retain_graph=True):
+        for gradient in torch.autograd.grad(
+            logits[:, t - 1].square().sum(), leaves, retain_graph=True
+        ):
             assert (gradient[:, t:] == 0).all(), t
             assert (gradient[:, t - 1] != 0).any(), t
 
@@ -330,7 +357,8 @@ def network_and_split(draw):
     kind = draw(st.sampled_from(sorted(KINDS)))
     levels = draw(st.integers(1, 5))
     overrides = {
-        # Not 2: LayerNorm of two channels is a sign, by which a rounding error may become any number.
+        # Not 2: LayerNorm of two channels is a sign, by which a rounding error may become any
+        # number.
         "C": draw(st.sampled_from([4, 6, 10, 16, 18])),
         "levels": levels,
         "layers": draw(st.integers(1, 3)),
@@ -360,7 +388,8 @@ def test_chunks_equal_whole(case):
     for one, other in zip(end.blocks, state.blocks, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            torch.testing.assert_close(one[name], other[name], atol=5e-5, rtol=1e-4)  # sums over the text, in another order
+            # sums over the text, in another order
+            torch.testing.assert_close(one[name], other[name], atol=5e-5, rtol=1e-4)
 
 
 @every_kind
@@ -389,7 +418,9 @@ def test_state_size_does_not_grow_with_the_text(kind, stream):
 def test_a_stream_equals_a_plain_text_up_to_block_size(kind):
     model, ids = model_of(kind), random_ids(2, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids, model.start(2, stream=True))[0], model(ids)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(ids, model.start(2, stream=True))[0], model(ids)[0], atol=1e-5, rtol=1e-5
+        )
 
 
 @every_kind
@@ -417,7 +448,8 @@ def test_selected_rows_go_on_as_their_own_texts(kind, stream):
 
 @every_kind
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("length", [5, 37])  # within the first chunk of fast weights, and past block_size
+# within the first chunk of fast weights, and past block_size
+@pytest.mark.parametrize("length", [5, 37])
 def test_reset_rows_are_at_the_start_of_a_text_and_the_others_go_on(kind, stream, length):
     model, more = model_of(kind), random_ids(3, 20, seed=1)
     with torch.no_grad():
@@ -492,7 +524,11 @@ def test_loss_in_pieces_equals_cross_entropy_with_its_gradients(rows):
 
 @every_kind
 def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(kind):
-    model, ids, targets = model_of(kind, loop_iterations=1), random_ids(2, 20), random_ids(2, 20, seed=1)
+    model, ids, targets = (
+        model_of(kind, loop_iterations=1),
+        random_ids(2, 20),
+        random_ids(2, 20, seed=1),
+    )
     loss, _ = model.loss(ids, targets)
     expected = F.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
@@ -503,11 +539,16 @@ def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(kind):
 
 
 def test_loss_of_a_large_vocabulary_equals_cross_entropy():
-    model = randomised(build_model(tiny(layers=1, pkm_enabled=False, fwpkm_enabled=False), 2**19)).eval()
-    ids, targets = random_ids(1, 20), torch.randint(2**19, (1, 20))  # 16 rows of logits at a time, then 4
+    model = randomised(
+        build_model(tiny(layers=1, pkm_enabled=False, fwpkm_enabled=False), 2**19)
+    ).eval()
+    # 16 rows of logits at a time, then 4
+    ids, targets = random_ids(1, 20), torch.randint(2**19, (1, 20))
     with torch.no_grad():
         loss, _ = model.loss(ids, targets)
-        torch.testing.assert_close(loss, F.cross_entropy(model(ids)[0][0], targets[0]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            loss, F.cross_entropy(model(ids)[0][0], targets[0]), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", ["released", "narrow haar"])
@@ -537,14 +578,20 @@ def test_looped_blocks_equal_as_many_blocks_of_the_same_weights():
     stacked = build_model(tiny(layers=3), VOCAB).eval()
     assert len(looped.layers) == 1
     one = looped.state_dict()
-    stacked.load_state_dict({name: one[name.replace(name.split(".")[1], "0", 1)] if name.startswith("layers.") else one[name]
-                             for name in stacked.state_dict()})  # fmt: skip
+    stacked.load_state_dict(
+        {
+            name: one[name.replace(name.split(".")[1], "0", 1)]
+            if name.startswith("layers.")
+            else one[name]
+            for name in stacked.state_dict()
+        }
+    )
     with torch.no_grad():
         assert torch.equal(looped(random_ids())[0], stacked(random_ids())[0])
 
 
 def released_at_small_width(**overrides) -> Config:
-    path = Path(__file__).parents[1] / "config.json"
+    path = ROOT / "config.json"
     small = {"C": 64, "pkm_num_keys": 1024, "fwpkm_num_keys": 1024} | overrides
     return load_config(path, **small) if path.is_file() else Config(**small)
 
@@ -576,7 +623,9 @@ def test_one_batch_is_overfitted():
 
 
 def fast_memory(chunk: int = 6, heads: int = 2) -> FastWeightMemory:
-    config = tiny(fwpkm_inference_updates=True, fwpkm_update_lr=0.5, fwpkm_chunk_size=chunk, fwpkm_heads=heads)
+    config = tiny(
+        fwpkm_inference_updates=True, fwpkm_update_lr=0.5, fwpkm_chunk_size=chunk, fwpkm_heads=heads
+    )
     return randomised(FastWeightMemory(config)).eval()
 
 
@@ -635,18 +684,26 @@ def test_stochastic_depth_drops_block_i_with_probability_rate_i_over_the_number_
                 new_x, _, _ = model.apply_block(i, x, x, x, start.blocks[i])
                 dropped[i] += torch.equal(new_x, x)
     assert dropped[0] == 0
-    assert 35 < dropped[1] < 85 and 90 < dropped[2] < 150  # 60 and 120 expected, four standard deviations
+    # 60 and 120 expected, four standard deviations
+    assert 35 < dropped[1] < 85 and 90 < dropped[2] < 150
 
 
 def test_stochastic_depth_drops_nothing_outside_training():
     model = model_of("released", layers=3, stochastic_depth_rate=0.9)
     with torch.no_grad():
-        assert torch.equal(model(random_ids())[0], same_weights(model, tiny(layers=3))(random_ids())[0])
+        assert torch.equal(
+            model(random_ids())[0], same_weights(model, tiny(layers=3))(random_ids())[0]
+        )
 
 
 @pytest.mark.parametrize("kind, dropout", [("released", 0.2), ("narrow haar", 0.0)])
 def test_gradient_checkpointing_keeps_loss_and_gradients(kind, dropout):
-    some_dropout = {"dropout_mixer": dropout, "dropout_mlp": 0.2, "lifting_dropout": dropout, "stochastic_depth_rate": 0.5}
+    some_dropout = {
+        "dropout_mixer": dropout,
+        "dropout_mlp": 0.2,
+        "lifting_dropout": dropout,
+        "stochastic_depth_rate": 0.5,
+    }
     plain = model_of(kind, **some_dropout).train()
     saving = same_weights(plain, tiny(gradient_checkpointing=True, **KINDS[kind] | some_dropout))
     results = []
@@ -686,15 +743,22 @@ def test_building_cells_leaves_the_random_state_alone():
 
 
 def test_bagged_cells_start_with_their_features_and_the_rest_as_epsilon():
-    config = tiny(multinodal_enabled=True, multinodal_features_per_cell=5, multinodal_bagged_eps=0.25)
-    kept = [(cell.token_embedding.weight != 0.25).any(0) for cell in build_model(config, VOCAB).cells]
+    config = tiny(
+        multinodal_enabled=True, multinodal_features_per_cell=5, multinodal_bagged_eps=0.25
+    )
+    kept = [
+        (cell.token_embedding.weight != 0.25).any(0) for cell in build_model(config, VOCAB).cells
+    ]
     assert [columns.sum().item() for columns in kept] == [5, 5]
     assert not torch.equal(*kept)
 
 
 @pytest.mark.parametrize("combination", ["average", "sum"])
 def test_cells_without_gates_combine_the_logits_of_whole_networks(combination):
-    model, ids = model_of("released", multinodal_enabled=True, multinodal_combination=combination), random_ids()
+    model, ids = (
+        model_of("released", multinodal_enabled=True, multinodal_combination=combination),
+        random_ids(),
+    )
     with torch.no_grad():
         each = torch.stack([cell(ids)[0] for cell in model.cells])
         expected = each.sum(0) if combination == "sum" else each.mean(0)
@@ -702,16 +766,22 @@ def test_cells_without_gates_combine_the_logits_of_whole_networks(combination):
 
 
 def test_cells_gate_each_other_s_stream_after_a_block():
-    gated = model_of("released", multinodal_enabled=True, multinodal_cross_cell_gating=True, layers=1)
+    gated = model_of(
+        "released", multinodal_enabled=True, multinodal_cross_cell_gating=True, layers=1
+    )
     ids, streams = random_ids(), []
     for cell in gated.cells:
-        cell.layers[0].register_forward_hook(lambda module, inputs, output: streams.append(output[0]))
+        cell.layers[0].register_forward_hook(
+            lambda module, inputs, output: streams.append(output[0])
+        )
     with torch.no_grad():
         logits, _ = gated(ids)
         (one, two), gate = streams, gated.get_submodule("gates.0.A")
         expected = 0
         for cell, own, other in zip(gated.cells, (one, two), (two, one), strict=True):
-            expected = expected + cell.lm_head(cell.final_ln(own * (1 + torch.tanh(gate(other))))) / 2
+            expected = (
+                expected + cell.lm_head(cell.final_ln(own * (1 + torch.tanh(gate(other))))) / 2
+            )
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -735,17 +805,22 @@ def test_associative_memory_equals_the_recurrence(monkeypatch):
         pairs = log_alpha[..., t, None, None].exp() * pairs
         u = beta[..., t, None] * (v[:, :, t] - (pairs @ k[:, :, t, :, None]).squeeze(-1))
         pairs = pairs + u[..., :, None] * k[:, :, t, None, :]
-        torch.testing.assert_close(reads[:, :, t], (pairs @ q[:, :, t, :, None]).squeeze(-1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            reads[:, :, t], (pairs @ q[:, :, t, :, None]).squeeze(-1), atol=1e-5, rtol=1e-5
+        )
     torch.testing.assert_close(last, pairs, atol=1e-5, rtol=1e-5)
 
 
 def test_associative_memory_finds_what_followed_a_token(monkeypatch):
-    """Untrained: where a token comes again, the key that its query fits best, in every head, is that of the next position."""
+    """Untrained: where a token comes again, the key that its query fits best, in every head, is
+    that of the next position."""
     torch.manual_seed(1)
     config = tiny(recall_heads=2, recall_dim=16)
     memory, asked = AssociativeMemory(config), []
     scan = memory.scan
-    monkeypatch.setattr(memory, "scan", lambda q, k, *rest: asked.append(q[:, :, -1:] @ k.mT) or scan(q, k, *rest))
+    monkeypatch.setattr(
+        memory, "scan", lambda q, k, *rest: asked.append(q[:, :, -1:] @ k.mT) or scan(q, k, *rest)
+    )
     tokens = torch.randn(12, config.C)
     h = torch.cat([tokens, tokens[4:5]])[None]
     memory(h, memory.start(1, h))
@@ -757,9 +832,13 @@ def test_associative_memory_finds_what_followed_a_token(monkeypatch):
 
 
 def test_packets_are_walsh_hadamard_transforms_of_the_last_positions():
-    packets, x = HaarPackets(tiny(wavelet_mode="packets", per_scale_mixer_widths=None)), torch.randn(2, 20, 16)
+    packets, x = (
+        HaarPackets(tiny(wavelet_mode="packets", per_scale_mixer_widths=None)),
+        torch.randn(2, 20, 16),
+    )
     bands, _ = packets.decompose(x, packets.start(2, x))
-    past = F.pad(x, (0, 0, 7, 0)).unfold(1, 8, 1).flip(-1)  # (B, T, P, 8): from the position itself backwards
+    # (B, T, P, 8): from the position itself backwards
+    past = F.pad(x, (0, 0, 7, 0)).unfold(1, 8, 1).flip(-1)
     matrix = torch.tensor(scipy_hadamard(8) / math.sqrt(8), dtype=torch.float32)
     expected = (past @ matrix).movedim(-1, 0)
     coarse_to_fine = sorted(range(8), key=lambda band: (matrix[:, band].diff() != 0).sum())
@@ -771,18 +850,23 @@ def test_packets_are_walsh_hadamard_transforms_of_the_last_positions():
 @pytest.mark.parametrize("stabilizers", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_mixers_in_a_row_equal_their_definition(depth, stabilizers, residuals):
-    config = tiny(mixer_depth=depth, mixer_depth_stabilizers=stabilizers, mixer_depth_residuals=residuals)
+    config = tiny(
+        mixer_depth=depth, mixer_depth_stabilizers=stabilizers, mixer_depth_residuals=residuals
+    )
     mixers, c = random_model(config).layers[0].mixers, torch.randn(4, 7, 16)
     z = mixers.transform(c)
     for d, bank in enumerate(mixers.banks):
         read = z
         if d < depth - 1:
-            read = torch.stack([norm(scale) for norm, scale in zip(mixers.norms[d], z, strict=True)])
+            read = torch.stack(
+                [norm(scale) for norm, scale in zip(mixers.norms[d], z, strict=True)]
+            )
             read = read * (mixers.betas[d] if stabilizers else 1)
         mixed = bank(read, mixers.routed(read))
         if d < depth - 1 and stabilizers:
             mixed = mixers.alphas[d] * mixed
-        z = z + mixed if residuals and depth > 1 else mixed  # every one of several adds its input, the last too
+        # every one of several adds its input, the last too
+        z = z + mixed if residuals and depth > 1 else mixed
     torch.testing.assert_close(mixers(c), mixers.transform(z), atol=1e-5, rtol=1e-5)
 
 
@@ -791,13 +875,19 @@ def test_mixers_take_the_largest_coefficients():
     kept = mixers.kept(z)
     assert ((kept != 0).sum(-1) == 5).all() and torch.equal(kept[kept != 0], z[kept != 0])
     assert (kept.abs().sum(-1) >= z.abs().topk(5).values.sum(-1) - 1e-6).all()
-    torch.testing.assert_close(mixers(mixers.transform(z)), mixers(mixers.transform(kept)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        mixers(mixers.transform(z)), mixers(mixers.transform(kept)), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "identity"])
 @pytest.mark.parametrize("widths", [None, (0.25, 1.0, 1.0, 0.5)])
-def test_a_transform_in_the_weights_of_the_mixers_is_one_of_the_coefficients(kind, widths, monkeypatch):
-    mixers = random_model(tiny(mixer_transform=kind, per_scale_mixer_widths=widths)).layers[0].mixers
+def test_a_transform_in_the_weights_of_the_mixers_is_one_of_the_coefficients(
+    kind, widths, monkeypatch
+):
+    mixers = (
+        random_model(tiny(mixer_transform=kind, per_scale_mixer_widths=widths)).layers[0].mixers
+    )
     c, results = torch.randn(4, 70, 16, requires_grad=True), []
     for folds_from in (0, 1000):
         monkeypatch.setattr(type(mixers), "FOLDS_FROM", folds_from)

@@ -1,4 +1,5 @@
-"""Quantised checkpoints: every command takes them, they hold what the decoder reads, and damage is named."""
+"""Quantised checkpoints: every command takes them, they hold what the decoder reads, and damage is
+named."""
 
 import json
 import sys
@@ -6,18 +7,17 @@ import sys
 import pytest
 import safetensors
 import torch
-from conftest import random_ids, save_byte_run, tiny
-from test_decode import ALONE
-from test_options import network
+from cases import ALONE, network
+from helpers import random_ids, save_byte_run, tiny
 
 import evaluate
 import generate
 import quantize
 from checkpoint import load_model, load_tensors, save_tensors
-from config import InputError
-from decode import Decoder
-from packed import Weights, Widths
-from tokenizer import ByteTokenizer
+from common.command import InputError
+from data.tokenizer import ByteTokenizer
+from inference.decode import Decoder
+from inference.packed import Weights, Widths
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,16 @@ def command(monkeypatch):
 @pytest.fixture
 def packed(run_folder, tmp_path, command):
     def make(bits, *more):
-        command(quantize, "--checkpoint", run_folder, "--bits", bits, "--out", tmp_path / "packed", *more)
+        command(
+            quantize,
+            "--checkpoint",
+            run_folder,
+            "--bits",
+            bits,
+            "--out",
+            tmp_path / "packed",
+            *more,
+        )
         return tmp_path / "packed"
 
     return make
@@ -55,12 +64,16 @@ def test_a_quantised_checkpoint_gives_the_decoders_logits(run_folder, packed, bi
 
 
 KEPT_APART = (  # words of the options by which a decoder keeps or shares its tensors otherwise
-    "basis", "untied", "wavelet_mode", "shared", "linear_only", "ema", "stabilizers", "scale_norm", "transform", "inference",
-    "recall", "tie_", "loop", "combination", "lifting_gate", "modulation", "features", "top_k", "ngram",
+    "basis", "untied", "wavelet_mode", "shared", "linear_only", "ema", "stabilizers", "scale_norm",
+    "transform", "inference",
+    "recall", "tie_", "loop", "combination", "lifting_gate", "modulation", "features", "top_k",
+    "ngram",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in ALONE if any(word in case for word in KEPT_APART)])
+@pytest.mark.parametrize(
+    "case", [case for case in ALONE if any(word in case for word in KEPT_APART)]
+)
 def test_every_option_s_quantised_file_gives_the_decoders_logits(case, tmp_path):
     original = network(case)
     quantize.quantise(original, original.config, None, Widths.of(8), tmp_path)
@@ -84,16 +97,24 @@ def test_fewer_bits_smaller_files(run_folder, packed, tmp_path):
 
 def test_commands_take_it(packed, command, capsys, tmp_path):
     folder = packed(4, "--mlp", 8, "--mixer_fine", 32, "--lifting", 32)
-    (tmp_path / "text.txt").write_text("some text to score, and some more of it\n" * 5, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(
+        "some text to score, and some more of it\n" * 5, encoding="utf-8"
+    )
     command(evaluate, "--checkpoint", folder, "--data", tmp_path / "text.txt", "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bits_per_byte"] > 0
-    command(generate, "--checkpoint", folder, "--prompt", "ab", "--num_tokens", 4, "--wavelet_coherence")
+    command(
+        generate, "--checkpoint", folder, "--prompt", "ab", "--num_tokens", 4, "--wavelet_coherence"
+    )
     assert capsys.readouterr().out.startswith("ab")
 
 
 def test_single_components_have_widths_of_their_own(packed):
     tensors = load_tensors(packed(8, "--mlp", 4, "--embedding", 16) / "best_model.safetensors")
-    assert "layers.0.mlp.last/int4" in tensors and "embedding/float16" in tensors and "head/int8" in tensors
+    assert (
+        "layers.0.mlp.last/int4" in tensors
+        and "embedding/float16" in tensors
+        and "head/int8" in tensors
+    )
 
 
 @pytest.mark.parametrize("name", ["stray", "layers.9.stray/int8"])
@@ -116,13 +137,17 @@ def test_it_is_not_quantised_twice(packed, command, tmp_path):
         packed(8)
 
 
-@pytest.mark.parametrize("there", ["config.json", "best_model.pt", "notes.txt", "best_model.safetensors"])
+@pytest.mark.parametrize(
+    "there", ["config.json", "best_model.pt", "notes.txt", "best_model.safetensors"]
+)
 def test_nothing_that_is_there_is_written_over_or_hidden(packed, tmp_path, there):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / there).write_text("mine")
     with pytest.raises(InputError, match="out: "):
         packed(8)
-    assert [(path.name, path.read_text()) for path in (tmp_path / "packed").iterdir()] == [(there, "mine")]
+    assert [(path.name, path.read_text()) for path in (tmp_path / "packed").iterdir()] == [
+        (there, "mine")
+    ]
 
 
 def test_a_quantisation_that_fails_leaves_nothing(packed, tmp_path, monkeypatch):
@@ -159,12 +184,14 @@ def test_damage_is_named(packed, change):
 
 
 def move_tensors(path, offset):
-    """Rewrites a safetensors file so that its tensors begin `offset` bytes after a multiple of 64, as spaces after the header
-    may make them."""
+    """Rewrites a safetensors file so that its tensors begin `offset` bytes after a multiple of 64,
+    as spaces after the header may make them."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     longer = size + (offset - 8 - size) % 64
-    path.write_bytes(longer.to_bytes(8, "little") + data[8 : 8 + size].ljust(longer) + data[8 + size :])
+    path.write_bytes(
+        longer.to_bytes(8, "little") + data[8 : 8 + size].ljust(longer) + data[8 + size :]
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 4, 8, 60])
@@ -174,7 +201,9 @@ def test_weights_are_aligned_wherever_they_lie_in_the_file(run_folder, packed, b
     path = folder / "best_model.safetensors"
     move_tensors(path, offset)
     tensors = load_tensors(path)
-    assert {tensor.data_ptr() % 64 for tensor in tensors.values()} != {0}, "the file itself does not align them"
+    assert {tensor.data_ptr() % 64 for tensor in tensors.values()} != {0}, (
+        "the file itself does not align them"
+    )
     given = Weights(Widths.of(bits), tensors).given
     assert {tensor.data_ptr() % 64 for own in given.values() for tensor in own.values()} == {0}
     original, model = load_model(run_folder)[0], load_model(folder)[0]

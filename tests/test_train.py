@@ -1,4 +1,5 @@
-"""Training as a user runs it: files, figures, kills, resumption, bad input. Tiny network, tiny text."""
+"""Training as a user runs it: files, figures, kills, resumption, bad input. Tiny network, tiny
+text."""
 
 import hashlib
 import itertools
@@ -16,62 +17,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import NO_DROPOUT, ROOT, SMALL, only_run, run
 
 import train as train_module
 from checkpoint import load_tensors
-from config import Config, InputError, make_config
-from data import FORMAT, HEADER_BYTES, TokenFile, Windows, prepare
-from distributed import World
-from features import token_features
+from common.command import InputError
+from config import Config, make_config
+from data.order import Windows
+from data.prepare import prepare
+from data.tokens import FORMAT, HEADER_BYTES, TokenFile
+from layers.features import token_features
 from model import build_model
-from optimizers import LossScale, check_groups, is_decayed, learning_rate, make_optimizers
-from profiling import work_per_token
-from record import Record
-from trainer import PATIENCE, Trainer
-
-REPO = Path(__file__).parent.parent
-SMALL = {
-    "C": 16, "layers": 2, "levels": 3, "mlp_expansion": 2, "per_scale_mixer_widths": None, "block_size": 16, "pkm_num_keys": 16,
-    "pkm_top_k": 4, "fwpkm_num_keys": 16, "fwpkm_top_k": 4, "micro_batch_size": 4, "compile": False, "use_amp": False,
-    "tokenizer": "bytes", "max_steps": 12, "eval_interval": 4, "save_interval": 4, "eval_tokens": 256, "log_interval": 1,
-    "sample_tokens": 8, "num_new_tokens": 8, "generation_prompt": "The ", "warmup_fraction": 0.25, "device": "cpu",
-}  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A file of a few thousand words with some regularity in it."""
-    lines = [f"The {i} bears of valley {i % 7} met the fox, who owed them {i * i % 13} pears.\n" for i in range(300)]
-    (tmp_path / "tale.txt").write_text("".join(lines), encoding="utf-8")
-    return tmp_path / "tale.txt"
-
-
-@pytest.fixture
-def settings(text, tmp_path):
-    def make(**overrides):
-        values = SMALL | {"dataset": str(text), "out_dir": str(tmp_path / "logs"), "cache_dir": str(tmp_path / "cache")}
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(values | overrides), encoding="utf-8")
-        return path
-
-    return make
-
-
-def run(monkeypatch, *arguments):
-    """Runs train.py's main here, with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    train_module.main()
-
-
-def only_run(tmp_path):
-    (folder,) = (tmp_path / "logs").iterdir()
-    return folder
+from training.distributed import World
+from training.optimizers import LossScale, check_groups, is_decayed, learning_rate, make_optimizers
+from training.profiling import work_per_token
+from training.record import Record
+from training.trainer import PATIENCE, Trainer
 
 
 def start(*arguments):
     return subprocess.Popen(
-        [sys.executable, REPO / "train.py", *map(str, arguments)],
-        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, ROOT / "train.py", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -85,7 +53,12 @@ def untimed(folder):
 def assert_same_run(a, b):
     for name in ("latest.pt", "best_model.safetensors"):
         one, two = (
-            torch.load(f / name, weights_only=True)["model"] if name.endswith(".pt") else load_tensors(f / name) for f in (a, b)
+            (
+                torch.load(f / name, weights_only=True)["model"]
+                if name.endswith(".pt")
+                else load_tensors(f / name)
+            )
+            for f in (a, b)
         )
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), name
@@ -93,17 +66,25 @@ def assert_same_run(a, b):
     assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
 
 
-def test_a_run_writes_exactly_the_promised_files_and_figures(settings, tmp_path, monkeypatch, capsys):
+def test_a_run_writes_exactly_the_promised_files_and_figures(
+    settings, tmp_path, monkeypatch, capsys
+):
     run(monkeypatch, "--config", settings())
     lines = capsys.readouterr().out.splitlines()
     folder = only_run(tmp_path)
     assert lines[0] == f"run: {folder}"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "env.json", "data.json", "log.txt", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.json",
+        "config.json", "env.json", "data.json", "log.txt", "metrics.jsonl", "curves.png",
+        "samples.txt", "tokenizer.json",
         "best_model.safetensors", "latest.pt",
     }  # fmt: skip
     figures = dict(line.split(": ", 1) for line in lines[-30:] if ": " in line)
-    for key in ("val_bits_per_byte", "test_bits_per_byte", "bigram_val_bits_per_byte", "tokens_per_second"):
+    for key in (
+        "val_bits_per_byte",
+        "test_bits_per_byte",
+        "bigram_val_bits_per_byte",
+        "tokens_per_second",
+    ):
         assert math.isfinite(float(figures[key])), key
     for key in ("peak_memory_mib", "parameters", "seconds"):
         assert float(figures[key]) > 0
@@ -117,19 +98,32 @@ def test_training_lowers_the_validation_loss(settings, tmp_path, monkeypatch):
     assert losses[-1] < losses[0] - 0.3
 
 
-NO_DROPOUT = dict.fromkeys((k for k in Config.model_fields if k.startswith("dropout_")), 0.0)
-
-
-@pytest.mark.parametrize(("signal_number", "carry"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(
+    ("signal_number", "carry"), [(signal.SIGKILL, True), (signal.SIGTERM, False)]
+)
 def test_a_stopped_run_resumes_bit_for_bit(settings, tmp_path, carry, signal_number):
-    options = ["--config", settings(max_steps=24, decompose_bypass_cross_window=carry), "--num_new_tokens", "4"]
-    whole, broken = start(*options, "--out_dir", tmp_path / "whole"), start(*options, "--out_dir", tmp_path / "broken")
+    options = [
+        "--config",
+        settings(max_steps=24, decompose_bypass_cross_window=carry),
+        "--num_new_tokens",
+        "4",
+    ]
+    whole, broken = (
+        start(*options, "--out_dir", tmp_path / "whole"),
+        start(*options, "--out_dir", tmp_path / "broken"),
+    )
     folder = Path(broken.stdout.readline().removeprefix("run: ").strip())
-    while '"step": 9' not in (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else True:
+    while (
+        '"step": 9' not in (folder / "metrics.jsonl").read_text()
+        if (folder / "metrics.jsonl").exists()
+        else True
+    ):
         assert broken.poll() is None, broken.stderr.read()
         time.sleep(0.002)
     broken.send_signal(signal_number)
-    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[signal_number]
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[
+        signal_number
+    ]
     broken.communicate()
     assert broken.returncode == expected
     again = start("--resume", folder)
@@ -141,9 +135,16 @@ def test_a_stopped_run_resumes_bit_for_bit(settings, tmp_path, carry, signal_num
 
 
 def trainer_of(tmp_path, text, **overrides):
-    config = make_config(SMALL | {"dataset": str(text), "cache_dir": str(tmp_path / "cache")} | overrides, "test")
+    config = make_config(
+        SMALL | {"dataset": str(text), "cache_dir": str(tmp_path / "cache")} | overrides, "test"
+    )
     (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(config, Record(tmp_path / "run", quiet=True), prepare(config, lambda line: None), World("cpu"))
+    return Trainer(
+        config,
+        Record(tmp_path / "run", quiet=True),
+        prepare(config, lambda line: None),
+        World("cpu"),
+    )
 
 
 def weights(trainer):
@@ -200,7 +201,8 @@ def test_counting_the_work_of_a_step_changes_nothing_that_is_saved(tmp_path, tex
 def test_an_fp16_overflow_lowers_the_scale_and_is_no_bad_step(tmp_path, text):
     trainer = trainer_of(tmp_path, text)
     trainer.scaler = LossScale("cpu", enabled=True)
-    trainer.scaler.scale.fill_(2.0**60)  # squares of its gradients are beyond fp32, from 2**55 on they are not
+    # squares of its gradients are beyond fp32, from 2**55 on they are not
+    trainer.scaler.scale.fill_(2.0**60)
     loss, before = trainer.loss, weights(trainer).clone()
     trainer.loss = lambda ids, targets, state: (256 * loss(ids, targets, state)[0], state)
     trainer.step = 1  # step 0 has a learning rate of 0
@@ -228,7 +230,9 @@ def test_a_run_with_token_features_has_those_of_its_tokenizer(tmp_path, text):
     trainer = trainer_of(tmp_path, text, token_features=True)
     loss, norm = trainer.take_step()
     assert loss.isfinite() and norm.isfinite()
-    assert torch.equal(trainer.model.token_embedding.basis, token_features(trainer.corpus.tokenizer))
+    assert torch.equal(
+        trainer.model.token_embedding.basis, token_features(trainer.corpus.tokenizer)
+    )
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
@@ -242,7 +246,9 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
 def test_the_trapezoid_holds_the_highest_rate_and_falls_linearly_to_zero():
     config = Config(lr=0.01, schedule="trapezoid", warmup_fraction=0.2, cooldown_fraction=0.4)
     rates = [learning_rate(step, 10, config) for step in range(11)]
-    assert rates == pytest.approx([0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025, 0])
+    assert rates == pytest.approx(
+        [0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025, 0]
+    )
 
 
 OPTIMIZERS = ["Adagrad", "AdamW", "Muon", "SGD"]
@@ -257,21 +263,36 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay_unless_asked(na
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    for part, decays in {"ln1.weight": 0, "history_gains": 0, "scale_routing": 0, "alpha_mlp": 0, "mixer.weight": 1}.items():
+    for part, decays in {
+        "ln1.weight": 0,
+        "history_gains": 0,
+        "scale_routing": 0,
+        "alpha_mlp": 0,
+        "mixer.weight": 1,
+    }.items():
         matching = [(n, p) for n, p in model.named_parameters() if n.endswith(part)]
         assert matching
-        assert all((id(p) in decayed) == bool(decays) == is_decayed(n, p) for n, p in matching), part
+        assert all((id(p) in decayed) == bool(decays) == is_decayed(n, p) for n, p in matching), (
+            part
+        )
     optimizers = make_optimizers(model, config.model_copy(update={"decay_all": True}))
-    assert all(group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups)
+    assert all(
+        group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups
+    )
 
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
     model = build_model(make_config(SMALL, "test"), 50)
     named = dict(model.named_parameters())
     with pytest.raises(ValueError, match="lm_head.weight is in 0"):
-        check_groups(named, [torch.optim.SGD([p for name, p in named.items() if name != "lm_head.weight"])])
+        check_groups(
+            named, [torch.optim.SGD([p for name, p in named.items() if name != "lm_head.weight"])]
+        )
     with pytest.raises(ValueError, match="token_embedding.weight is in 2"):
-        check_groups(named, [torch.optim.SGD(named.values()), torch.optim.SGD([named["token_embedding.weight"]])])
+        check_groups(
+            named,
+            [torch.optim.SGD(named.values()), torch.optim.SGD([named["token_embedding.weight"]])],
+        )
 
 
 def test_muon_takes_hidden_matrices_only_and_both_rates_follow_the_schedule(tmp_path, text):
@@ -280,7 +301,17 @@ def test_muon_takes_hidden_matrices_only_and_both_rates_follow_the_schedule(tmp_
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     assert {"layers.0.mixers.banks.0.0.mixer.weight", "layers.0.ffwd.0.weight"} <= taken
-    tables = ("embedding", "lm_head", "values", "keys_a", "ln1", "alpha", "history_gains", "scale_routing", "bias")
+    tables = (
+        "embedding",
+        "lm_head",
+        "values",
+        "keys_a",
+        "ln1",
+        "alpha",
+        "history_gains",
+        "scale_routing",
+        "bias",
+    )
     assert not [name for name in taken if any(part in name for part in tables)]
     for _ in range(3):
         trainer.take_step()
@@ -300,7 +331,9 @@ def test_each_optimizer_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, text, 
     assert [resumed.take_step()[0].item() for _ in range(22)] == losses[8:]
     assert sum(losses[-4:]) < sum(losses[:4])
     for group, tensors in whole.tensors().items():
-        assert all(torch.equal(tensor, resumed.tensors()[group][key]) for key, tensor in tensors.items()), group
+        assert all(
+            torch.equal(tensor, resumed.tensors()[group][key]) for key, tensor in tensors.items()
+        ), group
 
 
 def test_the_average_of_the_weights_is_their_moving_average_and_leaves_them_alone(tmp_path, text):
@@ -318,16 +351,25 @@ def test_the_average_of_the_weights_is_their_moving_average_and_leaves_them_alon
     assert torch.equal(weights(averaged), raw)
 
 
-def test_the_average_is_evaluated_and_saved_beside_the_weights(settings, tmp_path, monkeypatch, capsys):
+def test_the_average_is_evaluated_and_saved_beside_the_weights(
+    settings, tmp_path, monkeypatch, capsys
+):
     run(monkeypatch, "--config", settings(ema_decay=0.9, max_steps=6, eval_interval=3))
     folder = only_run(tmp_path)
     assert [m["step"] for m in untimed(folder) if m["kind"] == "average"] == [3, 6]
-    one, other = load_tensors(folder / "best_model.safetensors"), load_tensors(folder / "average_model.safetensors")
-    assert one.keys() == other.keys() and not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    one, other = (
+        load_tensors(folder / "best_model.safetensors"),
+        load_tensors(folder / "average_model.safetensors"),
+    )
+    assert one.keys() == other.keys() and not torch.equal(
+        one["lm_head.weight"], other["lm_head.weight"]
+    )
     assert "average_val_bits_per_byte: " in capsys.readouterr().out
 
 
-def test_a_changed_config_on_resume_is_an_error_that_names_the_keys(settings, tmp_path, monkeypatch):
+def test_a_changed_config_on_resume_is_an_error_that_names_the_keys(
+    settings, tmp_path, monkeypatch
+):
     run(monkeypatch, "--config", settings(max_steps=2))
     with pytest.raises(InputError, match="lr"):
         run(monkeypatch, "--resume", only_run(tmp_path), "--lr", "0.5")
@@ -362,7 +404,9 @@ def test_bad_settings_are_one_line_that_names_the_key(settings, monkeypatch, ove
 
 @pytest.mark.parametrize(("levels", "block_size"), [(1, 2), (2, 3), (8, 256), (9, 257)])
 def test_as_many_levels_are_trained_as_look_back_within_a_window(levels, block_size):
-    config = make_config({"levels": levels, "block_size": block_size, "per_scale_mixer_widths": None}, "test")
+    config = make_config(
+        {"levels": levels, "block_size": block_size, "per_scale_mixer_widths": None}, "test"
+    )
     train_module.check_levels(config)
     more = config.model_copy(update={"levels": levels + 1})
     with pytest.raises(InputError, match=f"at most {levels} levels"):
@@ -373,8 +417,13 @@ def test_as_many_levels_are_trained_as_look_back_within_a_window(levels, block_s
 def test_commands_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
-    cases = [["--config", tmp_path / "none.json"]] + [["--dataset", tmp_path / name] for name in ("empty.txt", "latin.txt")]
-    processes = [start(*case, "--out_dir", tmp_path / "logs", "--cache_dir", tmp_path / "cache") for case in cases]
+    cases = [["--config", tmp_path / "none.json"]] + [
+        ["--dataset", tmp_path / name] for name in ("empty.txt", "latin.txt")
+    ]
+    processes = [
+        start(*case, "--out_dir", tmp_path / "logs", "--cache_dir", tmp_path / "cache")
+        for case in cases
+    ]
     for process, case in zip(processes, cases, strict=True):
         _, error = process.communicate(timeout=120)
         assert process.returncode == 2, error
@@ -386,7 +435,8 @@ def test_commands_end_bad_input_with_one_line_and_exit_code_2(tmp_path):
 
 
 def endured(options, kills, generator):
-    """Runs train.py, kills it at `kills` random moments, and goes on each time. Returns the run's folder."""
+    """Runs train.py, kills it at `kills` random moments, and goes on each time. Returns the run's
+    folder."""
     process = start(*options)
     folder = Path(process.stdout.readline().removeprefix("run: ").strip())
     for _ in range(kills):
@@ -409,7 +459,10 @@ def steps_logged(folder):
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_like_one_that_was_not(settings, tmp_path):
-    options = ["--config", settings(max_steps=300, save_interval=3, eval_interval=50, ema_decay=0.9)]
+    options = [
+        "--config",
+        settings(max_steps=300, save_interval=3, eval_interval=50, ema_decay=0.9),
+    ]
     whole = start(*options, "--out_dir", tmp_path / "whole")
     folder = endured([*options, "--out_dir", tmp_path / "broken"], 10, random.Random(0))
     whole.communicate(timeout=300)
@@ -440,7 +493,12 @@ def test_a_kill_during_a_save_leaves_the_last_whole_one(settings, tmp_path):
     options = list(map(str, ["--config", settings(), "--out_dir", tmp_path / "broken"]))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     broken = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_SAVE, *options], cwd=REPO, capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", KILLED_IN_SAVE, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert broken.returncode == -signal.SIGKILL, broken.stderr
     (folder,) = (tmp_path / "broken").iterdir()
@@ -479,17 +537,23 @@ def test_a_log_that_cannot_be_written_is_one_line_that_names_it(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_that_was_edited_is_one_line_on_resume_and_changes_nothing(settings, tmp_path, text, monkeypatch):
+def test_a_text_that_was_edited_is_one_line_on_resume_and_changes_nothing(
+    settings, tmp_path, text, monkeypatch
+):
     run(monkeypatch, "--config", settings(max_steps=2))
     before = {path.name: path.read_bytes() for path in only_run(tmp_path).iterdir()}
     text.write_text(text.read_text(encoding="utf-8").replace("bears", "boars"), encoding="utf-8")
-    with pytest.raises(InputError, match=r"resume: .* train has [\d,]+ bytes, but others") as caught:
+    with pytest.raises(
+        InputError, match=r"resume: .* train has [\d,]+ bytes, but others"
+    ) as caught:
         run(monkeypatch, "--resume", only_run(tmp_path))
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in only_run(tmp_path).iterdir()} == before
 
 
-def test_a_run_has_full_paths_so_it_means_the_same_from_any_folder(settings, tmp_path, text, monkeypatch):
+def test_a_run_has_full_paths_so_it_means_the_same_from_any_folder(
+    settings, tmp_path, text, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--config", settings(max_steps=2, dataset=text.name))
     folder = only_run(tmp_path)
@@ -501,7 +565,9 @@ def test_a_run_has_full_paths_so_it_means_the_same_from_any_folder(settings, tmp
     run(monkeypatch, "--resume", folder)
 
 
-def test_a_corpus_that_is_gone_on_resume_is_one_line_that_names_it(settings, tmp_path, text, monkeypatch):
+def test_a_corpus_that_is_gone_on_resume_is_one_line_that_names_it(
+    settings, tmp_path, text, monkeypatch
+):
     run(monkeypatch, "--config", settings(max_steps=2))
     text.unlink()
     with pytest.raises(InputError, match=r"tale\.txt") as caught:
@@ -522,15 +588,26 @@ def test_a_damaged_save_is_one_line_that_names_it(tmp_path, text, damage):
 
 def contents(folder):
     """Every file below a folder, and what is in it."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("kind", ["a repository", "a quantised run", "another program's"])
 @pytest.mark.parametrize("name", ["", ".", "whole path"])
-def test_what_is_no_run_is_not_resumed_and_left_as_it_is(settings, tmp_path, monkeypatch, kind, name):
+def test_what_is_no_run_is_not_resumed_and_left_as_it_is(
+    settings, tmp_path, monkeypatch, kind, name
+):
     folder = tmp_path / "work"
     (folder / "shards-12").mkdir(parents=True)
-    for file in ("log.txt", "metrics.jsonl", "samples.txt", ".half.tmp", "shards-12/mine", "best_model.safetensors"):
+    for file in (
+        "log.txt",
+        "metrics.jsonl",
+        "samples.txt",
+        ".half.tmp",
+        "shards-12/mine",
+        "best_model.safetensors",
+    ):
         (folder / file).write_text("mine\n")
     (folder / "config.json").write_bytes(settings().read_bytes())
     if kind == "a quantised run":
@@ -549,7 +626,8 @@ def test_a_run_that_has_lost_its_save_is_not_begun_anew(settings, tmp_path, monk
     folder = only_run(tmp_path)
     (folder / "latest.pt").unlink()
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for kept in (lines, [line for line in lines if '"result"' not in line], []):  # ended, nearly so, and with the lines lost
+    # ended, nearly so, and with the lines lost
+    for kept in (lines, [line for line in lines if '"result"' not in line], []):
         (folder / "metrics.jsonl").write_text("".join(kept))
         before = contents(folder)
         with pytest.raises(InputError, match=r"no latest\.pt") as caught:
@@ -572,8 +650,11 @@ def test_a_run_stopped_before_its_first_save_begins_anew(settings, tmp_path, mon
     assert untimed(folder) == before and (folder / "samples.txt").read_text() == samples
 
 
-def test_where_saves_go_by_time_the_first_weights_are_saved_with_the_state(settings, tmp_path, monkeypatch):
-    """Else a kill before the first save in minutes would leave weights, and nothing to go on from."""
+def test_where_saves_go_by_time_the_first_weights_are_saved_with_the_state(
+    settings, tmp_path, monkeypatch
+):
+    """Else a kill before the first save in minutes would leave weights, and nothing to go on
+    from."""
     options = ["--config", settings(save_interval=None), "--out_dir"]
     run(monkeypatch, *options, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -607,13 +688,15 @@ def test_a_start_that_is_stopped_leaves_no_folder(settings, tmp_path, monkeypatc
     if end == "SIGTERM":
         monkeypatch.setattr(train_module, "run_corpus", stopped)
     else:
-        monkeypatch.setattr("record.save_config", stopped)
+        monkeypatch.setattr("training.record.save_config", stopped)
     with pytest.raises((SystemExit, InputError)):
         run(monkeypatch, "--config", settings())
     assert not list((tmp_path / "logs").iterdir()) and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(settings, tmp_path, monkeypatch):
+def test_a_run_that_a_process_trains_is_not_gone_on_with_by_another(
+    settings, tmp_path, monkeypatch
+):
     path = settings(max_steps=4)
     first = start("--config", path, "--max_steps", 10**6)
     folder = Path(first.stdout.readline().removeprefix("run: ").strip())
@@ -654,7 +737,9 @@ def test_two_runs_of_one_seed_write_the_same_bytes(settings, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("lost", [0, 1, 7, 10**9])
-def test_a_log_that_has_lost_its_end_is_cut_to_whole_lines_and_never_made_longer(tmp_path, capsys, lost):
+def test_a_log_that_has_lost_its_end_is_cut_to_whole_lines_and_never_made_longer(
+    tmp_path, capsys, lost
+):
     record, path = Record(tmp_path), tmp_path / "metrics.jsonl"
     for step in range(3):
         record.metric(kind="train", step=step)
@@ -662,7 +747,9 @@ def test_a_log_that_has_lost_its_end_is_cut_to_whole_lines_and_never_made_longer
     record.metric(kind="train", step=99)
     path.write_bytes(whole[: max(0, len(whole) - lost)] if lost else path.read_bytes())
     record.cut_back(lengths)
-    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[: {0: 3, 1: 2, 7: 2}.get(lost, 0)])
+    assert path.read_bytes() == b"".join(
+        whole.splitlines(keepends=True)[: {0: 3, 1: 2, 7: 2}.get(lost, 0)]
+    )
     assert ("lost" in capsys.readouterr().err) == bool(lost)
     record.metric(kind="train", step=3)
     assert record.metrics("train")[-1] == {"kind": "train", "step": 3}
@@ -674,7 +761,11 @@ def test_a_last_line_that_is_half_written_is_left_out_with_a_note(tmp_path, caps
     whole = path.read_bytes()
     record.metric(kind="train", step=2)
     for end in range(len(whole) + 1, len(path.read_bytes())):
-        path.write_bytes(path.read_bytes()[:end] if end == len(whole) + 1 else (whole + b'{"kind": "train"')[:end])
+        path.write_bytes(
+            path.read_bytes()[:end]
+            if end == len(whole) + 1
+            else (whole + b'{"kind": "train"')[:end]
+        )
         assert record.metrics("train") == [{"kind": "train", "step": 1}]
         assert len(capsys.readouterr().err.splitlines()) == 1
     path.write_bytes(b"half\n" + whole)
@@ -692,7 +783,10 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tm
     def no_number(name):
         raise AssertionError(f"{name} is not JSON")
 
-    lines = [json.loads(line, parse_constant=no_number) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=no_number)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["bits_per_byte"] for line in lines[::2]] == [1.5, None, None, None]
     record.draw_curves()
     assert (tmp_path / "curves.png").exists()
@@ -700,8 +794,10 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tm
 
 def test_a_terminal_that_cannot_show_a_text_loses_nothing(settings, tmp_path):
     process = subprocess.run(
-        [sys.executable, REPO / "train.py", "--config", settings(max_steps=2, generation_prompt="né 中 ", num_new_tokens=2)],
-        cwd=REPO, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}, check=False,
+        [sys.executable, ROOT / "train.py", "--config",
+            settings(max_steps=2, generation_prompt="né 中 ", num_new_tokens=2)],
+        cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii",
+        "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert b"n? ? " in process.stdout and b"test_bits_per_byte: " in process.stdout
@@ -729,7 +825,8 @@ def test_nothing_in_a_run_s_folder_is_executed(tmp_path, text, parallel, shards)
     touched = tmp_path / "touched"
     folder = tmp_path / "run" / "shards-0"
     folder.mkdir(exist_ok=True)
-    for name in (".metadata", "0-of-1.safetensors"):  # the first is where torch.distributed.checkpoint reads a pickle
+    # the first is where torch.distributed.checkpoint reads a pickle
+    for name in (".metadata", "0-of-1.safetensors"):
         (folder / name).write_bytes(pickle.dumps(Hostile(touched)))
     torch.save(values | {"shards": shards}, tmp_path / "run" / "latest.pt")
     with pytest.raises(InputError):
@@ -751,15 +848,21 @@ def changed(tensors, change):
 SAVES_OF_OTHERS = {
     "a weight to broadcast": lambda v: v | {"model": changed(v["model"], lambda t: t[:1])},
     "a weight of another type": lambda v: v | {"model": changed(v["model"], torch.Tensor.double)},
-    "a weight that is not finite": lambda v: v | {"model": changed(v["model"], lambda t: t * float("nan"))},
+    "a weight that is not finite": lambda v: (
+        v | {"model": changed(v["model"], lambda t: t * float("nan"))}
+    ),
     "a weight too few": lambda v: v | {"model": dict(list(v["model"].items())[1:])},
     "a weight too many": lambda v: v | {"model": v["model"] | {"more": torch.zeros(1)}},
     "no average": lambda v: v | {"average": {}},
     "an average to broadcast": lambda v: v | {"average": changed(v["average"], lambda t: t[:1])},
     "a state to broadcast": lambda v: v | {"optimizer": changed(v["optimizer"], lambda t: t[:1])},
-    "a state of no parameter": lambda v: v | {"optimizer": v["optimizer"] | {"more:sum": torch.zeros(1)}},
+    "a state of no parameter": lambda v: (
+        v | {"optimizer": v["optimizer"] | {"more:sum": torch.zeros(1)}}
+    ),
     "a text for a state": lambda v: v | {"optimizer": dict.fromkeys(v["optimizer"], "x")},
-    "carried text of another shape": lambda v: v | {"carried": [[{k: t[:1] for k, t in b.items()} for b in v["carried"][0]]]},
+    "carried text of another shape": lambda v: (
+        v | {"carried": [[{k: t[:1] for k, t in b.items()} for b in v["carried"][0]]]}
+    ),
     "too many carried texts": lambda v: v | {"carried": v["carried"] * 2},
     "no step": lambda v: {key: value for key, value in v.items() if key != "step"},
     "a step beyond the run's end": lambda v: v | {"step": 99},
@@ -788,15 +891,33 @@ def test_a_save_that_is_not_of_this_run_is_one_line_that_names_it(tmp_path, text
 def test_a_token_file_of_half_a_gigabyte_trains_in_bounded_memory(tmp_path, text):
     trainer = trainer_of(tmp_path, text)
     path, tokens = tmp_path / "large.tokens", 2**28
-    with open(path, "wb") as file:  # a sparse file: it takes no space on the disk, and reads as zeros
-        header = {"dtype": "uint16", "tokens": tokens, "bytes": tokens, "words": 1, "documents": 1, "parts": [tokens]}
-        header |= {"scored_bytes": tokens, "scored_words": 1, "vocab_size": 256, "tokenizer": "bytes", "key": ""}
+    # a sparse file: it takes no space on the disk, and reads as zeros
+    with open(path, "wb") as file:
+        header = {
+            "dtype": "uint16",
+            "tokens": tokens,
+            "bytes": tokens,
+            "words": 1,
+            "documents": 1,
+            "parts": [tokens],
+        }
+        header |= {
+            "scored_bytes": tokens,
+            "scored_words": 1,
+            "vocab_size": 256,
+            "tokenizer": "bytes",
+            "key": "",
+        }
         zeros = bytes(2**24)
         digest = hashlib.sha256()
         for _ in range(0, 2 * tokens, len(zeros)):
             digest.update(zeros)
         digest.update(bytes(8))
-        file.write((FORMAT + json.dumps(header | {"sha256": digest.hexdigest()}).encode()).ljust(HEADER_BYTES))
+        file.write(
+            (FORMAT + json.dumps(header | {"sha256": digest.hexdigest()}).encode()).ljust(
+                HEADER_BYTES
+            )
+        )
         file.truncate(HEADER_BYTES + 2 * tokens + 8)
     trainer.batches = Windows(TokenFile(path), 16, 4, seed=1)
     trainer.take_step()
@@ -810,7 +931,8 @@ def test_a_token_file_of_half_a_gigabyte_trains_in_bounded_memory(tmp_path, text
 
 
 def private_memory():
-    """Bytes of this process that are not pages of a file, which the system takes back when it needs them."""
+    """Bytes of this process that are not pages of a file, which the system takes back when it needs
+    them."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) * 1024
 
@@ -819,7 +941,9 @@ def test_a_profile_says_where_the_step_went(settings, tmp_path, monkeypatch):
     run(monkeypatch, "--config", settings(), "--profile")
     folder = only_run(tmp_path)
     table = (folder / "profile.txt").read_text()
-    assert all(part in table for part in ("data", "forward", "backward", "clipping", "optimizer", "aten::"))
+    assert all(
+        part in table for part in ("data", "forward", "backward", "clipping", "optimizer", "aten::")
+    )
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
 
 

@@ -1,0 +1,583 @@
+"""Where text comes from: Python's own documentation, local .txt files, or a data set of the Hugging
+Face hub.
+
+`documents(config, split)` yields a split's text verbatim, in a fixed order. What a text of several
+documents gets between them is data.py's to add. `config.dataset` says what is read:
+
+- `pydoc`: reference topics and docstrings of the running Python's standard library. Works offline,
+  split by file.
+- a name in `HUB`, or any hub id `owner/name`, by parquet. `config.dataset_path` overrides the id:
+  another one,
+  `owner/name@revision`, or a local folder in the hub's layout. (Write ./pg19 for a local folder
+  called pg19.)
+- a local folder with parquet files: the hub's layout too.
+- a folder with train, validation (or valid) and test, each a folder of .txt files or one .txt file:
+  these splits.
+- a .txt file, or a folder of them: the files in sorted order are one long text, cut by
+  `config.split_fractions` at the
+  line ends that follow. So a split has whole files, but for the two where the cuts fall.
+
+Folders are read with all below them, through links too. What cannot be read is an error, what is of
+another kind is named by `unread`: nothing is passed over in silence.
+
+`config.dataset_mix` names more data sets, from whose train splits too windows are drawn;
+`components` lists them all."""
+
+import ast
+import codecs
+import difflib
+import hashlib
+import inspect
+import os
+import platform
+import re
+import sysconfig
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.command import InputError
+from config import Config
+
+SPLITS = ("train", "validation", "test")
+READ_BYTES = 1 << 20
+# of reading and splitting: another number where they change, so that old token files are not used
+RULES = "2"
+
+# name -> hub id, configuration; all are parquet, for `datasets` runs no loading scripts any more
+HUB = {
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "pg19": ("fla-hub/pg19", ""),
+    "openwebtext": ("Skylion007/openwebtext", ""),
+    "tinystories": ("roneneldan/TinyStories", ""),
+    "bookcorpusopen": ("lucadiliello/bookcorpusopen", ""),
+    "pile-arxiv": ("timaeus/pile-arxiv", ""),
+}
+WIKITEXT = ("wikitext-103", "wikitext-2")
+
+
+def documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
+    """Yields (starts a document, text). A long document comes in several pieces, of which only the
+    first starts it; the split is all texts in a row. Raises `InputError` for a source or split that
+    is missing, empty or not UTF-8."""
+    kind = source_kind(config)
+    if kind == "pydoc":
+        pieces = _pydoc_documents(split)
+    elif kind == "hub":
+        pieces = _hub_documents(config, split)
+    else:
+        pieces = _file_documents(Path(config.dataset), config.split_fractions, split)
+    empty = True
+    for starts, text in pieces:
+        empty = empty and not text
+        yield starts, text
+    if empty:
+        raise InputError(
+            f"dataset: the {split} split of {config.dataset} is empty; it needs text with line ends"
+        )
+
+
+def components(config: Config) -> list[Config]:
+    """A config for each data set that training reads: `dataset`, then those of `dataset_mix`."""
+    own = config.model_copy(update={"dataset_mix": ()})
+    elsewhere = {"dataset_path": "", "dataset_name": ""}
+    return [
+        own,
+        *(own.model_copy(update={"dataset": name} | elsewhere) for name, _ in config.dataset_mix),
+    ]
+
+
+def check_source(config: Config) -> None:
+    """Raises `InputError` where a data set of `config` is unknown or is not there, as far as that
+    is seen at once."""
+    for component in components(config):
+        described(component)
+
+
+def source_kind(config: Config) -> str:
+    """What `config.dataset` is: "pydoc", "hub" or "files". Raises `InputError` for none of
+    these."""
+    name = config.dataset
+    if config.dataset_path or name in HUB:
+        return "hub"
+    if name == "pydoc":
+        return "pydoc"
+    if Path(name).exists():
+        return (
+            "hub"
+            if Path(name).is_dir()
+            and any(_is(path, ".parquet") for path in files_below(Path(name)))
+            else "files"
+        )
+    if (
+        name.endswith(".txt")
+        or name.startswith((".", "~", os.sep))
+        or name.count("/") > 1
+        or "\\" in name
+    ):
+        raise InputError(
+            f"dataset: there is nothing at {name}; give a .txt file or a folder of .txt files"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return "hub"
+    known = ["pydoc", *HUB]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"known are {', '.join(known)}, a path, and hub ids owner/name"
+    )
+    raise InputError(f"dataset: unknown data set {name}; {hint}")
+
+
+def located(config: Config) -> Config:
+    """`config` with the full paths of the files and folders that it names, so that it means the
+    same from any folder."""
+
+    def full(name: str) -> str:
+        return os.path.abspath(name) if name and Path(name).exists() else name
+
+    # then no path, see `source_kind`
+    named = config.dataset_path or config.dataset in HUB or config.dataset == "pydoc"
+    return config.model_copy(
+        update={
+            "dataset": config.dataset if named else full(config.dataset),
+            "dataset_path": full(config.dataset_path),
+            "dataset_mix": tuple(
+                (n if n in HUB or n == "pydoc" else full(n), weight)
+                for n, weight in config.dataset_mix
+            ),
+            "tokenizer": (
+                full(config.tokenizer) if config.tokenizer.endswith(".model") else config.tokenizer
+            ),
+        }
+    )
+
+
+def described(config: Config) -> str:
+    """Where the text of `config` comes from and how much it is, in words that tell it from
+    another."""
+    if config.dataset_mix:
+        return " + ".join(described(component) for component in components(config))
+    kind = source_kind(config)
+    if kind == "pydoc":
+        return f"pydoc of Python {platform.python_version()} ({len(_library_files()):,} files)"
+    if kind == "files":
+        return f"{os.path.abspath(config.dataset)} ({_amount(_files_read(Path(config.dataset)))})"
+    identity, name, revision = _hub_source(config)
+    if Path(identity).exists():
+        tables = [path for path in files_below(Path(identity)) if _is(path, ".parquet")]
+        return f"{os.path.abspath(identity)} ({_amount(tables)})"
+    return identity + (f"@{revision}" if revision else "") + (f" ({name})" if name else "")
+
+
+def is_verbatim(config: Config) -> bool:
+    """Whether nothing may be put between the documents of `config`: WikiText's published figures
+    are of its text as it is."""
+    return config.dataset in WIKITEXT or (
+        source_kind(config) == "hub" and _hub_source(config)[0] == HUB[WIKITEXT[0]][0]
+    )
+
+
+def source_fingerprint(config: Config) -> str:
+    """A short hash that changes when the source does: of names, sizes and times for files, of the
+    Python version and file names for pydoc, of id, revision, configuration and column for the hub
+    (needs no network). It tells which token files may be of use; what a run was trained on is told
+    by the digest of its tokens, which a touched file does not change."""
+    if config.dataset_mix:
+        parts = [source_fingerprint(component) for component in components(config)]
+        return hashlib.sha256("\0".join([RULES, "mix", *parts]).encode()).hexdigest()[:16]
+    kind = source_kind(config)
+    if kind == "pydoc":
+        parts = [platform.python_version(), *(path.as_posix() for path in _library_files())]
+    else:
+        parts = [*map(str, config.split_fractions)]
+        if kind == "hub":
+            identity, name, revision = _hub_source(config)
+            parts += [config.dataset, identity, name, revision, config.text_column]
+            files = files_below(Path(identity)) if Path(identity).exists() else []
+        else:
+            files = _files_read(Path(config.dataset))
+        for path in files:
+            status = path.stat()
+            parts += [str(path.resolve()), str(status.st_size), str(status.st_mtime_ns)]
+    return hashlib.sha256("\0".join([RULES, kind, *parts]).encode()).hexdigest()[:16]
+
+
+def unread(config: Config) -> str:
+    """What lies in the local folders of `config` and is not read, in one line; "" where there is no
+    such thing."""
+    parts = []
+    for component in components(config):
+        kind = source_kind(component)
+        root = Path(component.dataset if kind == "files" else _hub_source(component)[0])
+        if kind == "pydoc" or not root.is_dir():
+            continue
+        read = (
+            set(_files_read(root))
+            if kind == "files"
+            else {p for p in files_below(root) if _is(p, ".parquet")}
+        )
+        if rest := [path for path in files_below(root) if path not in read]:
+            parts.append(f"{len(rest)} of the files in {root} are not read: {_kinds(rest)}")
+    return "; ".join(parts)
+
+
+# Local text
+
+
+def files_below(root: Path) -> list[Path]:
+    """The files in the folder `root` and all folders below it, through links too, sorted; a file is
+    itself. A folder that several links lead to is read once, so links in a circle do no harm.
+    Raises `InputError` for what cannot be read."""
+
+    def stop(error: OSError) -> None:
+        raise InputError(
+            f"{error.filename}: cannot be read ({error.strerror}); make it readable, or move it"
+            " away"
+        )
+
+    if not root.is_dir():
+        return [root]
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=stop):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        # os.walk goes into them in this order, so which of several links counts does not depend on
+        # the disk
+        folders.sort()
+        found += [Path(folder, name) for name in names]
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise InputError(
+                f"{path}: links to {os.readlink(path)}, where nothing is; restore that, or remove"
+                " the link"
+            )
+    return sorted(found, key=lambda path: path.as_posix())
+
+
+def check_is_text(path: Path) -> None:
+    """Raises `InputError` where `path` is not called .txt (in any case): markup or JSON would be
+    read as if it were text."""
+    if not _is(path, ".txt"):
+        kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+        hint = "plain text must be called .txt, and tables be a folder of .parquet files"
+        raise InputError(f"{path}: {kind} is of an unknown kind; {hint}")
+
+
+def _is(path: Path, suffix: str) -> bool:
+    return path.suffix.lower() == suffix
+
+
+def _amount(files: list[Path]) -> str:
+    return (
+        f"{len(files):,} file{'s' * (len(files) != 1)},"
+        f" {sum(path.stat().st_size for path in files):,} bytes"
+    )
+
+
+def _kinds(files: list[Path]) -> str:
+    """How many files there are of each kind: "3 .json, 1 without a suffix"."""
+    kinds = Counter(path.suffix.lower() or "without a suffix" for path in files)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def read_text(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Yields the text of bytes `start` to `stop` of a UTF-8 file, verbatim (\\r\\n stays), about 1
+    MiB at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as file:
+            stop = os.fstat(file.fileno()).st_size if stop is None else stop
+            file.seek(start)
+            position = start
+            while position < stop:
+                data = file.read(min(READ_BYTES, stop - position))
+                # the first bytes of a character that the last read cut
+                pending = len(decoder.getstate()[0])
+                position += len(data)
+                if not data:
+                    raise InputError(f"{path}: became shorter while it was read; run again")
+                text = decoder.decode(data, final=position >= stop)
+                if text:
+                    yield text
+    except UnicodeDecodeError as error:
+        offset = position - len(data) - pending + error.start
+        raise InputError(f"{path}: not UTF-8 at byte {offset}; convert the file to UTF-8") from None
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a readable .txt file or folder"
+        ) from None
+
+
+def _file_documents(
+    root: Path, fractions: tuple[float, ...], split: str
+) -> Iterator[tuple[bool, str]]:
+    for path, start, stop in _file_ranges(root, fractions, split):
+        first = True
+        for text in read_text(path, start, stop):
+            yield first, text
+            first = False
+
+
+def _file_ranges(
+    root: Path, fractions: tuple[float, ...], split: str
+) -> list[tuple[Path, int, int]]:
+    """The (file, first byte, end) of each document of a split of the file or folder `root`."""
+    if given := _given_splits(root):
+        return [(path, 0, path.stat().st_size) for path in given[split]]
+    files = _text_files(root)
+    sizes = [path.stat().st_size for path in files]
+    if sum(sizes) == 0:
+        raise InputError(f"{root}: is empty; give a file with text")
+    cuts = [
+        0,
+        *(_cut(files, sizes, share) for share in (fractions[0], fractions[0] + fractions[1])),
+        sum(sizes),
+    ]
+    index = SPLITS.index(split)
+    ranges, before = [], 0
+    for path, size in zip(files, sizes, strict=True):
+        start, stop = max(cuts[index] - before, 0), min(cuts[index + 1] - before, size)
+        if start < stop:
+            ranges.append((path, start, stop))
+        before += size
+    if not ranges:
+        raise InputError(
+            f"{root}: too few line ends for a {split} split by split_fractions; give more lines of"
+            " text"
+        )
+    return ranges
+
+
+def _given_splits(root: Path) -> dict[str, list[Path]]:
+    """The files of each split where the folder `root` has train, validation (or valid) and test, in
+    any case; else {}."""
+    if not root.is_dir():
+        return {}
+    inside = {path.name.lower(): path for path in sorted(root.iterdir())}
+    given = {}
+    for split in SPLITS:
+        for name in (split, "valid") if split == "validation" else (split,):
+            if name in inside and inside[name].is_dir():
+                given.setdefault(split, _text_files(inside[name]))
+            elif f"{name}.txt" in inside:
+                given.setdefault(split, _text_files(inside[f"{name}.txt"]))
+    if given and (missing := [split for split in SPLITS if split not in given]):
+        raise InputError(
+            f"{root}: has no {missing[0]} split; add {missing[0]}.txt or a folder {missing[0]} of"
+            " .txt files"
+        )
+    return given
+
+
+def _files_read(root: Path) -> list[Path]:
+    """All files of all splits."""
+    given = _given_splits(root)
+    return [path for split in SPLITS for path in given[split]] if given else _text_files(root)
+
+
+def _text_files(root: Path) -> list[Path]:
+    files = files_below(root)
+    if root.is_dir():
+        others, files = files, [path for path in files if _is(path, ".txt")]
+        if not files:
+            only = f", only {_kinds(others)}" if others else ""
+            raise InputError(
+                f"{root}: has no .txt files{only}; a folder in the hub's layout has .parquet files"
+            )
+    for path in files:
+        check_is_text(path)
+        if not path.is_file():
+            raise InputError(
+                f"{path}: is no regular file; give a .txt file or a folder of .txt files"
+            )
+    return files
+
+
+def _cut(files: list[Path], sizes: list[int], share: float) -> int:
+    """The first line end (or end of a file) at or after `share` of all bytes, as an offset into the
+    joined files."""
+    target, before = round(share * sum(sizes)), 0
+    for path, size in zip(files, sizes, strict=True):
+        if target < before + size:
+            # the byte before: a target at a line end stays there
+            position = max(target - before - 1, 0)
+            with open(path, "rb") as file:
+                file.seek(position)
+                while data := file.read(READ_BYTES):
+                    if (found := data.find(b"\n")) >= 0:
+                        return before + position + found + 1
+                    position += len(data)
+            return before + size
+        before += size
+    return before
+
+
+# The standard library's documentation
+
+
+def _unit(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone: the same split in every run and Python
+    version."""
+    # of the first 30 salts the one whose pydoc shares are nearest to 90, 5 and 5% of the bytes
+    salted = f"19{key}"
+    return int.from_bytes(hashlib.sha256(salted.encode()).digest()[:8], "big") / 2**64
+
+
+def _share(unit: float) -> str:
+    return "train" if unit < 0.9 else "validation" if unit < 0.95 else "test"
+
+
+def _library_files() -> list[Path]:
+    """Paths of the standard library's modules, relative to it, sorted; tests are no
+    documentation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return sorted(path for path in files if not skipped & set(path.parts))
+
+
+def _pydoc_documents(split: str) -> Iterator[tuple[bool, str]]:
+    from pydoc_data.topics import topics  # half a megabyte that no other source needs
+
+    for name in sorted(topics):
+        if _share(_unit(f"topic {name}")) == split:
+            yield True, f"topic {name}\n\n{inspect.cleandoc(topics[name])}\n\n\n"
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in _library_files():
+        if _share(_unit(path.as_posix())) != split:
+            continue
+        try:
+            tree = ast.parse((root / path).read_bytes())
+        except (SyntaxError, ValueError):
+            # templates and samples of other versions: not Python, so they have no docstrings
+            continue
+        parts = path.with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        text = "".join(_entries(tree, name))
+        if text:
+            # A docstring may hold half a surrogate pair, which no UTF-8 file can.
+            yield True, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def _entries(node: ast.AST, name: str) -> Iterator[str]:
+    """Yields heading and indented docstring of a module, class or function and of all inside it, in
+    source order."""
+    heading = ""
+    if isinstance(node, ast.Module):
+        heading = f"module {name}"
+    elif isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        heading = f"class {name}({bases})" if bases else f"class {name}"
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        heading = f"{name}({ast.unparse(node.args)})"
+    docstring = ast.get_docstring(node, clean=False) if heading else None
+    if docstring and docstring.strip():
+        yield f"{heading}\n{textwrap.indent(inspect.cleandoc(docstring), '    ')}\n\n"
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue  # no expression defines a name
+        inner = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        yield from _entries(child, f"{name}.{child.name}" if inner else name)
+
+
+# The Hugging Face hub
+
+
+def _hub_source(config: Config) -> tuple[str, str, str]:
+    """Hub id or local folder, configuration and revision ("" = the default one)."""
+    identity, name = HUB.get(config.dataset, (config.dataset, ""))
+    if config.dataset_path:
+        identity, name = config.dataset_path, ""
+    revision = ""
+    if not Path(identity).exists():
+        identity, _, revision = identity.partition("@")
+    return identity, config.dataset_name or name, revision
+
+
+def _hub_documents(config: Config, split: str) -> Iterator[tuple[bool, str]]:
+    """Streams a split. One that the data set lacks is cut from its train split: a row belongs to it
+    by a hash of the row's number, with the probability in `config.split_fractions`."""
+    from datasets import load_dataset  # seconds to import, and only needed here
+    from datasets.utils.logging import CRITICAL, set_verbosity
+
+    set_verbosity(CRITICAL)  # what it logs of a file that it cannot read it raises too
+    identity, name, revision = _hub_source(config)
+    try:
+        parts = load_dataset(identity, name or None, revision=revision or None, streaming=True)
+        if "train" not in parts:
+            raise InputError(
+                f"dataset: {identity} has no train split, only {', '.join(parts)}; name another"
+                " data set"
+            )
+        if parts["train"].info.builder_name == "text":
+            raise InputError(
+                f"dataset: {identity} holds .txt files; download them and give the folder as"
+                " dataset"
+            )
+        held_out, edge = {}, 0.0  # split cut from train -> its range of hashes
+        for other, fraction in zip(SPLITS[1:], config.split_fractions[1:], strict=True):
+            if other not in parts:
+                held_out[other] = (edge, edge + fraction)
+                edge += fraction
+        low, high = held_out.get(split, (edge, 1.0))
+        stream = parts["train" if split in held_out else split]
+        columns, column = stream.column_names, config.text_column
+        if columns is not None and column not in columns:
+            raise InputError(
+                f"text_column: {identity} has no column {column}; it has {', '.join(columns)}"
+            )
+        rows = _column(stream, column, identity)
+        if held_out and (split == "train" or split in held_out):
+            rows = (text for index, text in enumerate(rows) if low <= _unit(f"row {index}") < high)
+        yield from (
+            _wikitext_articles(rows) if is_verbatim(config) else ((True, text) for text in rows)
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if Path(identity).exists():
+            right = "give whole .parquet ones" + (
+                ", and a dataset_name that they have" if config.dataset_name else ""
+            )
+            raise InputError(
+                f"dataset: cannot read the files of {identity} ({reason}); {right}"
+            ) from error
+        named = config.dataset_path or config.dataset in HUB
+        local = "" if named else f"; no local file or folder is called {config.dataset} either"
+        raise InputError(
+            f"dataset: cannot read {identity} from the Hugging Face hub ({reason}){local}; check"
+            " the id, dataset_name, network and access, or give a local parquet folder as"
+            " dataset_path"
+        ) from error
+
+
+def _column(stream, column: str, identity: str) -> Iterator[str]:
+    for row in stream:
+        text = row.get(column)
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise InputError(
+                f"text_column: column {column} of {identity} holds {kind}; name a column of text"
+            )
+        yield text
+
+
+def _wikitext_articles(rows: Iterator[str]) -> Iterator[tuple[bool, str]]:
+    """WikiText's rows are lines that carry their line end; an article starts at a title, ` = Title
+    = `, after a blank line. The hub stores the original's blank lines, ` \\n`, as empty rows: they
+    are put back, so that the text is byte for byte the published one (raw WikiText-103 test:
+    1,290,590 bytes, 245,569 words with line ends)."""
+    first, blank, title_seen = True, True, False
+    for text in rows:
+        title = blank and re.fullmatch(r" = [^=].*[^=] = \n| = [^=] = \n", text) is not None
+        # the blank line before the first title is its article's
+        yield first or (title and title_seen), text or " \n"
+        title_seen = title_seen or title
+        first, blank = False, not text.strip()

@@ -1,0 +1,1 @@
+"""What lies below model.py: the state, hand-written passes, the loss, memories and variants."""

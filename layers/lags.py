@@ -1,0 +1,97 @@
+"""What reads the stream at fixed lags, as functions whose backward pass is written by hand: short
+causal filters, and the coefficients of the fixed Haar wavelet.
+
+Much of a small network's time goes into passes over tensors of the stream's size. Left to autograd,
+each lag would add some: products of their own, and for the gradient of each slice a tensor of
+zeros. Here there are as few as there can be.
+
+Letters as in model.py: B batch, T positions, P channels, J levels, S = J + 1 scales.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.device import autocast_type
+
+
+class CausalFilter(torch.autograd.Function):
+    """x (B, K − 1 + T or more, P), taps (K, P) or (K, 1), the oldest position's first → Σ_i taps_i
+    ⊙ x[:, i : i + T]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, taps: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        out = x[:, :length] * taps[0]
+        for i in range(1, taps.size(0)):
+            out.addcmul_(x[:, i : i + length], taps[i])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_out: Tensor):
+        (x, taps), length = ctx.saved_tensors, of_out.size(1)
+        of_x, of_taps = torch.zeros_like(x), []
+        for i in range(taps.size(0)):
+            of_x[:, i : i + length].addcmul_(of_out, taps[i])
+            of_taps.append((x[:, i : i + length] * of_out).sum_to_size(taps[i].shape))
+        return of_x, torch.stack(of_taps), None
+
+
+def with_lagged(u: Tensor, past: Tensor, sign: int) -> Tensor:
+    """u (B, T, P) + sign · u delayed by lag positions, where `past` (B, lag, P) is what came before
+    u."""
+    out, lag = torch.empty_like(u), min(past.size(1), u.size(1))
+    # all texts in a row: one pass, that is wrong only where a text reads the one before it
+    rows = u.view(-1, u.size(2))
+    torch.add(rows[lag:], rows[:-lag], alpha=sign, out=out.view_as(rows)[lag:])
+    out[:, :lag] = torch.add(u[:, :lag], past[:, :lag], alpha=sign)
+    return out
+
+
+class HaarCoefficients(torch.autograd.Function):
+    """`Lifting.decompose` of the fixed wavelet: one buffer for all scales, no lag is joined to
+    anything, and the factors of √2 are multiplied in as a coefficient is written.
+
+    h (B, T, P), and for each level l the 2^l inputs of that level before it (B, 2^l, P) → the
+    coefficients (S, B, T, P), the approximation first, then the details from coarse to fine, and
+    each level's last 2^l inputs.
+
+    Inside, u_l is the input of level l times √2^l: u_0 = h, u_(l+1) = u_l + lagged u_l, detail_l =
+    (u_l − lagged u_l) / √2^(l+1). It is linear, so nothing is kept for the backward pass. Under
+    autocast the coefficients have its type, for the mixers."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, *pasts: Tensor) -> tuple[Tensor, ...]:
+        levels, length = len(pasts), h.size(1)
+        c = h.new_empty(levels + 1, *h.shape, dtype=autocast_type(h))
+        ctx.lags = [past.size(1) for past in pasts]
+        u, new_pasts = h.contiguous(), []
+        for level, past in enumerate(pasts):
+            root = math.sqrt(2) ** level
+            kept = u[:, max(0, length - past.size(1)) :] / root
+            new_pasts.append(torch.cat([past[:, length:], kept], dim=1))
+            past = past * root
+            torch.mul(with_lagged(u, past, -1), math.sqrt(0.5) / root, out=c[levels - level])
+            u = with_lagged(u, past, 1)
+        torch.mul(u, math.sqrt(0.5) ** levels, out=c[0])
+        return c, *new_pasts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_c: Tensor, *of_new_pasts: Tensor):
+        levels, length = len(ctx.lags), of_c.size(2)
+        of_u, of_pasts = of_c[0].to(of_new_pasts[0].dtype) * math.sqrt(0.5) ** levels, []
+        for level in reversed(range(levels)):
+            lag, root, of_new = ctx.lags[level], math.sqrt(2) ** level, of_new_pasts[level]
+            of_detail, factor = of_c[levels - level], math.sqrt(0.5) / root
+            of_lagged = torch.sub(of_u, of_detail, alpha=factor)
+            of_u = torch.add(of_u, of_detail, alpha=factor)
+            of_u[:, : max(0, length - lag)] += of_lagged[:, lag:]
+            of_u[:, max(0, length - lag) :] += of_new[:, max(0, lag - length) :] / root
+            of_past = of_new.new_zeros(of_new.shape)
+            of_past[:, :length] = of_lagged[:, :lag] * root
+            of_past[:, length:] += of_new[:, : max(0, lag - length)]
+            of_pasts.append(of_past)
+        return of_u, *reversed(of_pasts)

@@ -1,0 +1,1 @@
+"""Comparisons, ablations, probes and timings: each runs as `python -m research.NAME`."""

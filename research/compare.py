@@ -1,0 +1,477 @@
+"""WaveletLM beside a Transformer and a state-space model, at equal parameters and equal process CPU
+time.
+
+    python -m research.compare --dataset my_books/ --out runs/compare --jobs 2
+    python -m research.compare --dataset my_books/ --out runs/compare \\
+        --models released best=configs/best-small.json llama
+
+Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and
+evaluation, fp32 and a single thread. Its learning rate is the best of short runs, by validation:
+rates are doubled or halved until the best one is no longer at the edge of those tried (or six were
+tried). Then come full runs, one per seed. Minutes are of CPU time on one thread: how many steps
+each contestant makes in them is measured first, all in turn, so that a busy machine is fair to all.
+A run is a process of its own (its peak memory is its own) and is saved when done: the same command
+again makes only what is missing."""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.command import InputError, Parser, run_command
+from common.figures import plain
+from common.files import written_whole
+from config import make_config
+from data.order import Windows
+from data.prepare import Corpus, prepare
+from data.tokenizer import text_bytes
+from inference.scoring import figures, score
+from layers.features import fill_features
+from research.contestants import FOREIGN, Contestant, contestant, transformers_library
+from research.tables import markdown_table, mean_deviation, put_first
+from research.timing import seconds_of_each, step_timer, steps_in
+from training.optimizers import clipped_step, learning_rate, make_optimizers, rates
+from training.record import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+CURVE_POINTS = 10  # measurements on validation during a run
+CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
+RATES = (0.5, 1.0, 2.0)  # learning rates tried first, in units of the contestant's own
+MOST_RATES = 6  # tried for one contestant
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: which contestant, learning rate, seed, minutes of CPU time and the steps that
+    these are; a final run is measured on whole splits."""
+
+    model: str
+    lr: float
+    seed: int
+    minutes: float
+    steps: int
+    final: bool
+
+    def path(self, out: Path, data: str, block_size: int) -> Path:
+        """Where its result lies."""
+        end = "" if self.final else "-choice"
+        name = full_name(contestant(self.model, block_size), data)
+        return out / f"{name}_lr{self.lr:g}_seed{self.seed}_steps{self.steps}{end}.json"
+
+
+def full_name(entrant: Contestant, data: str) -> str:
+    """With a digest of all but learning rate, seed and steps that decides a run."""
+    config = entrant.config
+    unlike = {
+        "seed",
+        "lr",
+        "min_lr",
+        "muon_lr",
+        "out_dir",
+        "cache_dir",
+        "log_interval",
+        "eval_interval",
+    }
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
+    shape = getattr(entrant.build, "keywords", {}) | {
+        "min_lr": config.min_lr / config.lr,
+        "muon_lr": config.muon_lr / config.lr,
+    }
+    digest = hashlib.sha256(
+        json.dumps([settings, shape, data], sort_keys=True).encode()
+    ).hexdigest()[:8]
+    return f"{entrant.name}-{digest}"
+
+
+def data_digest(corpus: Corpus, batch: int) -> str:
+    """Of text, tokens and batch size."""
+    parts = [
+        corpus.train.digest,
+        corpus.validation.digest,
+        corpus.test.digest,
+        corpus.tokenizer.fingerprint,
+        batch,
+    ]
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
+
+
+# A run
+
+
+def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | None = None) -> float:
+    """In windows of block_size side by side; of the first `tokens` tokens only, if given."""
+    file, block = getattr(corpus, split), model.block_size
+    ids = file.tokens[:tokens]
+    nats = score(model.eval(), ids, block, block, "window")
+    size = file.scored_bytes if tokens is None else text_bytes(corpus.tokenizer, ids[1:].tolist())
+    return figures(nats, len(ids), size, 1)["bits_per_byte"]
+
+
+def embedding_parameters(model: nn.Module) -> int:
+    """Of the token embedding and the head."""
+    return sum(p.numel() for p in {model.token_embedding.weight, model.lm_head.weight})
+
+
+def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str, Any]:
+    """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of
+    validation]."""
+    torch.set_num_threads(1)
+    torch.manual_seed(spec.seed)
+    config = entrant.config.model_copy(update=rates(entrant.config, spec.lr))
+    model = entrant.build(config, corpus.vocab_size)
+    fill_features(model, corpus.tokenizer)
+    model.block_size = config.block_size
+    optimizers = make_optimizers(model, config)
+    windows = Windows(corpus.train, config.block_size, batch, spec.seed)
+    used, curve = 0.0, []
+    for step in range(spec.steps):
+        began = time.process_time()
+        model.train()
+        torch.manual_seed(spec.seed * 1_000_003 + step)
+        ids, targets = windows.batch(step)
+        loss, _ = model.loss(ids, targets)
+        loss.backward()
+        clipped_step(model, optimizers, learning_rate(step, spec.steps, config), config.grad_clip)
+        used += time.process_time() - began
+        done = step + 1
+        if done * CURVE_POINTS >= spec.steps * (len(curve) + 1):
+            measured = bits_per_byte(model, corpus, "validation", CURVE_TOKENS)
+            curve.append(
+                [spec.minutes * done / spec.steps, done * batch * config.block_size, measured]
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+    return {
+        "model": entrant.name, "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes,
+        "optimizer": config.optimizer,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "embedding_parameters": embedding_parameters(model),
+        "tokens": spec.steps * batch * config.block_size, "seconds": used, "peak_memory_mib": peak,
+        "curve": curve,
+        "chosen_by": curve[-1][2], "environment": environment(),
+    } | (final_figures(model, corpus) if spec.final else {})  # fmt: skip
+
+
+def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:
+    return {
+        f"{split}_bits_per_byte": bits_per_byte(model, corpus, split)
+        for split in ("validation", "test")
+    }
+
+
+# The table
+
+
+def make_missing(
+    runs: Sequence[Run], paths: dict[Run, Path], jobs: int, arguments: list[str]
+) -> dict[Run, dict[str, Any]]:
+    """The results of `runs`; those without a file are made now, `jobs` at a time, each in a process
+    of its own."""
+
+    def make(spec: Run) -> None:
+        text = json.dumps(vars(spec))
+        done = subprocess.run(
+            [sys.executable, "-m", "research.compare", *arguments, "--run", text],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        if done.returncode:
+            raise InputError(
+                f"{paths[spec].stem}: the run ended with exit code {done.returncode}; its message"
+                " stands above"
+            )
+        result = json.loads(paths[spec].read_text(encoding="utf-8"))
+        print(
+            f"{paths[spec].stem}: {result['chosen_by']:.4f} after {result['tokens']:,} tokens",
+            flush=True,
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(make, [spec for spec in runs if not paths[spec].exists()]))
+    return {spec: json.loads(paths[spec].read_text(encoding="utf-8")) for spec in runs}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """One row for each contestant, the best first."""
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_model.setdefault(result["model"], []).append(result)
+    rows = []
+    for name, group in by_model.items():
+        first = group[0]
+        body = first["parameters"] - first["embedding_parameters"]
+        tokens = sum(r["tokens"] for r in group) / len(group)
+        values = [[r[f"{split}_bits_per_byte"] for r in group] for split in ("validation", "test")]
+        rows.append(
+            (
+                sum(values[0]) / len(group),
+                [
+                    name,
+                    f"{body / 1e6:.2f}M",
+                    f"{first['embedding_parameters'] / 1e6:.2f}M",
+                    f"{first['optimizer']} {first['lr']:g}",
+                    f"{tokens / 1e6:.2f}M",
+                    f"{tokens / first['seconds']:,.0f}",
+                    f"{max(r['peak_memory_mib'] for r in group):.0f}",
+                    *map(mean_deviation, values),
+                ],
+            )
+        )
+    header = [
+        "model",
+        "parameters",
+        "+ embeddings",
+        "optimizer, lr",
+        "tokens",
+        "tokens/s",
+        "MiB",
+        "validation bits/byte",
+        "test bits/byte (runs)",
+    ]
+    return markdown_table(header, [row for _, row in sorted(rows)])
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits per byte of validation against minutes of CPU time: each run thin, each contestant a
+    colour."""
+    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours: dict[str, str] = {}
+    for result in results:
+        new = result["model"] not in colours
+        colour = colours.setdefault(result["model"], f"C{len(colours)}")
+        minutes, _, bits = zip(*result["curve"], strict=True)
+        axes.plot(
+            minutes,
+            bits,
+            color=colour,
+            marker="o",
+            markersize=3,
+            alpha=0.7,
+            label=plain(result["model"]) if new else None,
+        )
+    axes.set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with written_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Holds the folder's lock: two commands on one table would make the same runs."""
+    with open(out / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"out: another process is working in {out}; wait for it, or give another folder"
+            ) from None
+        yield
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--out",
+        default="logs/compare",
+        help="folder of the runs, table.md and compare.png (default logs/compare)",
+    )
+    models = ["released", "llama", "llama-muon", "mamba2"]
+    known = (
+        f"{', '.join(models)} (the default), each also with -4m, or NAME=FILE, a WaveletLM's config"
+    )
+    parser.add_argument("--models", nargs="+", default=models, metavar="MODEL", help=known)
+    parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
+    parser.add_argument(
+        "--vocab_size", type=int, default=2048, help="of the SentencePiece tokenizer (default 2048)"
+    )
+    parser.add_argument(
+        "--cache_dir", default="cache", help="folder of the token files (default cache)"
+    )
+    parser.add_argument(
+        "--block_size", type=int, default=256, help="tokens in a window (default 256)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step (default 8)")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="CPU time of a final run (default 5)"
+    )
+    parser.add_argument(
+        "--choice_minutes",
+        type=float,
+        default=1.5,
+        help="CPU time of a run to choose lr by (default 1.5); 0 = its own",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="final runs of each contestant (default 3)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, a thread each (default 1)"
+    )
+    parser.add_argument(
+        "--runs", metavar="FILE", help="put the table into this Markdown file too, such as runs.md"
+    )
+    parser.add_argument(
+        "--run", metavar="JSON", help="make this one run (the command starts itself so for each)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
+    if (
+        args.minutes <= 0
+        or args.choice_minutes < 0
+        or args.seeds < 1
+        or args.jobs < 1
+        or args.batch < 1
+    ):
+        raise InputError("minutes, seeds, jobs and batch must be above 0, choice_minutes not below")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    keys = {key: getattr(args, key) for key in ("dataset", "vocab_size", "cache_dir", "block_size")}
+    data = make_config(keys | {"tokenizer": "sentencepiece"}, "command line", keys)
+    entrants = {model: contestant(model, args.block_size) for model in args.models}
+    corpus = prepare(data)
+    digest = data_digest(corpus, args.batch)
+    if args.run:
+        spec = Run(**json.loads(args.run))
+        result = run(contestant(spec.model, args.block_size), spec, corpus, args.batch)
+        with written_whole(spec.path(out, digest, args.block_size)) as beside:
+            beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return
+    if set(args.models) & set(FOREIGN):
+        transformers_library()
+    with alone(out):
+        names = {model: full_name(entrant, digest) for model, entrant in entrants.items()}
+        timers = {
+            names[m]: step_timer(entrant.build, entrant.config, corpus, args.batch)
+            for m, entrant in entrants.items()
+        }
+        timed = seconds_of_each(timers, out / "speed.json")
+        make_table(
+            args, out, entrants, digest, {model: timed[name] for model, name in names.items()}
+        )
+
+
+def make_table(
+    args: argparse.Namespace,
+    out: Path,
+    entrants: dict[str, Contestant],
+    digest: str,
+    seconds: dict[str, float],
+) -> None:
+    def runs(
+        rates: Sequence[tuple[str, float]], seed: int, minutes: float, final: bool
+    ) -> list[Run]:
+        return [
+            Run(model, lr, seed, minutes, steps_in(minutes, seconds[model]), final)
+            for model, lr in rates
+        ]
+
+    def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
+        return make_missing(
+            runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:]
+        )
+
+    tried, best = {}, {model: entrant.config.lr for model, entrant in entrants.items()}
+    if args.choice_minutes:
+        tried, best = choose_rates(
+            entrants, lambda rates: make(runs(rates, 0, args.choice_minutes, False))
+        )
+    results = []
+    for seed in range(1, args.seeds + 1):
+        results += make(runs(list(best.items()), seed, args.minutes, True)).values()
+        section = describe(args, entrants, tried, best, results)
+        (out / "table.md").write_text(section, encoding="utf-8")
+        draw(results, out / "compare.png")
+    print(section)
+    if args.runs:
+        put_first(Path(args.runs), section)
+
+
+def choose_rates(
+    entrants: dict[str, Contestant], make: Callable
+) -> tuple[dict[Run, dict], dict[str, float]]:
+    """All short runs, which `make` makes of pairs of model and rate, and by model the rate of the
+    best: it lies between two worse ones, unless MOST_RATES were tried."""
+    tried: dict[Run, dict[str, Any]] = {}
+    best: dict[str, float] = {}
+    wanted = [
+        (model, entrant.config.lr * rate) for rate in RATES for model, entrant in entrants.items()
+    ]
+    while wanted:
+        tried |= make(wanted)
+        wanted = []
+        for model in entrants:
+            bits = {r.lr: result["chosen_by"] for r, result in tried.items() if r.model == model}
+            bits = {lr: value if math.isfinite(value) else math.inf for lr, value in bits.items()}
+            best[model] = lr = min(bits, key=bits.__getitem__)
+            if len(bits) < MOST_RATES and lr in (min(bits), max(bits)):
+                wanted.append((model, lr * 2 if lr == max(bits) else lr / 2))
+    return tried, best
+
+
+def describe(
+    args,
+    entrants: dict[str, Contestant],
+    tried: dict[Run, dict],
+    best: dict[str, float],
+    results: list[dict],
+) -> str:
+    """The section for runs.md: how it was measured, the table, the tried learning rates."""
+    machine = results[-1]["environment"]
+    choices = [
+        [
+            entrants[r.model].name,
+            f"{r.lr:g}",
+            f"{tried[r]['chosen_by']:.4f}",
+            "chosen" if best[r.model] == r.lr else "",
+        ]
+        for r in sorted(tried, key=lambda r: (args.models.index(r.model), r.lr))
+    ]
+    chosen = "Each has its own learning rate."
+    if choices:
+        chosen = (
+            f"A learning rate was chosen for each by runs of {args.choice_minutes:g} minutes on"
+            f" {CURVE_TOKENS:,} tokens of validation; Muon's rate for matrices goes along with it."
+        )
+    command = " ".join(["python -m research.compare", *sys.argv[1:]])
+    return (
+        f"## Equal CPU time: {' '.join(entrant.name for entrant in entrants.values())}"
+        f" ({machine['date'][:10]})\n\n`{command}` at commit {machine['commit']}, torch"
+        f" {machine['torch']}, {machine['machine']}.\n{args.minutes:g} minutes of CPU time each, as"
+        f" steps that were timed in turn, one thread, fp32; SentencePiece {args.vocab_size},"
+        f" windows of {args.block_size}, {args.batch} in a step; measured in such windows side by"
+        " side over whole splits. Mean ± sample standard deviation (runs)."
+        f" {chosen}\n\n{table(results)}\n"
+        + (
+            markdown_table(["model", "lr tried", "validation bits/byte", ""], choices)
+            if choices
+            else ""
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,141 @@
+"""The networks that compare.py trains beside ours."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.command import InputError
+from config import Config, load_config
+from layers.ngrams import NgramEmbedding
+from model import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Foreign(nn.Module):
+    """A causal language model of `transformers` with the interface of ours: forward → (logits,
+    state), loss → (loss, state)."""
+
+    def __init__(self, network: nn.Module, vocab_size: int, ngrams: NgramEmbedding | None = None):
+        """ngrams: a table beside its embedding, as a WaveletLM may have."""
+        super().__init__()
+        # First and under our names, by which Muon's optimizers tell tables from matrices.
+        self.token_embedding, self.lm_head = (
+            network.get_input_embeddings(),
+            network.get_output_embeddings(),
+        )
+        self.network, self.vocab_size, self.ngrams = network, vocab_size, ngrams
+
+    def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
+        e = self.token_embedding(ids)
+        if self.ngrams is not None:
+            e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids))[0]
+        return self.network(inputs_embeds=e, use_cache=False).logits, None
+
+    def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return F.cross_entropy(self(ids)[0].flatten(0, 1), targets.flatten()), None
+
+
+def transformers_library():
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "models: all but WaveletLMs need the package transformers; pip install '.[research]'"
+        ) from None
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
+    return transformers
+
+
+def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner: int) -> Foreign:
+    """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels; with a table of n-grams where the
+    config has one."""
+    library = transformers_library()
+    return Foreign(
+        library.LlamaForCausalLM(
+            library.LlamaConfig(
+                vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
+                num_attention_heads=width // 32,
+                num_key_value_heads=width // 32, intermediate_size=inner,
+                max_position_embeddings=config.block_size, tie_word_embeddings=False,
+            )
+        ),
+        vocab_size,
+        NgramEmbedding(config.model_copy(update={"C": width})) if config.ngram_slots else None,
+    )  # fmt: skip
+
+
+def build_mamba2(config: Config, vocab_size: int, width: int, layers: int) -> Foreign:
+    """The chunked state-space form in plain torch, with small chunks and states, which suit a CPU.
+    (Mamba's first form goes step by step there: a hundredth of the speed.)"""
+    library = transformers_library()
+    return Foreign(
+        library.Mamba2ForCausalLM(
+            library.Mamba2Config(
+                vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, expand=2,
+                head_dim=64,
+                num_heads=width // 32, state_size=32, n_groups=1, chunk_size=32,
+                tie_word_embeddings=False,
+            )
+        ),
+        vocab_size,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name, its optimisation (and for WaveletLM its network) as a config, and what builds the
+    network."""
+
+    name: str
+    config: Config
+    build: Callable[[Config, int], nn.Module]
+
+
+ADAMW = {"optimizer": "AdamW", "optimizer_eps": 1e-8, "weight_decay": 0.1, "warmup_fraction": 0.1}
+MUON = ADAMW | {
+    "optimizer": "Muon", "schedule": "trapezoid", "warmup_fraction": 0.05,
+    "cooldown_fraction": 0.95,
+    "lr": 32e-3, "muon_lr": 0.02,
+}  # fmt: skip
+RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
+# Builder, and keys of its config; about 1 or 4 million parameters besides embedding and head, like
+# RELEASED.
+FOREIGN = {
+    "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
+    "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON),
+    "llama-muon-ngrams": (
+        partial(build_llama, width=128, layers=5, inner=88),
+        MUON | {"ngram_slots": 16900},
+    ),
+    # Its blocks traded for MLP and slots, as best-small's were.
+    "llama-muon-ngrams-2": (
+        partial(build_llama, width=128, layers=2, inner=256),
+        MUON | {"ngram_slots": 21000},
+    ),
+    "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
+    "llama-4m": (partial(build_llama, width=256, layers=5, inner=688), ADAMW | {"lr": 3e-3}),
+    "llama-muon-4m": (partial(build_llama, width=256, layers=5, inner=688), MUON),
+    "mamba2-4m": (partial(build_mamba2, width=256, layers=10), ADAMW | {"lr": 12e-3}),
+}
+
+
+def contestant(model: str, block_size: int) -> Contestant:
+    """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a
+    config file."""
+    name, _, file = model.partition("=")
+    if not file and name in FOREIGN:
+        build, keys = FOREIGN[name]
+        return Contestant(
+            name, Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys), build
+        )
+    if not file and name not in RELEASED:
+        known = ", ".join([*RELEASED, *FOREIGN])
+        raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")
+    path = file or str(ROOT / RELEASED[name])
+    return Contestant(name, load_config(path, block_size=block_size), build_model)

@@ -1,0 +1,371 @@
+"""Measures decoding: one run, everything interleaved, medians or --fastest; a table, and JSON with
+--json FILE.
+
+    python -m research.decoding_speed --threads 2              # every table
+    python -m research.decoding_speed --threads 2 --compile    # and compiled steps beside
+    python -m research.decoding_speed --kernels                # the products of packed.py, by rows
+    python -m research.decoding_speed --recipes A.json B.json  # networks of several config files
+    python -m research.decoding_speed --bound                  # bytes a token of config.json reads
+
+The network is config.json's at C 512, without memories: 2 layers, 5 levels, vocabulary 50,257.
+Contexts are real: a text is read up to each length once, its state carried, and every width goes on
+from there."""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from common.command import Parser
+from config import Config, load_config
+from inference.decode import Decoder
+from inference.packed import MATRICES, Weights, Widths, quantised
+from layers.features import FeatureEmbedding
+from model import LanguageModel, WaveletLM, build_model
+from research.timing import interleaved
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+NAMES = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
+VIEWS = (  # and allocations
+    "alias as_strided detach empty empty_like expand expand_as flatten mT narrow numpy_T permute"
+    " select slice split squeeze t transpose unbind unflatten unsqueeze view view_as"
+)
+COPIES = "contiguous float reshape to"  # views or nothing, unless a copy is made inside
+
+
+def read_bandwidth(rounds: int = 5) -> float:
+    """Bytes per second at which this machine reads 512 MB, the best of several."""
+    big = torch.ones(2**27)
+    return big.nbytes / min(interleaved(dict.fromkeys(range(rounds), big.sum), 2).values())
+
+
+def kernels_per_token(decoder: Decoder, state) -> Counter:
+    """How often each operation of torch that computes something is called in a step: views and
+    allocations left out."""
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(3):  # buffers move in the first step, and what they need is made in the second
+        _, state = decoder(token, state)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        decoder(token, state)
+    counts: Counter = Counter()
+    for event in record.events():
+        library, _, name = event.name.rpartition("::")
+        if event.cpu_parent is not None or not library or name in VIEWS.split():
+            continue
+        inside = {child.name.rpartition("::")[2] for child in event.cpu_children}
+        if name not in COPIES.split() or inside & {"_to_copy", "clone", "copy_"}:
+            counts[name] += 1
+    return counts
+
+
+def weight_bytes(model: LanguageModel, bits: int) -> tuple[int, int]:
+    """Bytes of a decoder's weights as they lie in a file, and of those that a step reads (all but
+    tables that are looked up)."""
+    weights = Weights(Widths.of(bits), saving=True)
+    Decoder(model, weights=weights)
+    total = sum(tensor.nbytes for tensor in weights.saved.values())
+    tables = ("embedding/", "ngrams.values/")
+    return total, total - sum(
+        t.nbytes for name, t in weights.saved.items() if name.startswith(tables)
+    )
+
+
+def bytes_per_token(config: Config, vocab_size: int, bytes_each: int = 2) -> int:
+    """What a step of the network must read of its weights, counted on the meta device: every matrix
+    once for each use, of tables the rows that are looked up."""
+    with torch.device("meta"):
+        model = WaveletLM(config, vocab_size)
+    numbers = model.lm_head.weight.numel() + config.C
+    if model.ngrams is not None:
+        numbers += model.ngrams.up.weight.numel() + config.ngram_width
+    for i in range(config.applications * config.loop_iterations):
+        block, wavelet = model.block(i % config.applications)
+        numbers += sum(
+            p.numel() for name, p in block.named_parameters() if not name.endswith("values.weight")
+        )
+        numbers += sum(
+            p.numel() * (2 if "update_nets" in name else 1)
+            for name, p in wavelet.named_parameters()
+        )
+        for memory in filter(None, (block.pkm, block.fwpkm)):
+            numbers += memory.heads * memory.top_k * config.C
+    return numbers * bytes_each
+
+
+@torch.no_grad()
+def recompute(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits after the last of ids, all of them read anew: what generation without a state
+    costs per token."""
+    hidden, _ = model.head_inputs(ids, None)
+    return F.linear(hidden[-1][0][:, -1], model.lm_head.weight)
+
+
+def states_at(decoder: Decoder, contexts: list[int], vocab_size: int) -> dict[int, object]:
+    """The state after each number of tokens of one random text, read in pieces."""
+    ids = torch.randint(vocab_size, (1, max(contexts)), generator=torch.Generator().manual_seed(0))
+    states, state, read = {}, decoder.start(1, stream=True), 0
+    for context in sorted(contexts):
+        for piece in ids[:, read:context].split(512, dim=1):
+            _, state = decoder(piece, state)
+        states[context], read = state, context
+    return states
+
+
+def stepper(decoder: Decoder, state, rows: int) -> Callable[[], None]:
+    """A call that reads one more token in each of `rows` copies of a text."""
+    held = [state.select([0] * rows)]
+    token = torch.zeros(rows, 1, dtype=torch.int64)
+
+    def step() -> None:
+        held[0] = decoder(token, held[0])[1]
+
+    return step
+
+
+def decoding(args: argparse.Namespace) -> dict:
+    config = load_config(
+        ROOT / "config.json", C=args.C, pkm_enabled=args.memories, fwpkm_enabled=args.memories
+    )
+    torch.manual_seed(0)
+    model = build_model(config, args.vocab_size).eval()
+    sizes = {bits: weight_bytes(model, bits) for bits in NAMES}
+    parameters = sum(p.numel() for p in model.parameters())
+    decoders = {NAMES[bits]: Decoder(model, bits) for bits in NAMES}
+    compiled = {
+        f"{NAMES[bits]} compiled": Decoder(model, bits)
+        for bits in ((32, 8, 4) if args.compile else ())
+    }
+    for decoder in compiled.values():
+        decoder.compile()
+    read = {
+        f"{NAMES[bits]}{how}": size
+        for bits, (_, size) in sizes.items()
+        for how in ("", " compiled")
+    }
+    states = states_at(decoders["bf16"], args.contexts, args.vocab_size)
+    window = {n: torch.randint(args.vocab_size, (1, n)) for n in (256, 1024)}
+    calls: dict = {
+        ("recompute", n): lambda ids=ids: recompute(model, ids) for n, ids in window.items()
+    }
+    places = [(context, 1) for context in states] + [
+        (256, rows) for rows in args.batches if rows > 1
+    ]
+    for context, rows in places:
+        # each number of rows is a program of its own
+        here = decoders | compiled if rows == 1 else decoders
+        calls |= {
+            (name, context, rows): stepper(d, states[context], rows) for name, d in here.items()
+        }
+    bandwidth = read_bandwidth()
+    seconds = interleaved(
+        calls, args.rounds, args.seconds, min if args.fastest else statistics.median, twice=True
+    )
+    prompt = torch.randint(args.vocab_size, (1, 4096))
+
+    def first_token(decoder: Decoder) -> None:
+        state = decoder.start(1, stream=True)
+        for piece in prompt.split(512, dim=1):
+            _, state = decoder(piece, state)
+
+    prefill = (
+        interleaved({name: lambda d=d: first_token(d) for name, d in decoders.items()}, 1)
+        if args.prefill
+        else {}
+    )
+    return {
+        "threads": torch.get_num_threads(), "statistic": "fastest" if args.fastest else "median",
+        "C": args.C, "vocab_size": args.vocab_size, "memories": args.memories,
+        "read_bandwidth_gb_per_s": bandwidth / 1e9,
+        "recompute_ms": {n: 1e3 * seconds["recompute", n] for n in window},
+        "steps": [
+            {
+                "weights": name, "context": context, "batch": rows,
+                "ms": 1e3 * seconds[name, context, rows],
+                "tokens_per_s": rows / seconds[name, context, rows],
+                "gb_per_s": read[name] / seconds[name, context, rows] / 1e9,
+                "share_of_bandwidth": read[name] / seconds[name, context, rows] / bandwidth,
+                **{f"times_recompute_{n}": seconds["recompute", n] / seconds[name, context,
+                    rows] * rows for n in window},
+            }
+            for name, context, rows in (key for key in calls if key[0] != "recompute")
+        ],
+        "seconds_to_first_token_4096": prefill,
+        "kernels_per_token": {name: sum(kernels_per_token(d, d.start(1)).values()) for name,
+            d in decoders.items()},
+        "file_share_of_fp32": {NAMES[bits]: total / (4 * parameters) for bits,
+            (total, _) in sizes.items()},
+    }  # fmt: skip
+
+
+def show(result: dict) -> None:
+    how = f"{result['threads']} threads, {result['statistic']} of all rounds"
+    print(f"read bandwidth {result['read_bandwidth_gb_per_s']:.1f} GB/s, {how}")
+    print(
+        "recomputing the window: "
+        + ", ".join(f"{n} tokens {ms:.1f} ms" for n, ms in result["recompute_ms"].items())
+    )
+    print(
+        "| weights | context | batch | tokens/s | GB/s | of bandwidth | × recompute 256 | ×"
+        " recompute 1,024 |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in result["steps"]:
+        times = " | ".join(f"{row[f'times_recompute_{n}']:.0f}" for n in (256, 1024))
+        print(
+            f"| {row['weights']} | {row['context']:,} | {row['batch']} | {row['tokens_per_s']:.1f}"
+            f" | {row['gb_per_s']:.1f} | {row['share_of_bandwidth']:.0%} | {times} |"
+        )
+    for key in ("seconds_to_first_token_4096", "kernels_per_token", "file_share_of_fp32"):
+        print(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
+
+
+@torch.no_grad()
+def kernels(args: argparse.Namespace) -> dict:
+    """Microseconds of each width's product by number of rows, beside F.linear's in fp32."""
+    result = {}
+    for outputs, inputs in ((512, 512), (10240, 512), (512, 10240)):
+        weight = torch.randn(outputs, inputs)
+        matrices = {NAMES[bits]: MATRICES[bits](quantised(weight, bits), outputs) for bits in NAMES}
+        for rows in (1, 2, 4, 8, 16, 32, 64, 256):
+            x = torch.randn(rows, inputs)
+            calls = {"F.linear": lambda x=x: F.linear(x, weight)}  # noqa: B023
+            calls |= {name: lambda m=m, x=x: m(x) for name, m in matrices.items()}
+            times = {name: round(1e6 * s) for name, s in interleaved(calls, args.rounds).items()}
+            result[f"{outputs}×{inputs}, {rows} rows"] = times
+            print(
+                f"{outputs}×{inputs}, {rows} rows: "
+                + ", ".join(f"{name} {us}" for name, us in times.items())
+            )
+    return result
+
+
+def recipes(args: argparse.Namespace) -> dict:
+    """Milliseconds of a step of each config file's network, in turn, at batch 1 after 256 tokens,
+    and its state's size."""
+    result, calls = {}, {}
+    for file in args.recipes:
+        config = load_config(file)
+        torch.manual_seed(0)
+        model = build_model(config, args.vocab_size).eval()
+        for module in model.modules():
+            if isinstance(module, FeatureEmbedding):
+                module.basis.zero_()  # there are no tokens to describe
+        tables = {
+            p for cell in model.cells for p in (cell.token_embedding.weight, cell.lm_head.weight)
+        }
+        result[file] = {
+            "parameters_besides_embeddings": sum(
+                p.numel() for p in model.parameters() if p not in tables
+            )
+        }
+        for bits in NAMES:
+            decoder = Decoder(model, bits)
+            state = states_at(decoder, [256], args.vocab_size)[256]
+            result[file] |= {"state_kib": state.nbytes / 1024}
+            calls[file, bits] = stepper(decoder, state, 1)
+    for (file, bits), seconds in interleaved(calls, args.rounds, args.seconds, twice=True).items():
+        result[file] |= {f"{NAMES[bits]}_ms": 1e3 * seconds}
+    first = result[args.recipes[0]]
+    for file, row in result.items():
+        row |= {
+            f"{name}_times_first": row[f"{name}_ms"] / first[f"{name}_ms"]
+            for name in NAMES.values()
+        }
+        print(
+            f"{file}: "
+            + ", ".join(
+                f"{key} {value:,.3g}" if value < 1000 else f"{key} {value:,.0f}"
+                for key, value in row.items()
+            )
+        )
+    return result
+
+
+def bound(args: argparse.Namespace) -> dict:
+    config = load_config(ROOT / "config.json")
+    size = bytes_per_token(config, 50257)
+    result = {
+        "bytes_per_token_fp16": size,
+        "gb_per_s": args.gpu_bandwidth,
+        "tokens_per_s": args.gpu_bandwidth * 1e9 / size,
+    }
+    print(
+        f"config.json at fp16 reads {size / 1e6:,.0f} MB per token: at "
+        f"{args.gpu_bandwidth:,.0f} GB/s no more than {result['tokens_per_s']:,.0f} tokens/s. "
+        "Counted, not run."
+    )
+    return result
+
+
+def main() -> None:
+    parser = Parser(__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch"
+    )
+    parser.add_argument(
+        "--C", type=int, default=512, help="channels (default 512); the rest is config.json's"
+    )
+    parser.add_argument("--vocab_size", type=int, default=50257, help="default 50257")
+    parser.add_argument("--memories", action="store_true", help="with the product-key memories")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[16, 256, 4096, 65536], help="must include 256"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="at context 256")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="times that each thing is measured (default 15)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="measure steps no longer than this (default 240)"
+    )
+    parser.add_argument(
+        "--fastest",
+        action="store_true",
+        help="fastest, not median, of all rounds: for a busy machine",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="steps of one row compiled, too; not in bf16"
+    )
+    parser.add_argument(
+        "--no_prefill",
+        dest="prefill",
+        action="store_false",
+        help="leave the 4,096-token prompt out",
+    )
+    parser.add_argument(
+        "--gpu_bandwidth",
+        type=float,
+        default=1792,
+        help="GB/s for --bound (default 1792, an RTX 5090)",
+    )
+    parser.add_argument("--kernels", action="store_true", help="measure the products only")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        metavar="FILE",
+        help="measure the steps of these config files' networks only",
+    )
+    parser.add_argument(
+        "--bound", action="store_true", help="count config.json's bytes per token only"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the result here too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.kernels or args.bound or args.recipes:
+        result = kernels(args) if args.kernels else bound(args) if args.bound else recipes(args)
+    else:
+        result = decoding(args)
+        show(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

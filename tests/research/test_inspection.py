@@ -1,0 +1,114 @@
+"""The inspection's numbers against plain computations, its files, and the overlay of several runs'
+curves."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_ids, random_model, randomised, tiny
+
+from checkpoint import save_model
+from common.command import InputError
+from config import save_config
+from data.tokenizer import ByteTokenizer
+from layers.features import fill_features
+from model import build_model
+from research import curves
+from research import inspection as inspect_model
+
+
+def test_lag_filters_are_the_softmax_around_each_levels_lag():
+    (levels,) = inspect_model.lag_filters(random_model(tiny(wavelet_crawl_k=3))).values()
+    assert [lags for lags, _ in levels] == [[1, 2, 3], [1, 2, 3], [3, 4, 5]]
+    assert [sum(weights) for _, weights in levels] == pytest.approx([1.0] * 3)
+    (levels,) = inspect_model.lag_filters(random_model(tiny(wavelet_crawl=False))).values()
+    assert levels == [([1], [1.0]), ([2], [1.0]), ([4], [1.0])]
+
+
+NARROW = {"wavelet_mode": "haar", "per_scale_mixer_widths": (0.5,) * 4}
+
+
+@pytest.mark.parametrize("overrides", [{}, NARROW])
+def test_activity_is_the_same_in_pieces_of_any_size_and_energy_that_of_the_coefficients(overrides):
+    model, ids = random_model(tiny(**overrides)), random_ids(1, 60)
+    small, large = (inspect_model.watch(model, ids[0].numpy(), piece) for piece in (7, 60))
+    block = model.layers[0]
+    seen = []
+    block.branch = type(block).wavelet_branch  # in which the mixers are called as such
+    handle = block.mixers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(ids, model.start(1, stream=True))
+    handle.remove()
+    # of the coefficients (S, T, P), before the transform
+    expected = seen[0].square().mean(-1).sum(1)
+    assert torch.allclose(large.energy["layers.0"].float(), expected, rtol=1e-4)
+    assert torch.allclose(small.energy["layers.1"], large.energy["layers.1"], rtol=1e-4)
+    assert torch.allclose(small.slots["layers.0.pkm"], large.slots["layers.0.pkm"], atol=1e-3)
+    assert large.slots["layers.0.pkm"].sum().item() == pytest.approx(60)
+    assert large.gates["layers.0"].shape == (4, 2)
+
+
+def test_slots_in_use_tells_one_from_all():
+    assert inspect_model.slots_in_use(torch.tensor([0.0, 5.0, 0.0, 0.0])) == pytest.approx(
+        (0.25, 1.0)
+    )
+    assert inspect_model.slots_in_use(torch.ones(8)) == pytest.approx((1.0, 8.0))
+
+
+PLAIN = {"wavelet_mode": "haar", "use_mixer_gate": False, "pkm_enabled": False}
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"token_features": True}, PLAIN, PLAIN | {"ngram_slots": 11}]
+)
+def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatch):
+    model = build_model(tiny(**overrides), 256)
+    fill_features(model, ByteTokenizer())
+    randomised(model).eval()
+    save_model(model, tmp_path / "best_model.safetensors")
+    save_config(model.config, tmp_path / "config.json")
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "text.txt").write_text("Some text of bears.\n" * 10)
+    command = [
+        "research/inspection.py",
+        "--checkpoint",
+        str(tmp_path),
+        "--data",
+        str(tmp_path / "text.txt"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    inspect_model.main()
+    page = (tmp_path / "inspection.md").read_text(encoding="utf-8")
+    assert "## Lag filters" in page and ("## Gates" in page) == overrides.get(
+        "use_mixer_gate", True
+    )
+    assert ("## Token features" in page) == bool(overrides.get("token_features"))
+    assert ("| ngrams | 11 |" in page) == bool(overrides.get("ngram_slots"))
+    assert (tmp_path / "inspection.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_several_runs_are_overlaid(tmp_path, monkeypatch, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"kind": kind, "step": step, "bits_per_byte": 3.0 - step / 10, "tokens": 64 * step}
+            for step in (4, 8)
+            for kind in ("train", "validation")
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    assert curves.points(tmp_path / "one", "tokens") == [(256, 2.6), (512, pytest.approx(2.2))]
+    out = tmp_path / "curves.png"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["research/curves.py", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)],
+    )
+    curves.main()
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="no run directory"):
+        curves.points(tmp_path, "step")
+    assert np.isfinite(curves.points(tmp_path / "two", "step")).all()
