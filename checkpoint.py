@@ -22,9 +22,10 @@ from common.files import check_regular, read_json, written_whole
 from config import Config, load_config, make_config, without_removed
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.decode import Decoder, PackedModel
-from inference.packed import Weights, Widths
+from inference.packed import Bits, PackedWeights
 from layers.state import State
-from model import MultinodalLM, WaveletLM, build_model
+from layers.variants import MultinodalLM
+from model import WaveletLM, build_model
 
 MODEL_FILE = "best_model.safetensors"
 PACKED_FORMAT = "waveletlm-packed"  # of quantised checkpoints, in the file's metadata
@@ -245,7 +246,7 @@ def read_packed(
     """The model of a quantised checkpoint: its tensors as quantize.py wrote them, and the bits of
     each component."""
     try:
-        widths, vocab_size = Widths(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
+        widths, vocab_size = Bits(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: its metadata does not name the bits of each component; quantise the run again"
@@ -254,7 +255,7 @@ def read_packed(
         check_finite(name, tensor, path)
     with torch.device("meta"):
         model = build_model(config, vocab_size).eval()
-    weights = Weights(
+    weights = PackedWeights(
         widths, {name: tensor.to(device) for name, tensor in tensors.items()}, source=str(path)
     )
     return PackedModel(Decoder(model, weights=weights)).eval()
@@ -519,20 +520,19 @@ def save_original(model: WaveletLM, folder: Path) -> None:
 
 def save_state(state: State, path: Path) -> None:
     """Writes a model state, so that a text can be gone on with later."""
-    tensors = {
-        f"{i}.{name}": t for i, block in enumerate(state.blocks) for name, t in block.items()
-    }
-    save_tensors(tensors, path, {"blocks": str(len(state.blocks))})
+    parts = state.saved()
+    tensors = {f"{i}.{name}": t for i, part in enumerate(parts) for name, t in part.items()}
+    save_tensors(tensors, path, {"blocks": str(len(parts))})
 
 
 def load_state(path: Path, device: str = "cpu") -> State:
     """The state that `save_state` wrote."""
-    blocks: dict[int, dict[str, Tensor]] = {}
+    parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         index, _, name = key.partition(".")
         if not index.isdecimal():
             raise InputError(
                 f"{path}: has {key}, so it is not a saved state; give a file that save_state wrote"
             )
-        blocks.setdefault(int(index), {})[name] = tensor.to(device)
-    return State([blocks[i] for i in sorted(blocks)])
+        parts.setdefault(int(index), {})[name] = tensor.to(device)
+    return State.of_saved([parts[i] for i in sorted(parts)])

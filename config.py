@@ -59,7 +59,7 @@ Floats = Annotated[tuple[Annotated[float, Field(ge=0, le=MOST)], ...], BeforeVal
 # numpy's limit; torch's is above 1,000,003 times as much, see `Trainer.take_step`
 MOST_SEED = 2**32 - 1
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...], BeforeValidator(_as_tuple)]
-Weights = Annotated[
+Mixture = Annotated[
     tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)
 ]
 Basis = Literal["haar", "zero", "random"]
@@ -113,7 +113,7 @@ class Config(BaseModel):
         "", "configuration inside the hub data set, such as wikitext-103-raw-v1"
     )
     text_column: str = option("text", "column of the hub data set that holds the text")
-    dataset_mix: Weights = option(
+    dataset_mix: Mixture = option(
         (),
         "more data sets to draw training windows from, name -> weight; `dataset`, which alone is"
         " evaluated on, weighs 1",
@@ -676,7 +676,7 @@ def legal_values(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     kind = schema["type"]
     if kind == "array" and "prefixItems" in schema.get("items", {}):
-        return "JSON object, name -> number"  # `Weights`: kept as pairs
+        return "JSON object, name -> number"  # `Mixture`: kept as pairs
     if kind == "array":
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         count = "" if most is None else f"{least} " if least == most else f"{least} to {most} "

@@ -28,7 +28,7 @@ from inference.decode import Decoder, PackedModel
 from inference.graphs import can_be_captured, graphed
 from inference.sampling import Settings, bare_prompt, generate, measure, settings_of
 from inference.spacing import _clean_line, clean_spacing
-from layers.memory import FastWeightMemory
+from model import FastWeightMemory
 
 GENERATIONS_FILE = "generations.txt"
 STRATEGIES = {

@@ -1,58 +1,107 @@
 """The whole WaveletLM network, from its leaves to its root.
 
-    ids → embedding (+ n-grams) → [ block ]×layers → LayerNorm → head → logits
+    ids → embedding (+ n-grams) → [ block ] × layers → LayerNorm → head → logits
 
     block:  running mean of x ──────────────┐ (bypass)
-            x → LayerNorm → lifting wavelet → + → Hadamard → gated mixers → Hadamard → inverse
-            lifting → + x
-            x → LayerNorm → MLP + memories (memory.py) → + x
+            x → LayerNorm → lifting wavelet → + → Hadamard → gated mixers → Hadamard
+                                                           → inverse lifting → + x
+            x → LayerNorm → MLP + memories → + x
 
 Nothing here attends and nothing has a position. Only these look back: the lags of the lifting
 wavelet, the running mean, and (if asked) the memories that a text writes and the table of n-grams
-(ngrams.py). What they need of the past is a `State` of fixed size (state.py), so one code path
-serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
+(layers/memory.py). What they need of the past is a `State` of fixed size (layers/state.py), so one
+code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
 
-Letters: B batch, T positions, C channels, P the next power of two ≥ C, J levels, S = J + 1 scales
-(index 0 the coarsest), V vocabulary. Tensors are (B, T, channels), with the scales in front, (S, B,
-T, P), between decomposition and reconstruction."""
+What a config chooses is decided once, in `parts_of`: there a part that no shipped config switches
+on comes in from layers/variants.py. A part that a network does not have is None.
+
+Glossary
+    B        batch: texts side by side
+    T        positions of a text that are read at once
+    C        channels of the residual stream
+    P        channels of the coefficients: the next power of two ≥ C, for the Hadamard transform
+    J        levels of the wavelet
+    S        scales: J details and the approximation, S = J + 1; index 0 is the coarsest
+    V        vocabulary
+    N        positions of all texts, B·T
+    w        width of a mixer, at most P
+    stream   the residual stream x, (B, T, C), to which each branch of a block adds
+    coefficients   what the wavelet makes of the stream, (S, B, T, P)
+"""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+from common.command import InputError
 from common.device import autocast_type
 from config import Config
-from layers.bypass import Bypass
+from layers import variants
 from layers.features import FeatureEmbedding
 from layers.lags import CausalFilter, HaarCoefficients
 from layers.loss import linear_cross_entropy
-from layers.memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from layers.ngrams import NgramEmbedding
+from layers.memory import AssociativeMemory, NgramEmbedding
 from layers.state import BlockState, State, remember
-from layers.transform import NO_TRANSFORM, build_transform, hadamard
+
+# ===== Hadamard transform of the channels
+
+
+def hadamard(n: int) -> Tensor:
+    """The orthonormal Sylvester–Hadamard matrix (n, n), n a power of two:
+    H_2n = [[H, H], [H, −H]] / √2, H_1 = [1]. It is symmetric and its own inverse."""
+    h = torch.ones(1, 1, device="cpu")  # a constant, even where weights are on the meta device
+    while h.size(0) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h / math.sqrt(n)
+
+
+class WalshHadamard(nn.Module):
+    """The orthonormal Walsh–Hadamard transform of the last dimension, (…, P) → (…, P), in natural
+    order; its own inverse.
+
+    H_P = H_a ⊗ H_b for P = a·b, so two small matrix products do it: 2·√P multiplications per
+    channel in place of P, and faster on every device than log₂P butterfly passes over memory.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        a = 1 << (width.bit_length() - 1) // 2  # about √P
+        self.register_buffer("left", hadamard(a), persistent=False)
+        self.register_buffer("right", hadamard(width // a), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.left.size(0), self.right.size(0)
+        grid = x.reshape(-1, b) @ self.right  # (N·a, b)
+        return (self.left @ grid.view(-1, a, b)).view(x.shape)
+
+
+NO_TRANSFORM = nn.Identity()
 
 # ===== Lifting wavelet
 
 
-def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module:
+def lifting_net(config: Config, init: str, gain: float) -> nn.Module:
     """A Predict (gain 1) or Update (gain ½) network of one level, position-wise, P → P.
 
     Under `init` "haar" it starts as gain·identity (up to the GELU), so that an untrained lifting is
-    close to Haar's."""
-    width, hidden = config.padded_width, config.padded_width * config.lifting_hidden_mult
+    close to Haar's wavelet.
+    """
+    width = config.padded_width
+    hidden = width * config.lifting_hidden_mult
     if config.lifting_linear_only:
         net = last = nn.Linear(width, width)
     else:
-        first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        first = nn.Linear(width, hidden)
+        last = nn.Linear(hidden, width)
         net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
-        nn.init.normal_(first.weight, std=0.01)
+        nn.init.normal_(first.weight, std=0.01)  # small beside the identity
         nn.init.zeros_(first.bias)
         if init == "haar":
             nn.init.eye_(first.weight.data[:width])
@@ -63,258 +112,187 @@ def lifting_net(config: Config, init: str, gain: float, level: int) -> nn.Module
     else:
         nn.init.normal_(last.weight, std=0.01)
     nn.init.zeros_(last.bias)
-    if config.stab("lifting_level_scaling"):
-        last.weight.data.div_(1 + 0.1 * level)
     return net
+
+
+def update_nets(config: Config, init: str) -> nn.ModuleList:
+    """The Update networks of all levels."""
+    return nn.ModuleList(lifting_net(config, init, 0.5) for _ in range(config.levels))
 
 
 class Lifting(nn.Module):
     """A causal, undecimated lifting wavelet: at level l each position is paired with the one 2^l
-    before it.
+    before it ("odd"; the position's own input is "cur"):
 
-    odd = lagged cur [⊙ 2σ(Gate(cur))], detail = (odd − Predict(cur)) / √2, approx = (cur +
-    Update(detail)) / √2, cur ← approx (after Sweldens, "The lifting scheme", 1998; here without
-    subsampling, so that every position has its coefficients). wavelet_mode "haar" is the fixed
-    wavelet detail = (cur − odd) / √2, approx = (cur + odd) / √2, without weights. Gate:
-    lifting_gate, a linear map per level, zero at first."""
+        detail = (odd − Predict(cur)) / √2,  approx = (cur + Update(detail)) / √2,  cur ← approx
+
+    after Sweldens, "The lifting scheme", 1998; here without subsampling, so that every position has
+    its coefficients. With wavelet_crawl a level's lag is a learned mixture of wavelet_crawl_k lags
+    around 2^l.
+    """
 
     def __init__(self, config: Config, init: str):
         super().__init__()
         levels = range(config.levels)
-        self.fixed = config.wavelet_mode == "haar"
-        crawls = config.wavelet_crawl and not self.fixed
-        k = config.wavelet_crawl_k if crawls else 1
-        self.first_lag = [max(1, 2**level - k // 2) for level in levels]
-        self.longest_lag = [first + k - 1 for first in self.first_lag]
+        k = config.wavelet_crawl_k if config.wavelet_crawl else 1
         self.width = config.padded_width
-        self.dilation_logits = nn.Parameter(torch.zeros(config.levels, k)) if crawls else None
-        if crawls:
-            for level in levels:
+        self.first_lag = [max(1, 2**level - k // 2) for level in levels]  # the shortest of k
+        self.longest_lag = [first + k - 1 for first in self.first_lag]
+        self.dilation_logits = None  # (J, k), of the mixture
+        if config.wavelet_crawl:
+            self.dilation_logits = nn.Parameter(torch.zeros(config.levels, k))
+            for level in levels:  # 5.0: at first 2^l has nearly all of the weight
                 self.dilation_logits.data[level, 2**level - self.first_lag[level]] = 5.0
-        self.odd_gates = None
-        if config.lifting_gate:
-            self.odd_gates = nn.ModuleList(nn.Linear(self.width, self.width) for _ in levels)
-            for gate in self.odd_gates:
-                nn.init.zeros_(gate.weight)
-                nn.init.zeros_(gate.bias)
-        self.predict_nets = self.update_nets = None
-        if not self.fixed:
-            self.predict_nets = nn.ModuleList(
-                lifting_net(config, init, 1.0, level) for level in levels
-            )
-            self.update_nets = nn.ModuleList(
-                lifting_net(config, init, 0.5, level) for level in levels
-            )
+        self.odd_gates = variants.LagGates(config) if config.lifting_gate else None
+        self.predict_nets = nn.ModuleList(lifting_net(config, init, 1.0) for _ in levels)
+        self.update_nets = update_nets(config, init)
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        return {
-            f"lag{level}": like.new_zeros(rows, n, self.width)
-            for level, n in enumerate(self.longest_lag)
-        }
+        """The inputs of each level that its lags reach back to; like: for type and device."""
+        lags = enumerate(self.longest_lag)
+        return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in lags}
 
     def lagged(self, joined: Tensor, level: int, length: int) -> Tensor:
-        """The last `length` positions of `joined`, delayed by 2^level, or by the learned mixture of
-        lags around it."""
+        """The last `length` positions of `joined` (B, longest lag + T, P), delayed."""
         if self.dilation_logits is None:
             return joined[:, :length]
-        weights = self.dilation_logits[level].float().softmax(0).to(joined.dtype)
-        return CausalFilter.apply(joined, weights.flip(0)[:, None], length)  # the longest lag first
+        weights = self.dilation_logits[level].float().softmax(0).to(joined.dtype)  # (k,)
+        return CausalFilter.apply(joined, weights.flip(0)[:, None], length)  # longest lag first
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), the approximation first, then the details from
         coarse to fine."""
-        details, new_state = [], {}
+        details = []
+        new_state = {}
         for level in range(len(self.longest_lag)):
             joined, new_state[f"lag{level}"] = remember(state[f"lag{level}"], cur)
-            odd = self.lagged(joined, level, cur.size(1))
+            odd = self.lagged(joined, level, cur.size(1))  # (B, T, P)
             if self.odd_gates is not None:
-                odd = odd * (2 * torch.sigmoid(self.odd_gates[level](cur)))
-            if self.fixed:
-                detail, cur = (cur - odd) / math.sqrt(2), (cur + odd) / math.sqrt(2)
-            else:
-                detail = (odd - self.predict_nets[level](cur)) / math.sqrt(2)
-                cur = (cur + self.update_nets[level](detail)) / math.sqrt(2)
+                odd = self.odd_gates.open(level, odd, cur)
+            detail = (odd - self.predict_nets[level](cur)) / math.sqrt(2)
+            cur = (cur + self.update_nets[level](detail)) / math.sqrt(2)
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), new_state
 
     def reconstruct(self, u: Tensor, updates: nn.ModuleList | None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): undoes the approximation steps, cur ← √2·cur − Update(detail),
-        position-wise, with the Update networks of the decomposition or a block's own `updates`.
-        Haar's: cur ← (cur + detail) / √2."""
+        position-wise, with the Update networks of the decomposition or a block's own `updates`."""
         cur = u[0]
-        if self.fixed:
-            for detail in u[1:]:
-                cur = (cur + detail) / math.sqrt(2)
-            return cur
-        for detail, update in zip(u[1:], reversed(updates or self.update_nets), strict=True):
+        nets = reversed(self.update_nets if updates is None else updates)  # coarse to fine
+        for detail, update in zip(u[1:], nets, strict=True):
             cur = math.sqrt(2) * cur - update(detail)
         return cur
 
 
-class Haar(Lifting):
-    """The fixed wavelet in as few passes over memory as there can be (lags.py): the same
-    coefficients."""
-
-    def __init__(self, config: Config):
-        super().__init__(config, config.lifting_init)
-        # of each scale's power on its way through `reconstruct`
-        halvings = [config.levels, *range(config.levels, 0, -1)]
-        shares = torch.tensor([math.sqrt(0.5) ** n for n in halvings], device="cpu")
-        # (S,): reconstruct(u) = Σ_s shares_s · u_s
-        self.register_buffer("shares", shares, persistent=False)
-
-    def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        names = [f"lag{level}" for level in range(len(self.longest_lag))]
-        c, *new = HaarCoefficients.apply(cur, *(state[name] for name in names))
-        return c, dict(zip(names, new, strict=True))
-
-
-def basis_weights(config: Config) -> nn.Parameter:
-    """Logits of a blend of bases, (bases, S): column 0 of the approximation, column l + 1 of the
-    detail of level l."""
-    logits = torch.zeros(len(config.multi_basis_inits), config.scales)
-    logits[0] = 10.0
-    return nn.Parameter(logits)
-
-
-class MultiBasis(nn.Module):
-    """Several liftings side by side; per scale their coefficients are blended by a softmax over the
-    bases."""
-
-    update_nets = None  # each basis has its own
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.wavelets = nn.ModuleList(Lifting(config, init) for init in config.multi_basis_inits)
-        self.basis_weights = basis_weights(config)
-
-    def start(self, rows: int, like: Tensor) -> BlockState:
-        states = [wavelet.start(rows, like) for wavelet in self.wavelets]
-        return {
-            f"basis{k}.{name}": tensor
-            for k, state in enumerate(states)
-            for name, tensor in state.items()
-        }
-
-    def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        blend = self.basis_weights.float().softmax(0).to(cur.dtype)
-        # (bases, S, 1, 1, 1)
-        coarse_to_fine = torch.cat([blend[:, :1], blend[:, 1:].flip(1)], dim=1)[
-            ..., None, None, None
-        ]
-        blended, new_state = 0, {}
-        for k, wavelet in enumerate(self.wavelets):
-            own = {name: state[f"basis{k}.{name}"] for name in wavelet.start(0, cur)}
-            coefficients, own = wavelet.decompose(cur, own)
-            blended = blended + coarse_to_fine[k] * coefficients
-            new_state |= {f"basis{k}.{name}": tensor for name, tensor in own.items()}
-        return blended, new_state
-
-    def reconstruct(self, u: Tensor, inverse: "InverseBases | None" = None) -> Tensor:
-        """Every basis's reconstruction of u (S, B, T, P), blended by the weights of the
-        approximation; all of it by the decomposition's networks and weights, or by a block's own
-        `inverse`."""
-        logits = self.basis_weights if inverse is None else inverse.basis_weights
-        updates = [None] * len(self.wavelets) if inverse is None else inverse.update_nets
-        blend = logits[:, 0].float().softmax(0).to(u.dtype)
-        bases = zip(blend, self.wavelets, updates, strict=True)
-        return sum(w * wavelet.reconstruct(u, own) for w, wavelet, own in bases)
-
-
-class InverseBases(nn.Module):
-    """What an untied reconstruction of several bases has of its own: their Update networks, and the
-    weights of the blend (of which nothing but the approximation's is read, as with the
-    decomposition's)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.update_nets = nn.ModuleList(
-            inverse_nets(config, init) for init in config.multi_basis_inits
-        )
-        self.basis_weights = basis_weights(config)
-
-
-def inverse_nets(config: Config, init: str) -> nn.ModuleList:
-    """The Update networks of an untied reconstruction, one for each level."""
-    return nn.ModuleList(lifting_net(config, init, 0.5, level) for level in range(config.levels))
-
-
-class HaarPackets(nn.Module):
-    """Haar's wavelet packets, undecimated: every band is split at each level, details too, into 2^J
-    bands of equal width. They are a Walsh–Hadamard transform of the last 2^J positions, by number
-    of sign changes: from coarse to fine."""
+class Haar(nn.Module):
+    """The fixed Haar wavelet, without weights: detail = (cur − odd) / √2,
+    approx = (cur + odd) / √2, in as few passes over memory as there can be (layers/lags.py)."""
 
     update_nets = None  # nothing is learned
 
     def __init__(self, config: Config):
         super().__init__()
-        self.bands, self.width = config.scales, config.padded_width
-        rows = hadamard(self.bands)
-        order = rows.sign().diff(dim=1).abs().sum(1).argsort()
-        # (bands, positions from old to new)
-        self.register_buffer("matrix", rows[order].flip(1), persistent=False)
+        self.width = config.padded_width
+        self.longest_lag = [2**level for level in range(config.levels)]
+        # On its way through `reconstruct` a scale's power is halved once for each level below it,
+        # so reconstruct(u) = Σ_s shares_s · u_s with shares (S,).
+        halvings = [config.levels, *range(config.levels, 0, -1)]
+        shares = torch.tensor([math.sqrt(0.5) ** n for n in halvings], device="cpu")
+        self.register_buffer("shares", shares, persistent=False)
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        return {"past": like.new_zeros(rows, self.bands - 1, self.width)}
+        lags = enumerate(self.longest_lag)
+        return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in lags}
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        joined, past = remember(state["past"], cur)
-        windows = joined.unfold(1, self.bands, 1)  # (B, T, P, positions)
-        return (windows @ self.matrix.mT.to(cur.dtype)).movedim(-1, 0), {"past": past}
+        """(B, T, P) → coefficients (S, B, T, P), as `Lifting.decompose` orders them."""
+        names = [f"lag{level}" for level in range(len(self.longest_lag))]
+        c, *new = HaarCoefficients.apply(cur, *(state[name] for name in names))
+        return c, dict(zip(names, new, strict=True))
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
-        return u.sum(0) / math.sqrt(self.bands)
+        """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
+        cur = u[0]
+        for detail in u[1:]:
+            cur = (cur + detail) / math.sqrt(2)
+        return cur
 
 
-def has_bases(config: Config) -> bool:
-    return config.multi_basis_lifting and config.wavelet_mode == "lifting"
+# ===== Bypass: a summary of all the text so far, added to every scale's coefficients
 
 
-def build_wavelet(config: Config) -> Lifting | MultiBasis | HaarPackets:
-    if config.wavelet_mode == "packets":
-        return HaarPackets(config)
-    if config.wavelet_mode == "haar" and not config.lifting_gate:
-        return Haar(config)
-    return MultiBasis(config) if has_bases(config) else Lifting(config, config.lifting_init)
+class RunningMean(nn.Module):
+    """m_t = mean(x_0 … x_t), in fp32.
+
+    A stream's state also has a ring of the last block_size inputs, and then the mean is over those:
+    a model has never seen the mean of more positions than a training window has.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.window = config.block_size
+        self.width = config.C
+
+    def start(self, rows: int, like: Tensor, stream: bool) -> BlockState:
+        state = {"count": like.new_zeros(rows, dtype=torch.int64)}
+        kind = torch.float32
+        if stream:
+            state["ring"] = like.new_zeros(rows, self.window, self.width, dtype=torch.float32)
+            # Entries join and leave the sum for ever: fp64 keeps rounding errors from adding up.
+            kind = torch.float64
+        state["sum"] = like.new_zeros(rows, self.width, dtype=kind)
+        return state
+
+    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """x (B, T, C) → the means (B, T, C), and the new state."""
+        length = x.size(1)
+        new_state = {"count": state["count"] + length}
+        change = x.float()  # what joins the sum at each position
+        n = state["count"][:, None] + torch.arange(1, length + 1, device=x.device)  # (B, T)
+        if "ring" in state:
+            joined, new_state["ring"] = remember(state["ring"], change)
+            change = change.double() - joined[:, :length]  # and what leaves it
+            n = n.clamp(max=self.window)
+        total = state["sum"][:, None] + change.cumsum(1)
+        new_state["sum"] = total[:, -1].clone()
+        return (total / n[..., None]).to(x.dtype), new_state
 
 
-def build_inverse(config: Config) -> nn.ModuleList | InverseBases | None:
-    """What a block has of its own for the reconstruction; None where that is the
-    decomposition's."""
-    if not config.untied_reconstruction:
-        return None
-    return InverseBases(config) if has_bases(config) else inverse_nets(config, config.lifting_init)
+class Bypass(nn.Module):
+    """Adds context = m + M·m₋ to each scale's coefficients, weighted per channel, where m is the
+    average of this block's input and m₋ that of the block below."""
+
+    def __init__(self, config: Config, average: nn.Module):
+        super().__init__()
+        self.average = average
+        self.history_gains = nn.Parameter(torch.zeros(config.scales, config.C))
+        # The first block has nothing below it: its M is used (and trained) only when
+        # loop_iterations > 1.
+        self.cross_layer_mix = nn.Linear(config.C, config.C, bias=False)
+        nn.init.eye_(self.cross_layer_mix.weight).data.mul_(0.5)
+
+    def forward(
+        self, x: Tensor, below: Tensor | None, state: BlockState
+    ) -> tuple[Tensor, Tensor, BlockState]:
+        """x and the average below (B, T, C) → biases (S, B, T, C), this block's average for the
+        block above (B, T, C), and the new state."""
+        mean, state = self.average(x, state)
+        context = mean if below is None else mean + self.cross_layer_mix(below)
+        return context * self.history_gains[:, None, None], mean, state
 
 
 # ===== Mixers: per scale, y = (W z) ⊙ act(G r) + U (Vᵀ z)
 
 
-class SignExp(nn.Module):
-    """Stores a matrix as its sign (fixed) and log-magnitude (trained)."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        self.register_buffer("sign", weight.sign())
-
-    def forward(self, log_magnitude: Tensor) -> Tensor:
-        return self.sign * log_magnitude.exp()
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight.abs().clamp_min(1e-30).log()
-
-
 class Mixer(nn.Module):
-    """The weights of one scale's mixer, of width w ≤ P. Their use is in `MixerBank`, for all scales
-    at once."""
+    """The weights of one scale's mixer, of width w ≤ P. `MixerBank` uses them, for all scales at
+    once."""
 
-    def __init__(self, config: Config, width: int, depth: int):
+    def __init__(self, config: Config, width: int, bias: bool):
         super().__init__()
         outer = config.padded_width
-        self.mixer = nn.Linear(width, width, bias=False)
-        noise = 1e-3 / (math.sqrt(outer) if config.stab("mixer_eps_scaling") else 1)
-        if config.mixer_depth_stabilizers:
-            noise /= depth + 1
-        self.mixer.weight.data = torch.eye(width) + noise * torch.randn(width, width)
+        self.mixer = nn.Linear(width, width, bias=False)  # W: at first the identity and some noise
+        self.mixer.weight.data = torch.eye(width) + 1e-3 * torch.randn(width, width)
         self.gate = None
         if config.use_mixer_gate:
             self.gate = nn.Linear(width, width, bias=False)
@@ -323,44 +301,35 @@ class Mixer(nn.Module):
         if config.low_rank:
             self.U = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
             self.V = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
-        last = depth == config.mixer_depth - 1
-        self.bias = None if last else nn.Parameter(torch.zeros(width))
-        self.proj_in = self.proj_out = None
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.proj_in = self.proj_out = None  # P → w and back
         if width != outer:
-            self.proj_in, self.proj_out = (
-                nn.Linear(outer, width, bias=False),
-                nn.Linear(width, outer, bias=False),
-            )
+            self.proj_in = nn.Linear(outer, width, bias=False)
+            self.proj_out = nn.Linear(width, outer, bias=False)
             nn.init.normal_(self.proj_in.weight, std=1 / math.sqrt(outer))
             nn.init.normal_(self.proj_out.weight, std=1 / math.sqrt(width))
-        if config.stab("spectral_norm"):
-            parametrizations.spectral_norm(self.mixer)
-        if config.exp_parametrization:
-            for linear in filter(None, (self.mixer, self.gate)):
-                parametrize.register_parametrization(linear, "weight", SignExp(linear.weight.data))
 
 
 class MixerBank(nn.ModuleList):
-    """One `Mixer` per scale. Neighbouring scales of one width are computed by one batched product.
+    """One `Mixer` for each scale. Scales of one width that follow each other are a run, which is
+    computed by one batched product.
 
-    The transform H before them and its inverse behind may be given with what has not been
-    transformed. H is then applied to the weights, W (H c) = (W H) c, which are fewer than the
-    positions; only behind a mixer of full width to the positions."""
+    A transform H may be given with coefficients that it has not been applied to yet. It then goes
+    into the weights, W (H c) = (W H) c, which have fewer rows than there are positions. Behind a
+    mixer of full width it is applied to the positions.
+    """
 
-    def __init__(self, config: Config, depth: int):
+    def __init__(self, config: Config, bias: bool = False):
         shares = config.per_scale_mixer_widths or (1.0,) * config.scales
         widths = [int(config.padded_width * share) for share in shares]
-        super().__init__(Mixer(config, width, depth) for width in widths)
+        super().__init__(Mixer(config, width, bias) for width in widths)
         runs = itertools.groupby(range(config.scales), key=widths.__getitem__)
-        self.runs = [
-            slice(members[0], members[-1] + 1) for members in (list(run) for _, run in runs)
-        ]
-        self.activation = {
-            "silu": F.silu,
-            "sigmoid": torch.sigmoid,
-            "gelu": F.gelu,
-            "relu": F.relu,
-        }[config.mixer_gate_activation]
+        members = [list(run) for _, run in runs]
+        self.runs = [slice(run[0], run[-1] + 1) for run in members]
+        activations = {
+            "silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": F.relu,
+        }  # fmt: skip
+        self.activation = activations[config.mixer_gate_activation]
 
     @property
     def members(self) -> list[list[Mixer]]:
@@ -370,11 +339,14 @@ class MixerBank(nn.ModuleList):
     def by_run(self, x: Tensor) -> Sequence[Tensor]:
         """x (S, …) cut into its runs; whole where there is one, for even the gradient of a cut into
         one piece is a copy."""
-        return [x] if len(self.runs) == 1 else x.split([run.stop - run.start for run in self.runs])
+        if len(self.runs) == 1:
+            return [x]
+        return x.split([run.stop - run.start for run in self.runs])
 
     def forward(self, z: Tensor, r: Tensor, transform: nn.Module = NO_TRANSFORM) -> Tensor:
-        """z: what is mixed, r: what the gate reads, both (S, N, P); transform: that which neither
-        has had yet."""
+        """z: what is mixed, r: what the gates read, both (S, N, P) → (S, N, P).
+
+        transform: H where z and r are still to be transformed; the result is transformed back."""
         parts = []
         for mixers, y in zip(self.members, self.narrow(z, r, transform), strict=True):
             out = self.outward(mixers, transform)
@@ -382,13 +354,9 @@ class MixerBank(nn.ModuleList):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def narrow(self, z: Tensor, r: Tensor, transform: nn.Module) -> list[Tensor]:
-        """For each run of n scales what its mixers make of them, in their own width, (n, N, w)."""
-        return [
-            self._mix(mixers, z_run, r_run, transform)
-            for mixers, z_run, r_run in zip(
-                self.members, self.by_run(z), self.by_run(r), strict=True
-            )
-        ]
+        """For each run of n scales what its mixers make of z and r, of width w: (n, N, w)."""
+        runs = zip(self.members, self.by_run(z), self.by_run(r), strict=True)
+        return [self.mix(mixers, z_run, r_run, transform) for mixers, z_run, r_run in runs]
 
     def outward(self, mixers: Sequence[Mixer], transform: nn.Module) -> Tensor | None:
         """The matrices (n, w, P) from n mixers' width back to the coefficients; None where that is
@@ -397,8 +365,10 @@ class MixerBank(nn.ModuleList):
             return None
         return transform(torch.stack([m.proj_out.weight.mT for m in mixers]))
 
-    def _mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
-        first, inward = mixers[0], None
+    def mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
+        """n mixers of one width w: z and r (n, N, P) → (n, N, w)."""
+        first = mixers[0]  # of one width, all of them have the same parts
+        inward = None
         if first.proj_in is not None:
             inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
 
@@ -407,13 +377,13 @@ class MixerBank(nn.ModuleList):
             transform are multiplied: they have fewer rows than x has."""
             matrices = torch.stack(weights)
             matrices = transform(matrices) if inward is None else matrices @ inward
-            return torch.bmm(x, matrices.mT.to(x.dtype))
+            return torch.bmm(x, matrices.mT.to(x.dtype))  # (n, N, out)
 
         y = product(z, [m.mixer.weight for m in mixers])
         if first.gate is not None:
             y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
         if first.U is not None:
-            u = torch.stack([m.U for m in mixers])
+            u = torch.stack([m.U for m in mixers])  # (n, w, rank)
             y = y + torch.bmm(product(z, [m.V.mT for m in mixers]), u.mT.to(y.dtype))
         if first.bias is not None:
             y = y + torch.stack([m.bias for m in mixers])[:, None]
@@ -421,89 +391,59 @@ class MixerBank(nn.ModuleList):
 
 
 class Mixers(nn.Module):
-    """The transform of the channels, `mixer_depth` banks in a row, and the transform back. All
-    banks but the last have a LayerNorm before them and if asked scalars, z ← α·mix(β·LayerNorm(z));
-    with residuals each bank adds its input z, the last one too. A single bank has none of it."""
+    """The transform of the channels, a bank of mixers, and the transform back."""
 
-    # positions per channel from which the transform is cheaper on the weights than on the positions
+    # Positions for each channel from which the transform is cheaper on weights than on positions.
     FOLDS_FROM = 4
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, transform: nn.Module):
         super().__init__()
-        depth = config.mixer_depth
-        self.transform = build_transform(config)
-        self.banks = nn.ModuleList(MixerBank(config, d) for d in range(depth))
-        self.norms = nn.ModuleList(
-            nn.ModuleList(nn.LayerNorm(config.padded_width) for _ in range(config.scales))
-            for _ in range(depth - 1)
-        )
-        self.residuals = config.mixer_depth_residuals and depth > 1
-        self.alphas = self.betas = None
-        if config.mixer_depth_stabilizers:
-            self.alphas = nn.ParameterList(
-                nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1)
-            )
-            self.betas = nn.ParameterList(
-                nn.Parameter(torch.tensor(1 / depth)) for _ in range(depth - 1)
-            )
-        self.scale_routing = (
-            nn.Parameter(torch.eye(config.scales)) if config.cross_scale_gating else None
-        )
-        self.top_k = config.mixer_top_k
-
-    def kept(self, z: Tensor) -> Tensor:
-        """What is mixed: with mixer_top_k the largest coefficients of each scale and position, the
-        others zero."""
-        if not self.top_k:
-            return z
-        largest = z.abs().topk(self.top_k).indices
-        return torch.zeros_like(z).scatter(-1, largest, z.gather(-1, largest))
+        self.transform = transform
+        self.banks = nn.ModuleList([MixerBank(config)])  # one; variants.DeepMixers has several
+        self.scale_routing = None
+        if config.cross_scale_gating:
+            self.scale_routing = nn.Parameter(torch.eye(config.scales))
+        shares = config.per_scale_mixer_widths or (1.0,)
+        self.narrow = max(shares) < 1  # whether no mixer is of full width: see `folded`
 
     def routed(self, z: Tensor) -> Tensor:
-        """What the gates read: z itself, or with cross_scale_gating r_s = Σ_s' R[s, s'] z_s'."""
+        """What the gates read of z (S, N, P): z itself, or with cross_scale_gating
+        r_s = Σ_s' R[s, s'] z_s'."""
         if self.scale_routing is None:
             return z
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
 
-    def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
-        if len(self.banks) == 1 and not self.top_k and c.size(1) >= self.FOLDS_FROM * c.size(2):
+    def forward(self, c: Tensor) -> Tensor:
+        """Coefficients (S, N, P) → (S, N, P)."""
+        if c.size(1) >= self.FOLDS_FROM * c.size(2):
             c = c.to(autocast_type(c))  # once, in place of once for each product that reads it
             return self.banks[0](c, self.routed(c), self.transform)
-        z = self.kept(self.transform(c))
-        for d, norms in enumerate(self.norms):
-            normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
-            if self.betas is not None:
-                normed = self.betas[d] * normed
-            mixed = self.banks[d](normed, self.routed(normed))
-            if self.alphas is not None:
-                mixed = self.alphas[d] * mixed
-            z = z + mixed if self.residuals else mixed
-        mixed = self.banks[-1](z, self.routed(z))
-        return self.transform(z + mixed if self.residuals else mixed)
+        z = self.transform(c)
+        return self.transform(self.banks[0](z, self.routed(z)))
 
     def folded(self, c: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Of mixers that are all narrow, in one bank, what makes a weighted sum over scales of what
-        they mix: their outputs side by side (N, Σw), and a matrix (Σw, P) by which Σ_s shares_s ·
-        forward(c)_s is one product."""
-        transform, bank, c = self.transform, self.banks[0], c.to(autocast_type(c))
-        y = torch.cat(
-            [scale for run in bank.narrow(c, self.routed(c), transform) for scale in run], dim=1
-        )
-        out = [bank.outward(mixers, transform) for mixers in bank.members]
-        weighted = [
-            share[:, None, None] * matrices
-            for share, matrices in zip(bank.by_run(shares), out, strict=True)
-        ]
+        """For mixers that are all narrow: what makes Σ_s shares_s · forward(c)_s one product.
+
+        c (S, N, P), shares (S,) → the mixers' outputs side by side (N, Σw), and the matrix
+        (Σw, P) by which they are to be multiplied."""
+        bank = self.banks[0]
+        c = c.to(autocast_type(c))
+        runs = bank.narrow(c, self.routed(c), self.transform)
+        y = torch.cat([scale for run in runs for scale in run], dim=1)
+        out = [bank.outward(mixers, self.transform) for mixers in bank.members]
+        by_run = zip(bank.by_run(shares), out, strict=True)
+        weighted = [share[:, None, None] * matrices for share, matrices in by_run]  # (n, w, P)
         return y, torch.cat([matrices.flatten(0, 1) for matrices in weighted])
 
 
-# ===== The wide MLP
+# ===== MLP and product-key memories
 
 
 def build_mlp(config: Config) -> nn.Sequential:
-    """`mlp_layers` linear layers with a GELU between each two. Of 1 there are two all the same,
-    with nothing between."""
-    width, inner = config.C, config.C * config.mlp_expansion
+    """`mlp_layers` linear layers with a GELU between each two. With mlp_layers 1 there are two
+    layers all the same, and nothing between them, as in the first implementation."""
+    width = config.C
+    inner = config.C * config.mlp_expansion
     layers: list[nn.Module] = [nn.Linear(width, inner)]
     for _ in range(config.mlp_layers - 2):
         layers += [nn.GELU(), nn.Linear(inner, inner)]
@@ -511,154 +451,275 @@ def build_mlp(config: Config) -> nn.Sequential:
         layers.append(nn.GELU())
     last = nn.Linear(inner, width)
     last.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
-    if config.stab("ff_scaling"):
-        last.weight.data.div_(math.sqrt(inner))
     nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last, nn.Dropout(config.dropout_mlp))
 
 
-# ===== Block
+def best_slots(
+    query: Tensor, keys_a: Tensor, keys_b: Tensor, pairs: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The top_k slots of each head of a product-key memory, whose k² slots are pairs of keys.
+
+    query (N, heads·d), keys of its halves (heads, k, d/2), pairs (2, n) of the ranks that can be
+    among the best → slots (N, heads·top_k), numbered on from head to head, and their softmax
+    weights.
+    """
+    heads, side, _ = keys_a.shape
+    best = min(top_k, side)  # of each half, as many as can be needed
+    query_a, query_b = query.view(query.size(0), heads, 2, -1).unbind(2)  # (N, heads, d/2)
+    score_a, index_a = torch.einsum("nhd,hkd->nhk", query_a, keys_a).topk(best)
+    score_b, index_b = torch.einsum("nhd,hkd->nhk", query_b, keys_b).topk(best)
+    i, j = pairs
+    score, rank = (score_a[..., i] + score_b[..., j]).topk(top_k)  # (N, heads, top_k)
+    slot = (index_a[..., i] * side + index_b[..., j]).gather(-1, rank)
+    slot = slot + side**2 * torch.arange(heads, device=query.device)[:, None]
+    return slot.flatten(1), score.float().softmax(-1).flatten(1)
 
 
-class ScaleNorm(nn.Module):
-    """RMSNorm of coefficients (S, B, T, P) over channels, with gains of its own at each scale."""
+class ProductKeyMemory(nn.Module):
+    """K = k² values per head, found by two codebooks of k keys each (Lample et al., "Large memory
+    layers with product keys", 2019): a query's halves are scored against them, and the score of a
+    slot is the sum of its two keys' scores."""
+
+    def __init__(self, config: Config, slots: int, top_k: int, heads: int):
+        super().__init__()
+        side = math.isqrt(slots)  # k
+        half = config.C // heads // 2
+        self.heads = heads
+        self.slots = slots
+        self.best_per_half = min(top_k, side)
+        self.top_k = min(top_k, self.best_per_half**2)
+        self.query_proj = nn.Linear(config.C, config.C, bias=False)
+        self.keys_a = nn.Parameter(0.02 * torch.randn(heads, side, half))
+        self.keys_b = nn.Parameter(0.02 * torch.randn(heads, side, half))
+        self.values = nn.EmbeddingBag(heads * slots, config.C, mode="sum")
+        nn.init.normal_(self.values.weight, std=0.02)
+        # Of the pairs of the i-th and j-th best halves, (i+1)(j+1) score at least as high: only
+        # pairs with (i+1)(j+1) ≤ top_k can be among the best top_k. For top_k = 32 that leaves 119
+        # sums of 1,024.
+        ranks = range(self.best_per_half)
+        pairs = [(i, j) for i in ranks for j in ranks if (i + 1) * (j + 1) <= self.top_k]
+        # (2, pairs); a constant, even where weights are on the meta device
+        self.register_buffer(
+            "pairs", torch.tensor(pairs, device="cpu").T.contiguous(), persistent=False
+        )
+
+    def lookup(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h (N, C) → the rows of `values` that it reads and their weights, (N, heads·top_k)."""
+        query = self.query_proj(h)
+        return best_slots(query, self.keys_a, self.keys_b, self.pairs, self.top_k)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, T, C) → (B, T, C)."""
+        slot, weight = self.lookup(h.flatten(0, 1))
+        values = self.values.weight
+        weight = weight.to(values.dtype)
+        read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)
+        return read.view_as(h)
+
+
+class FastWeightMemory(ProductKeyMemory):
+    """A product-key memory whose values v_i + Δ_i each text rewrites at inference, if
+    fwpkm_inference_updates asks: after each chunk of n tokens one gradient step on Δ towards
+    predicting the next hidden state, Δ ← Δ − lr·∇_Δ MSE(lookup(h[:-1]), h[1:])."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.gains = nn.Parameter(torch.ones(config.scales, config.padded_width))
+        super().__init__(config, config.fwpkm_num_keys, config.fwpkm_top_k, config.fwpkm_heads)
+        self.writes = config.fwpkm_inference_updates
+        self.lr = config.fwpkm_update_lr
+        self.chunk = config.fwpkm_chunk_size  # n
 
-    def forward(self, c: Tensor) -> Tensor:
-        return F.rms_norm(c, c.shape[-1:], eps=1e-5) * self.gains[:, None, None]
+    def start(self, rows: int, like: Tensor) -> BlockState:
+        if self.training or not self.writes:
+            return {}
+        slots, width = self.values.weight.shape
+        return {
+            "delta": like.new_zeros(rows, slots, width),
+            "unwritten": like.new_zeros(rows, self.chunk, width),  # inputs of the chunk so far
+            "held": like.new_zeros(rows, dtype=torch.int64),  # how many of them there are
+        }
+
+    def read(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, t, C) → what it reads of each row's own v + Δ, the rows of the flattened Δ that it
+        reads, their weights."""
+        slot, weight = self.lookup(h.flatten(0, 1))  # (B·t, reads)
+        row = torch.arange(h.size(0), device=h.device).repeat_interleave(h.size(1))
+        own = slot + delta.size(1) * row[:, None]
+        weight = weight.to(delta.dtype)
+        values = self.values.weight
+        read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)
+        flat = delta.flatten(0, 1)
+        read = read + F.embedding_bag(own, flat, mode="sum", per_sample_weights=weight)
+        return read.view_as(h), own, weight
+
+    def write(self, h: Tensor, delta: Tensor) -> Tensor:
+        """A gradient step on Δ (B, slots, C) by the whole chunk h (B, n, C)."""
+        read, own, weight = self.read(h[:, :-1], delta)
+        wanted = h[:, 1:]
+        gradient = 2 * (read - wanted) / wanted[0].numel()  # of a row's mean squared error by read
+        change = -self.lr * weight[..., None] * gradient.flatten(0, 1)[:, None]  # (B·t, reads, C)
+        flat = delta.flatten(0, 1)
+        return flat.index_add(0, own.flatten(), change.flatten(0, 1)).view_as(delta)
+
+    def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """h (B, T, C) → what it reads (B, T, C), and the new state."""
+        if self.training or not self.writes:
+            kept = {name: state[name] for name in ("delta", "unwritten", "held") if name in state}
+            return super().forward(h), kept
+        delta = state["delta"]
+        unwritten = state["unwritten"]
+        held = state["held"]
+        reads = []
+        # Piece by piece up to where the first row's chunk is full: rows may have begun at
+        # different times.
+        while h.size(1):
+            room = self.chunk - int(held.max())
+            piece, h = h.tensor_split([min(room, h.size(1))], dim=1)
+            reads.append(self.read(piece, delta)[0])
+            place = held[:, None] + torch.arange(piece.size(1), device=h.device)
+            unwritten = unwritten.scatter(1, place[..., None].expand_as(piece), piece)
+            full = held + piece.size(1) == self.chunk
+            if full.any():
+                delta = torch.where(full[:, None, None], self.write(unwritten, delta), delta)
+            held = (held + piece.size(1)).masked_fill(full, 0)
+        return torch.cat(reads, dim=1), {"delta": delta, "unwritten": unwritten, "held": held}
 
 
-class CoarseModulation(nn.Module):
-    """Coarse modulates fine: c_s ← c_s ⊙ (1 + tanh(a_s ⊙ c_{s−1})); scale s − 1 is the next coarser
-    one, a is zero at first."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.gains = nn.Parameter(torch.zeros(config.scales - 1, config.padded_width))
-
-    def forward(self, c: Tensor) -> Tensor:  # (S, B, T, P)
-        return torch.cat([c[:1], c[1:] * (1 + torch.tanh(self.gains[:, None, None] * c[:-1]))])
+# ===== What a config chooses
 
 
-def folds(config: Config) -> bool:
-    """Whether a block's mixers are all narrow and all behind them is linear: then it is one product
-    (`Block.folded_branch`)."""
-    shares = config.per_scale_mixer_widths or (1.0,)
-    narrow = config.mixer_depth == 1 and config.mixer_top_k == 0 and max(shares) < 1
-    linear = config.wavelet_mode == "haar" and not (
-        config.lifting_gate or config.scale_norm or config.dropout_mixer
+@dataclass(frozen=True)
+class Parts:
+    """How the parts of a network are made. Parts that it does not have are made as None."""
+
+    embedding: Callable[[int], nn.Embedding]  # of so many words
+    wavelet: Callable[[], nn.Module]
+    inverse: Callable[[], nn.Module | None]  # Update networks of a block's own reconstruction
+    bypass: Callable[[], Bypass | None]
+    mixers: Callable[[], nn.Module]
+    scale_norm: Callable[[], nn.Module | None]
+    modulation: Callable[[], nn.Module | None]
+    linear_behind: bool  # whether all that follows the mixers is linear: see `Block.folded_branch`
+
+
+def parts_of(config: Config) -> Parts:
+    """The one place where a config's choices become classes."""
+
+    def transform() -> nn.Module:
+        if config.mixer_transform == "identity":
+            return nn.Identity()
+        return WalshHadamard(config.padded_width)
+
+    def embedding(vocab_size: int) -> nn.Embedding:
+        kind = FeatureEmbedding if config.token_features else nn.Embedding
+        return kind(vocab_size, config.C)
+
+    def wavelet() -> nn.Module:
+        if config.wavelet_mode == "packets":
+            return variants.HaarPackets(config, hadamard)
+        if config.wavelet_mode == "haar":
+            return variants.GatedHaar(config) if config.lifting_gate else Haar(config)
+        if config.multi_basis_lifting:
+            bases = [Lifting(config, init) for init in config.multi_basis_inits]
+            return variants.MultiBasis(config, bases)
+        return Lifting(config, config.lifting_init)
+
+    def inverse() -> nn.Module | None:
+        if not config.untied_reconstruction:
+            return None
+        if config.multi_basis_lifting and config.wavelet_mode == "lifting":
+            nets = [update_nets(config, init) for init in config.multi_basis_inits]
+            return variants.InverseBases(config, nets)
+        return update_nets(config, config.lifting_init)
+
+    def bypass() -> Bypass | None:
+        if not config.decompose_bypass:
+            return None
+        average = variants.MovingAverage if config.decompose_bypass_ema else RunningMean
+        return Bypass(config, average(config))
+
+    def mixers() -> nn.Module:
+        if config.mixer_depth == 1 and not config.mixer_top_k:
+            return Mixers(config, transform())
+        return variants.DeepMixers(config, transform(), lambda bias: MixerBank(config, bias))
+
+    return Parts(
+        embedding=embedding,
+        wavelet=wavelet,
+        inverse=inverse,
+        bypass=bypass,
+        mixers=mixers,
+        scale_norm=lambda: variants.ScaleNorm(config) if config.scale_norm else None,
+        modulation=lambda: variants.CoarseModulation(config) if config.coarse_modulation else None,
+        linear_behind=config.wavelet_mode == "haar"
+        and not (config.lifting_gate or config.scale_norm or config.dropout_mixer),
     )
-    return narrow and linear and not config.skip_proj_out
+
+
+# ===== Block
 
 
 class Block(nn.Module):
     """One block: a wavelet branch that mixes positions, then a position-wise memory branch, both
     added to the stream."""
 
-    def __init__(self, config: Config, after: int = 0):
+    def __init__(self, config: Config, parts: Parts, after: int = 0):
         """after: how many blocks come after it."""
         super().__init__()
-        width, padded = config.C, config.padded_width
-        self.pad = padded - width
-        self.bypass = Bypass(config) if config.decompose_bypass else None
-        self.embedding_residual_gamma = (
-            nn.Parameter(torch.zeros(width)) if config.per_layer_embedding else None
-        )
-        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.scale_norm_in = self.scale_norm_out = nn.Identity()
-        if config.scale_norm:
-            self.scale_norm_in, self.scale_norm_out = ScaleNorm(config), ScaleNorm(config)
-        self.coarse_modulation = (
-            CoarseModulation(config) if config.coarse_modulation else nn.Identity()
-        )
-        self.mixers = Mixers(config)
+        width = config.C
+        self.pad = config.padded_width - width
+        # The wavelet branch
+        self.bypass = parts.bypass()
+        self.embedding_residual_gamma = None
+        if config.per_layer_embedding:
+            self.embedding_residual_gamma = nn.Parameter(torch.zeros(width))
+        self.ln1 = nn.LayerNorm(width)
+        self.ln2 = nn.LayerNorm(width)
+        self.scale_norm_in = parts.scale_norm()
+        self.scale_norm_out = parts.scale_norm()
+        self.coarse_modulation = parts.modulation()
+        self.mixers = parts.mixers()
         self.dropout_mixer = nn.Dropout(config.dropout_mixer)
         self.scale_weights = nn.Parameter(torch.ones(config.scales))
-        self.inverse_update_nets = build_inverse(config)
-        self.proj_out = nn.Identity()
-        if not (config.skip_proj_out and padded == width):
-            self.proj_out = nn.Linear(padded, width)
-            self.proj_out.weight.data.mul_(1e-3)  # the wavelet branch too starts as almost nothing
-            if config.stab("proj_out_scaling"):
-                self.proj_out.weight.data.div_(math.sqrt(width * config.applications))
+        self.inverse_update_nets = parts.inverse()
+        self.proj_out = None
+        if not (config.skip_proj_out and self.pad == 0):
+            self.proj_out = nn.Linear(config.padded_width, width)
+            self.proj_out.weight.data.mul_(1e-3)  # the wavelet branch starts as almost nothing
             nn.init.zeros_(self.proj_out.bias)
-        self.branch = Block.folded_branch if folds(config) else Block.wavelet_branch
+        self.folds = parts.linear_behind and self.mixers.narrow and not config.skip_proj_out
         self.dropout_projection = nn.Dropout(config.dropout_projection)
+        # The residual stream
         self.residual_alpha_spectral = self.residual_alpha_mlp = 1.0
         if config.learned_residual:
             self.residual_alpha_spectral = nn.Parameter(torch.tensor(1.0))
             self.residual_alpha_mlp = nn.Parameter(torch.tensor(1.0))
+        # The memory branch
         self.ffwd = build_mlp(config) if config.mlp_expansion else None
         self.pkm = self.fwpkm = self.recall = None
         if config.pkm_enabled:
-            self.pkm = ProductKeyMemory(
-                config, config.pkm_num_keys, config.pkm_top_k, config.pkm_heads
-            )
+            slots, top_k = config.pkm_num_keys, config.pkm_top_k
+            self.pkm = ProductKeyMemory(config, slots, top_k, config.pkm_heads)
         if config.fwpkm_enabled:
             self.fwpkm = FastWeightMemory(config)
         if config.recall_heads and after % config.recall_every == 0:
             self.recall = AssociativeMemory(config)
-        for name, branch in (
-            ("mlp", self.ffwd),
-            ("pkm", self.pkm),
-            ("fwpkm", self.fwpkm),
-            ("recall", self.recall),
-        ):
-            self.register_parameter(
-                f"alpha_{name}", nn.Parameter(torch.tensor(1.0)) if branch is not None else None
-            )
+        branches = {
+            "mlp": self.ffwd, "pkm": self.pkm, "fwpkm": self.fwpkm, "recall": self.recall,
+        }  # fmt: skip
+        for name, branch in branches.items():
+            alpha = None if branch is None else nn.Parameter(torch.tensor(1.0))
+            self.register_parameter(f"alpha_{name}", alpha)
 
     def start(self, wavelet: nn.Module, rows: int, like: Tensor, stream: bool) -> BlockState:
+        """The state at the start of `rows` texts; stream as in `WaveletLM.start`."""
         state = wavelet.start(rows, like)
         if self.bypass is not None:
             state |= self.bypass.average.start(rows, like, stream)
-        if self.fwpkm is not None:
-            state |= self.fwpkm.start(rows, like)
-        if self.recall is not None:
-            state |= self.recall.start(rows, like)
+        for memory in (self.fwpkm, self.recall):
+            if memory is not None:
+                state |= memory.start(rows, like)
         return state
-
-    def mix(self, c: Tensor) -> Tensor:
-        """The coefficients (S, B, T, P) mixed over channels, in the transform's domain."""
-        y = self.dropout_mixer(
-            self.mixers(self.coarse_modulation(self.scale_norm_in(c)).flatten(1, 2))
-        )
-        return self.scale_norm_out((y * self.scale_weights[:, None, None]).view_as(c))
-
-    def wavelet_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
-        """What the stream gains (B, T, C) from the coefficients (S, B, T, P): mixed, reconstructed
-        and projected."""
-        return self.proj_out(wavelet.reconstruct(self.mix(c), self.inverse_update_nets))
-
-    def folded_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
-        """The same where all that follows the mixers is linear (see `folds`): one product of their
-        outputs side by side, so nothing of the size of the coefficients is written behind them, nor
-        in the backward pass until it is before them."""
-        mixed, out = self.mixers.folded(
-            self.coarse_modulation(c).flatten(1, 2), self.scale_weights * wavelet.shares
-        )
-        return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias).unflatten(
-            0, c.shape[1:3]
-        )
-
-    def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        """The stream x (B, T, C) with what the memory branches make of its norm."""
-        h, x = self.ln2(x), self.residual_alpha_mlp * x
-        written: BlockState = {}
-        if self.ffwd is not None:
-            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(h))
-        if self.pkm is not None:
-            x = torch.addcmul(x, self.alpha_pkm, self.pkm(h))
-        if self.fwpkm is not None:
-            read, new = self.fwpkm(h, state)
-            x, written = torch.addcmul(x, self.alpha_fwpkm, read), written | new
-        if self.recall is not None:
-            read, new = self.recall(h, state)
-            x, written = torch.addcmul(x, self.alpha_recall, read), written | new
-        return x, written
 
     def padded(self, x: Tensor) -> Tensor:
         """x (…, C) with zeros for the channels up to P."""
@@ -666,214 +727,206 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, e: Tensor, below: Tensor | None, wavelet: nn.Module, state: BlockState
-    ):
-        """x, the token embedding e, the mean of the block below (all (B, T, C)) → new x, this
-        block's mean, new state."""
-        bias, mean, averages = (
-            self.bypass(x, below, state) if self.bypass is not None else (0.0, None, {})
-        )
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """The stream x, the token embedding e, the average of the block below, all (B, T, C)
+        → the new stream, this block's average (None without a bypass), the new state."""
+        x, mean, looked_back = self.mix_positions(x, e, below, wavelet, state)
+        x, written = self.remember_and_think(x, state)
+        return x, mean, looked_back | written
+
+    def mix_positions(
+        self, x: Tensor, e: Tensor, below: Tensor | None, wavelet: nn.Module, state: BlockState
+    ) -> tuple[Tensor, Tensor | None, BlockState]:
+        """The stream with what the wavelet branch adds to it; arguments as in `forward`."""
+        bias = mean = None
+        averages: BlockState = {}
+        if self.bypass is not None:
+            bias, mean, averages = self.bypass(x, below, state)  # bias (S, B, T, C)
         if self.embedding_residual_gamma is not None:
             x = x + self.embedding_residual_gamma * e
-        c, lags = wavelet.decompose(self.padded(self.ln1(x)), state)
-        if self.bypass is not None:
+        c, lags = wavelet.decompose(self.padded(self.ln1(x)), state)  # (S, B, T, P)
+        if bias is not None:
             c = c + self.padded(bias)
-        x = self.residual_alpha_spectral * x + self.dropout_projection(
-            self.branch(self, c, wavelet)
-        )
-        x, written = self.remember_and_think(x, state)
-        return x, mean, lags | averages | written
+        gain = self.folded_branch(c, wavelet) if self.folds else self.wavelet_branch(c, wavelet)
+        x = self.residual_alpha_spectral * x + self.dropout_projection(gain)
+        return x, mean, lags | averages
+
+    def mix(self, c: Tensor) -> Tensor:
+        """The coefficients (S, B, T, P) mixed over channels."""
+        before = c
+        if self.scale_norm_in is not None:
+            c = self.scale_norm_in(c)
+        if self.coarse_modulation is not None:
+            c = self.coarse_modulation(c)
+        y = self.dropout_mixer(self.mixers(c.flatten(1, 2)))  # (S, N, P)
+        y = (y * self.scale_weights[:, None, None]).view_as(before)
+        return y if self.scale_norm_out is None else self.scale_norm_out(y)
+
+    def wavelet_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
+        """What the stream gains (B, T, C) from the coefficients (S, B, T, P): mixed, reconstructed
+        and projected."""
+        cur = wavelet.reconstruct(self.mix(c), self.inverse_update_nets)
+        return cur if self.proj_out is None else self.proj_out(cur)
+
+    def folded_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
+        """The same where all that follows narrow mixers is linear: one product of their outputs
+        side by side. So nothing of the size of the coefficients is written behind the mixers, nor
+        in the backward pass until it is before them."""
+        if self.coarse_modulation is not None:
+            c = self.coarse_modulation(c)
+        shares = self.scale_weights * wavelet.shares  # (S,)
+        mixed, out = self.mixers.folded(c.flatten(1, 2), shares)  # (N, Σw), (Σw, P)
+        gain = F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias)
+        return gain.unflatten(0, c.shape[1:3])
+
+    def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The stream x (B, T, C) with what the memory branches make of its norm."""
+        h = self.ln2(x)
+        x = self.residual_alpha_mlp * x
+        written: BlockState = {}
+        if self.ffwd is not None:
+            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(h))
+        if self.pkm is not None:
+            x = torch.addcmul(x, self.alpha_pkm, self.pkm(h))
+        if self.fwpkm is not None:
+            read, new = self.fwpkm(h, state)
+            x = torch.addcmul(x, self.alpha_fwpkm, read)
+            written |= new
+        if self.recall is not None:
+            read, new = self.recall(h, state)
+            x = torch.addcmul(x, self.alpha_recall, read)
+            written |= new
+        return x, written
 
 
 # ===== The network
 
 
-class LanguageModel(nn.Module):
-    """What one network and several side by side have in common: ids (B, T) int64 → logits (B, T,
-    V), and a state.
+class WaveletLM(nn.Module):
+    """The language model: ids (B, T) int64 → logits (B, T, V), and a state."""
 
-    `state` None is the start of a text. `start(rows, stream=True)` gives a start whose running mean
-    is over the last block_size positions, for texts longer than that."""
-
-    share = 1.0  # of each cell in the logits
     loss_weight = 1.0  # what training multiplies the loss by before the backward pass
-
-    def start(self, rows: int, stream: bool = False) -> State:
-        """The state at the start of `rows` texts: by cell, then iteration, then block
-        application."""
-        applications = self.config.applications
-        blocks = []
-        for cell in self.cells:
-            like = cell.token_embedding.weight.detach()
-            for i in range(applications * self.config.loop_iterations):
-                block, wavelet = cell.block(i % applications)
-                blocks.append(block.start(wavelet, rows, like, stream))
-                # what an embedding remembers lies with the first block
-                if i == 0 and cell.ngrams is not None:
-                    blocks[-1] |= cell.ngrams.start(rows, like)
-        return State(blocks)
-
-    def head_inputs(self, ids: Tensor, state: State | None) -> tuple[list[list[Tensor]], State]:
-        """Runs the blocks of all cells in step. Returns what the heads read, [iteration][cell] →
-        (B, T, C), and the state."""
-        config, cells = self.config, self.cells
-        state = self.start(ids.size(0)) if state is None else state
-        each = config.applications * config.loop_iterations
-        before = [iter(state.blocks[c * each : (c + 1) * each]) for c in range(len(cells))]
-        after: list[list[BlockState]] = [[] for _ in cells]
-        es, remembered = zip(
-            *(cell.embed(ids, state.blocks[c * each]) for c, cell in enumerate(cells)), strict=True
-        )
-        xs = [cell.dropout_embedding(e) for cell, e in zip(cells, es, strict=True)]
-        means: list[Tensor | None] = [None] * len(cells)
-        hidden = []
-        for _ in range(config.loop_iterations):
-            for i in range(config.applications):
-                for c, cell in enumerate(cells):
-                    xs[c], means[c], new = cell.apply_block(
-                        i, xs[c], es[c], means[c], next(before[c])
-                    )
-                    after[c].append(new)
-                if self.gates is not None and i % config.multinodal_cross_cell_gate_interval == 0:
-                    xs = self.gates[i // config.multinodal_cross_cell_gate_interval](xs)
-            hidden.append(
-                [cell.dropout_lm_head(cell.final_ln(x)) for cell, x in zip(cells, xs, strict=True)]
-            )
-        for blocks, past in zip(after, remembered, strict=True):
-            blocks[0] |= past
-        return hidden, State([block for blocks in after for block in blocks])
-
-    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        hidden, state = self.head_inputs(ids, state)
-        return F.linear(*self.one_head(hidden[-1])), state
-
-    def loss(
-        self, ids: Tensor, targets: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """Mean cross-entropy in nats over all targets (B, T), averaged over loop_iterations, and
-        the state after ids."""
-        hidden, state = self.head_inputs(ids, state)
-        losses = [linear_cross_entropy(*self.one_head(hs), targets) for hs in hidden]
-        return sum(losses) / len(losses), state
-
-    def one_head(self, hs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The cells' combined logits Σ h_i W_iᵀ are one product h Wᵀ, of their h and W side by
-        side: returns h and W."""
-        if len(hs) == 1:
-            return hs[0], self.cells[0].lm_head.weight
-        return torch.cat(hs, dim=-1) * self.share, torch.cat(
-            [cell.lm_head.weight for cell in self.cells], dim=1
-        )
-
-    def tie_weights(self) -> None:
-        for cell in self.cells:
-            if cell.config.tie_embedding_to_lm_head:
-                cell.lm_head.weight = cell.token_embedding.weight
-
-
-class WaveletLM(LanguageModel):
-    """The language model of one network."""
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        if config.loop_iterations > 1 and not isinstance(self, variants.Loops):
+            raise InputError("loop_iterations: above 1 it takes build_model, not WaveletLM")
+        self.config = config
+        self.vocab_size = vocab_size
+        self.recomputes = config.gradient_checkpointing
+        self.loops = config.loop_iterations
+        parts = parts_of(config)
+        # stab_embed_scaling: √C undoes the scale that the table begins with
         self.embed_scale = math.sqrt(config.C) if config.stab("embed_scaling") else 1.0
-        self.token_embedding = (FeatureEmbedding if config.token_features else nn.Embedding)(
-            vocab_size, config.C
-        )
+        self.token_embedding = parts.embedding(vocab_size)
         nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))
         self.ngrams = NgramEmbedding(config) if config.ngram_slots else None
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
         count = 1 if config.looped_blocks else config.layers
-        self.layers = nn.ModuleList(Block(config, after) for after in reversed(range(count)))
-        self.wavelets = nn.ModuleList(
-            build_wavelet(config) for _ in range(1 if config.shared_lifting_weights else count)
-        )
+        self.layers = nn.ModuleList(Block(config, parts, after) for after in reversed(range(count)))
+        wavelets = 1 if config.shared_lifting_weights else count
+        self.wavelets = nn.ModuleList(parts.wavelet() for _ in range(wavelets))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
         self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
-        self.gates = None
+        # of each block application in training: later ones are dropped more often
+        rate, n = config.stochastic_depth_rate, config.applications
+        self.drop_rates = [rate * i / n for i in range(n)]
+        variants.rescale(self, config)
+        variants.parametrise(self.layers, config)
         self.tie_weights()
 
     @property
     def cells(self) -> list["WaveletLM"]:
+        """The networks that it is made of: itself."""
         return [self]
 
-    def embed(self, ids: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        """The embedding of ids (B, T), (B, T, C), and what of them is to be remembered."""
-        e = self.token_embedding(ids)
-        if self.embed_scale != 1.0:
-            e = e * self.embed_scale
-        if self.ngrams is None:
-            return e, {}
-        read, past = self.ngrams(ids, state)
-        return e + read, past
+    def tie_weights(self) -> None:
+        """Has embedding and head share their weight, if the config says so."""
+        if self.config.tie_embedding_to_lm_head:
+            self.lm_head.weight = self.token_embedding.weight
 
     def block(self, i: int) -> tuple[Block, nn.Module]:
         """The block that is applied i-th and its wavelet; looped blocks and shared wavelets are
         applied repeatedly."""
         return self.layers[i % len(self.layers)], self.wavelets[i % len(self.wavelets)]
 
+    def start(self, rows: int, stream: bool = False) -> State:
+        """The state at the start of `rows` texts. With stream its running mean is over the last
+        block_size positions, for texts longer than that."""
+        like = self.token_embedding.weight.detach()
+        blocks = []
+        for i in range(self.config.applications):
+            block, wavelet = self.block(i)
+            blocks.append(block.start(wavelet, rows, like, stream))
+        embedding = {}
+        if self.ngrams is not None:
+            embedding["ids"] = self.ngrams.start(rows, like.device)
+        return State(blocks, embedding)
+
+    def embed(self, ids: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The embedding of ids (B, T), (B, T, C), and what the embedding remembers."""
+        e = self.token_embedding(ids)
+        if self.embed_scale != 1.0:
+            e = e * self.embed_scale
+        if self.ngrams is None:
+            return e, {}
+        read, past = self.ngrams(ids, state["ids"])
+        return e + read, {"ids": past}
+
+    def hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """What the head reads, (B, T, C), and the state after ids (B, T)."""
+        state = self.start(ids.size(0)) if state is None else state
+        e, remembered = self.embed(ids, state.embedding)
+        x = self.dropout_embedding(e)
+        below = None  # the average of the block below, for the bypass
+        blocks = []
+        for i, before in enumerate(state.blocks):
+            x, below, after = self.apply_block(i, x, e, below, before)
+            blocks.append(after)
+        return self.dropout_lm_head(self.final_ln(x)), State(blocks, remembered)
+
     def apply_block(self, i: int, x: Tensor, e: Tensor, below: Tensor | None, state: BlockState):
-        """Block application i: returns the new x, its mean and its new state."""
+        """Block application i: returns the new x, its average and its new state."""
         block, wavelet = self.block(i)
-        if self.config.gradient_checkpointing and self.training:
-            new_x, mean, state = checkpoint(block, x, e, below, wavelet, state, use_reentrant=False)
+        if self.recomputes and self.training:
+            applied = checkpoint(block, x, e, below, wavelet, state, use_reentrant=False)
         else:
-            new_x, mean, state = block(x, e, below, wavelet, state)
-        drop = self.config.stochastic_depth_rate * i / self.config.applications
-        # computed and then discarded: simple, and one graph for torch.compile
-        if drop and self.training:
-            dropped = torch.rand((), device=x.device) < drop
+            applied = block(x, e, below, wavelet, state)
+        new_x, mean, new_state = applied
+        if self.drop_rates[i] and self.training:
+            # Computed and then discarded: simple, and one graph for torch.compile.
+            dropped = torch.rand((), device=x.device) < self.drop_rates[i]
             new_x = torch.where(dropped, x, new_x)
             mean = mean if below is None else torch.where(dropped, below, mean)
-        return new_x, mean, state
+        return new_x, mean, new_state
+
+    def head_weight(self) -> Tensor:
+        """(V, C): logits are hidden · head_weightᵀ."""
+        return self.lm_head.weight
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 → logits (B, T, V), and the state after them. state None: a start."""
+        hidden, state = self.hidden(ids, state)
+        return F.linear(hidden, self.head_weight()), state
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Mean cross-entropy in nats over all targets (B, T), and the state after ids."""
+        hidden, state = self.hidden(ids, state)
+        return linear_cross_entropy(hidden, self.head_weight(), targets), state
 
 
-class CrossCellGate(nn.Module):
-    """h_i ← h_i·(1 + tanh(A·mean of the other cells' h)), A zero at first."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.A = nn.Linear(width, width, bias=False)
-        nn.init.zeros_(self.A.weight)
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        total = sum(xs)
-        return [x * (1 + torch.tanh(self.A((total - x) / (len(xs) - 1)))) for x in xs]
+class LoopedLM(variants.Loops, WaveletLM):
+    """A WaveletLM whose blocks are passed through loop_iterations times."""
 
 
-class MultinodalLM(LanguageModel):
-    """Several whole networks (cells), each with its own seed, in step; their logits are averaged or
-    summed."""
-
-    def __init__(self, config: Config, vocab_size: int):
-        super().__init__()
-        self.config, self.vocab_size = config, vocab_size
-        width, features = config.multinodal_cell_dim, config.multinodal_features_per_cell
-        cell_config = config.model_copy(update={"C": width, "multinodal_enabled": False})
-        self.cells = nn.ModuleList()
-        for seed in config.multinodal_seeds[: config.multinodal_num_cells]:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                cell = WaveletLM(cell_config, vocab_size)
-                # feature bagging: each cell starts from a random subset of the embedding's columns
-                if features != -1:
-                    cell.token_embedding.weight.data[:, torch.randperm(width)[features:]] = (
-                        config.multinodal_bagged_eps
-                    )
-            self.cells.append(cell)
-        self.gates = None
-        if config.multinodal_cross_cell_gating:
-            count = math.ceil(config.applications / config.multinodal_cross_cell_gate_interval)
-            self.gates = nn.ModuleList(CrossCellGate(width) for _ in range(count))
-        self.share = 1 / len(self.cells) if config.multinodal_combination == "average" else 1.0
-        self.loss_weight = 1 / math.sqrt(len(self.cells))
+LanguageModel = WaveletLM | variants.MultinodalLM
 
 
-def build_model(config: Config, vocab_size: int) -> WaveletLM | MultinodalLM:
-    """The network that `config` asks for."""
-    return (
-        MultinodalLM(config, vocab_size)
-        if config.multinodal_enabled
-        else WaveletLM(config, vocab_size)
-    )
+def build_model(config: Config, vocab_size: int) -> LanguageModel:
+    """The network that `config` asks for, over so many words."""
+    if config.multinodal_enabled:
+        return variants.MultinodalLM(config, vocab_size, WaveletLM)
+    return (LoopedLM if config.loop_iterations > 1 else WaveletLM)(config, vocab_size)

@@ -19,7 +19,7 @@ from config import Config, save_config
 from data.prepare import DATA_FILE, run_folder
 from data.tokenizer import Tokenizer
 from inference.decode import Decoder, PackedModel, head_is_embedding
-from inference.packed import Weights, Widths
+from inference.packed import Bits, PackedWeights
 from model import LanguageModel
 
 COMPONENTS = {
@@ -43,14 +43,14 @@ def quantise(
     model: LanguageModel,
     config: Config,
     tokenizer: Tokenizer | None,
-    widths: Widths,
+    widths: Bits,
     folder: Path,
     data: bytes | None = None,
 ) -> int:
     """Writes `model` at `widths` to `folder`, which is new or empty, with its config, its tokenizer
     and `data`, its run's data.json if it has one: all of it or nothing. Returns the size of the
     weights' file in bytes. Raises `InputError` where it cannot be written."""
-    weights = Weights(widths, saving=True)
+    weights = PackedWeights(widths, saving=True)
     Decoder(model, weights=weights)
     metadata = {
         "format": PACKED_FORMAT,
@@ -96,7 +96,7 @@ def main() -> None:
         "Bits of single components, 4, 8, 16 or 32 (default: as --bits; at 4, mixer_coarse and"
         " query are 8)"
     )
-    for field in fields(Widths):
+    for field in fields(Bits):
         group.add_argument(
             f"--{field.name}", type=int, choices=[4, 8, 16, 32], help=COMPONENTS[field.name]
         )
@@ -115,9 +115,9 @@ def main() -> None:
         )
     if head_is_embedding(config) and args.head is not None:
         raise InputError("head: its weight is the embedding's in this run; give --embedding")
-    own = {field.name: getattr(args, field.name) for field in fields(Widths)}
+    own = {field.name: getattr(args, field.name) for field in fields(Bits)}
     widths = replace(
-        Widths.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None}
+        Bits.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None}
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kept = run_folder(args.checkpoint) / DATA_FILE

@@ -183,7 +183,7 @@ class MemoryReads:
 
     @staticmethod
     def takes(memory, device: torch.device) -> bool:
-        """memory: a `ProductKeyMemory`."""
+        """memory: a `folded.Memory`."""
         few = memory.keys_a.size(1) <= MOST_KEYS and memory.pairs.size(1) <= MOST_PAIRS
         return kernels.usable(device) and few
 
@@ -194,32 +194,30 @@ class MemoryReads:
         halves = query.float().view(keys_a.size(0), 2, keys_a.size(2), -1)  # (heads, 2, d/2, C)
         return (torch.stack([keys_a, keys_b], dim=1).float() @ halves).flatten(0, 2)
 
-    def __init__(self, memories: Sequence):
-        """memories: each a `decode.Memory` that has `folded`."""
+    def __init__(self, memories: Sequence, rows: Sequence[Tensor]):
+        """memories: each a `folded.Memory`; rows: of each what `fold` gives."""
         self.memories = list(memories)
-        self.scores = kernels.Stack(
-            [{"float32": torch.cat([memory.folded for memory in self.memories])}]
-        )
+        self.scores = kernels.Stack([{"float32": torch.cat(list(rows))}])
 
     def __call__(self, h: Tensor, x: Tensor) -> Tensor:
         """h (1, C) → x (1, C) and what the memories read, in fp32."""
         scores, at = self.scores(h)[0], 0
         for memory in self.memories:
-            look, values = memory.keys, memory.values
-            heads, side = look.keys_a.shape[:2]
+            values = memory.values
+            heads, side = memory.keys_a.shape[:2]
             kind = next(iter(values.tensors))
             steps = values.tensors.get("scale", values.tensors.get("steps", values.floating))
             per_byte = 2 if kind == "int4" else 1
             block = self.CHANNELS // per_byte
             y = torch.empty_like(x)
             _memory_kernel[(triton.cdiv(values.width // per_byte, block),)](
-                scores[at:], look.pairs, values.floating, steps, x, y, side, look.pairs.size(1),
-                look.top_k, look.slots,
+                scores[at:], memory.pairs, values.floating, steps, x, y, side, memory.pairs.size(1),
+                memory.top_k, memory.slots,
                 values.width, values.floating.stride(0), steps.size(1) if kind == "int4" else 0,
                 memory.alpha,
                 HEADS=heads, SIDE=triton.next_power_of_2(side),
-                PAIRS=triton.next_power_of_2(look.pairs.size(1)),
-                TOP=triton.next_power_of_2(look.top_k), BLOCK=block, KIND=kind, num_warps=8,
+                PAIRS=triton.next_power_of_2(memory.pairs.size(1)),
+                TOP=triton.next_power_of_2(memory.top_k), BLOCK=block, KIND=kind, num_warps=8,
             )  # fmt: skip
             x, at = y, at + heads * 2 * side
         return x

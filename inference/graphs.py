@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from inference import fused
-from inference.decode import Decoder, WrittenMemory, own_code
+from inference.decode import Decoder, own_code
+from inference.folded import WrittenMemory
 from inference.tape import DecoderState, Tape
 from layers.state import State
 
@@ -61,6 +62,7 @@ class GraphedStep:
         for block in self.held[1:]:  # all blocks count the same tokens
             if "count" in block:
                 block["count"] = self.held[0]["count"]
+        self.past = {name: ids.clone() for name, ids in start.embedding.items()}
         self.reader = None  # whose text this is now; for `sampling.Reader`
         self.kept = None  # the rules of the last text, with their graph; for `sampling.generate`
         self.graph, self.logits, self.program = None, None, self.advance
@@ -114,12 +116,14 @@ class GraphedStep:
             self.look_back(block, parts, rings, position)
             for block, parts, rings in zip(self.decoder.blocks, held, self.rings, strict=True)
         ]
-        logits, written = self.decoder.run(ids, seen)
+        logits, written, past = self.decoder.run(ids, seen, self.past)
+        for name, last_ids in past.items():
+            self.past[name].copy_(last_ids)
         for i, (parts, rings, new) in enumerate(zip(held, self.rings, written, strict=True)):
             for name, value in new.items():
                 if name in rings:
                     entry = torch.stack(value, dim=1) if isinstance(value, list) else value
-                    if self.decoder.blocks[i].in_place and self.rows == 1:
+                    if self.decoder.blocks[i].branch.in_place and self.rows == 1:
                         fused.put(parts[name], position, entry)
                     else:
                         parts[name].index_copy_(1, position % parts[name].size(1), entry[:, None])
@@ -134,14 +138,12 @@ class GraphedStep:
     ) -> dict[str, Tensor]:
         """What `DecoderBlock.look_back` gives, from rings; or, for a block that changes its state
         in place, all of it."""
-        if block.in_place and parts["lags"].size(0) == 1:
-            return parts | {
-                "odd": block.wavelet.lagged_by_kernel(parts["lags"], position),
-                "position": position,
-            }
+        if block.branch.in_place and parts["lags"].size(0) == 1:
+            odd = block.branch.wavelet.lagged_by_kernel(parts["lags"], position)
+            return parts | {"odd": odd, "position": position}
         seen = {name: value for name, value in parts.items() if name not in rings}
         if "lags" in rings:
-            seen["odd"] = block.wavelet.lagged_in_ring(parts["lags"], position)
+            seen["odd"] = block.branch.wavelet.lagged_in_ring(parts["lags"], position)
         if "ring" in rings:
             seen["oldest"] = parts["ring"].index_select(1, position % parts["ring"].size(1))[:, 0]
         return seen
@@ -153,6 +155,8 @@ class GraphedStep:
         for held, parts in zip(self.held, state.parts, strict=True):
             for name, part in parts.items():
                 held[name].copy_(content(part))
+        for name, ids in state.embedding.items():
+            self.past[name].copy_(ids)
         self.position.zero_()
 
     @torch.no_grad()
@@ -168,9 +172,8 @@ class GraphedStep:
             return Tape(value.index_select(1, order), size)
 
         blocks = zip(self.held, self.rings, strict=True)
-        return DecoderState(
-            [{n: shown(n, v, rings) for n, v in held.items()} for held, rings in blocks], self.lags
-        )
+        parts = [{n: shown(n, v, rings) for n, v in held.items()} for held, rings in blocks]
+        return DecoderState(parts, self.lags, {name: t.clone() for name, t in self.past.items()})
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:

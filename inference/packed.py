@@ -489,7 +489,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Widths:
+class Bits:
     """Bits of each component's weights. The thirds of the scales are mixer_coarse (with the
     approximation), mid and fine."""
 
@@ -505,7 +505,7 @@ class Widths:
     head: int = 32
 
     @classmethod
-    def of(cls, bits: int | None) -> "Widths":
+    def of(cls, bits: int | None) -> "Bits":
         """Raises `InputError` for a width that there is none of."""
         if bits not in (None, 32, 16, 8, 4):
             raise InputError(f"bits: {bits} is not a width; take 8 or 4 (or 16, or 32)")
@@ -523,7 +523,7 @@ class Widths:
         return ("mixer_coarse", "mixer_mid", "mixer_fine")[scale * 3 // scales]
 
 
-class Weights:
+class PackedWeights:
     """Gives a decoder its prepared weights by name: made from a model's, or read from a file that
     holds them as they are.
 
@@ -532,13 +532,15 @@ class Weights:
 
     def __init__(
         self,
-        widths: Widths,
+        bits: Bits,
         tensors: dict[str, Tensor] | None = None,
         saving: bool = False,
         source: str = "checkpoint",
     ):
         """tensors: what a file holds, `source` its name in errors; None = made from a model."""
-        self.widths, self.source, self.used = widths, source, set()
+        self.bits = bits
+        self.source = source
+        self.used: set[str] = set()
         self.given: dict[str, dict[str, Tensor]] | None = None if tensors is None else {}
         for key, tensor in (tensors or {}).items():
             name, _, kind = key.rpartition("/")
@@ -608,7 +610,7 @@ class Weights:
         )
 
     def matrix(self, name: str, weight: Tensor, component: str):
-        bits = self.widths[component]
+        bits = self.bits[component]
         return MATRICES[bits](
             self._tensors(name, lambda: quantised(weight.float(), bits)), weight.size(0)
         )
@@ -617,7 +619,7 @@ class Weights:
         self, name: str, matrices: list[Tensor], components: list[str]
     ) -> "FloatStack | PackedStack":
         """One product of several matrices, each (out, in) of its own size and width."""
-        bits = [self.widths[c] for c in components]
+        bits = [self.bits[c] for c in components]
         tensors = [
             self._tensors(f"{name}.{s}", lambda w=w, b=b: quantised(w.float(), b))
             for s, (w, b) in enumerate(zip(matrices, bits, strict=True))
@@ -632,7 +634,7 @@ class Weights:
         """group: numbers of a row that are quantised together, even; GROUP where the table is
         multiplied by, too."""
         return Table(
-            self._tensors(name, lambda: quantised(weight.float(), self.widths[component], group)),
+            self._tensors(name, lambda: quantised(weight.float(), self.bits[component], group)),
             weight.size(1),
         )
 

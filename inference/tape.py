@@ -2,11 +2,12 @@
 copies nothing."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from layers.state import State
+from layers.state import BlockState, State
 
 # positions that a tape holds beyond its window at the least: it is copied once in so many steps
 ROOM = 64
@@ -51,22 +52,26 @@ class Tape:
 class DecoderState(State):
     """A model's state, kept on tapes: `blocks` shows it as the model lays it out."""
 
-    def __init__(self, parts: list[dict[str, Tensor | Tape]], lags: list[list[int]]):
-        # lags: of each block application, the longest of each level
-        self.parts, self.lags = parts, lags
+    def __init__(
+        self,
+        parts: list[dict[str, Tensor | Tape]],
+        lags: list[list[int]],
+        embedding: BlockState,
+    ):
+        """parts: of each block application; lags: of each, the longest of each level."""
+        self.parts = parts
+        self.lags = lags
+        self.embedding = embedding
 
-    def _map(self, function) -> "DecoderState":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DecoderState":
         def mapped(part: Tensor | Tape) -> Tensor | Tape:
-            return (
-                Tape(function(part.window), part.length)
-                if isinstance(part, Tape)
-                else function(part)
-            )
+            if isinstance(part, Tape):
+                return Tape(function(part.window), part.length)
+            return function(part)
 
-        return DecoderState(
-            [{name: mapped(part) for name, part in block.items()} for block in self.parts],
-            self.lags,
-        )
+        parts = [{name: mapped(part) for name, part in block.items()} for block in self.parts]
+        embedding = {name: function(t) for name, t in self.embedding.items()}
+        return DecoderState(parts, self.lags, embedding)
 
     @property
     def blocks(self) -> list[dict[str, Tensor]]:

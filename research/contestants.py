@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.command import InputError
 from config import Config, load_config
-from layers.ngrams import NgramEmbedding
+from layers.memory import NgramEmbedding
 from model import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ class Foreign(nn.Module):
     def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
         e = self.token_embedding(ids)
         if self.ngrams is not None:
-            e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids))[0]
+            e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
         return self.network(inputs_embeds=e, use_cache=False).logits, None
 
     def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:

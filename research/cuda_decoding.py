@@ -23,7 +23,7 @@ from config import load_config
 from inference import kernels
 from inference.decode import Decoder
 from inference.graphs import GraphedStep, can_be_captured
-from inference.packed import MATRICES, Weights, Widths, quantised
+from inference.packed import MATRICES, Bits, PackedWeights, quantised
 from inference.sampling import Settings, generate
 from model import build_model
 from research.timing import mean_ms, median_ms
@@ -61,7 +61,7 @@ def attempt(results: dict[str, Any], name: str, function: Callable) -> Any:
 def bytes_read(model: nn.Module, bits: int | None) -> float:
     """Bytes of weights that a token reads: all but the tables that are looked up, whose rows are of
     no weight."""
-    weights = Weights(Widths.of(bits), saving=True)
+    weights = PackedWeights(Bits.of(bits), saving=True)
     Decoder(model, weights=weights)
     tied = model.config.tie_embedding_to_lm_head
     tables = ["ngrams.values/", ".pkm.values/", ".fwpkm.values/"] + ([] if tied else ["embedding/"])

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from common.command import Parser
 from config import Config, load_config
 from inference.decode import Decoder
-from inference.packed import MATRICES, Weights, Widths, quantised
+from inference.packed import MATRICES, Bits, PackedWeights, quantised
 from layers.features import FeatureEmbedding
 from model import LanguageModel, WaveletLM, build_model
 from research.timing import interleaved
@@ -69,7 +69,7 @@ def kernels_per_token(decoder: Decoder, state) -> Counter:
 def weight_bytes(model: LanguageModel, bits: int) -> tuple[int, int]:
     """Bytes of a decoder's weights as they lie in a file, and of those that a step reads (all but
     tables that are looked up)."""
-    weights = Weights(Widths.of(bits), saving=True)
+    weights = PackedWeights(Bits.of(bits), saving=True)
     Decoder(model, weights=weights)
     total = sum(tensor.nbytes for tensor in weights.saved.values())
     tables = ("embedding/", "ngrams.values/")
@@ -104,8 +104,8 @@ def bytes_per_token(config: Config, vocab_size: int, bytes_each: int = 2) -> int
 def recompute(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     """The logits after the last of ids, all of them read anew: what generation without a state
     costs per token."""
-    hidden, _ = model.head_inputs(ids, None)
-    return F.linear(hidden[-1][0][:, -1], model.lm_head.weight)
+    hidden, _ = model.hidden(ids)
+    return F.linear(hidden[:, -1], model.head_weight())
 
 
 def states_at(decoder: Decoder, contexts: list[int], vocab_size: int) -> dict[int, object]:

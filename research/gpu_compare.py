@@ -37,7 +37,7 @@ from common.device import cpu_multiplies_bf16
 from common.files import written_whole
 from config import Config, load_config
 from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from layers.ngrams import NgramEmbedding
+from layers.memory import NgramEmbedding
 from model import build_model
 from research.contestants import MUON
 from research.tables import markdown_table
@@ -124,7 +124,7 @@ class Llama(nn.Module):
         """ids (B, T) → what the head reads, (B, T, C)."""
         x = self.token_embedding(ids)
         if self.ngrams is not None:
-            x = x + self.ngrams(ids, self.ngrams.start(ids.size(0), ids))[0]
+            x = x + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
         for block in self.blocks:
             x = block(x, self.cos[: ids.size(1)], self.sin[: ids.size(1)])
         return self.final_norm(x)
@@ -178,8 +178,8 @@ class Contestant:
         """Mean nats per token of ids and targets (B, T)."""
         if isinstance(self.model, Llama):
             return self.head_loss(self.model.hidden(ids), self.model.lm_head.weight, targets)
-        hidden, _ = self.model.head_inputs(ids, None)
-        return self.head_loss(*self.model.one_head(hidden[-1]), targets)
+        hidden, _ = self.model.hidden(ids)
+        return self.head_loss(hidden, self.model.head_weight(), targets)
 
     def compile(self) -> None:
         """Compiles a block, once for all that are alike, and the loss: minutes less than compiling

@@ -21,9 +21,9 @@ from common.files import written_whole
 from data.prepare import read_tokens, run_folder
 from inference.decode import PackedModel
 from layers.features import NAMES
-from layers.memory import ProductKeyMemory
-from layers.ngrams import NgramEmbedding, read_slots
-from model import Block, Lifting, Mixers
+from layers.memory import NgramEmbedding, read_slots
+from layers.variants import DeepMixers, GatedHaar
+from model import Block, Haar, Lifting, Mixers, ProductKeyMemory
 from research.tables import markdown_table
 
 MOST = 12  # token features that are listed
@@ -47,6 +47,8 @@ def lag_filters(model: nn.Module) -> dict[str, list[tuple[list[int], list[float]
     """By wavelet, for each level its lags and their weights."""
     filters = {}
     for name, module in model.named_modules():
+        if isinstance(module, Haar | GatedHaar):
+            filters[name] = [([lag], [1.0]) for lag in module.longest_lag]
         if not isinstance(module, Lifting):
             continue
         levels = []
@@ -84,8 +86,10 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
     """Within it, every forward pass adds to `activity`."""
 
     def mixers(name: str):
-        def hook(module: Mixers, inputs: tuple[Tensor, ...]) -> None:
-            z = module.kept(module.transform(inputs[0]))  # (S, N, P)
+        def hook(module: Mixers | DeepMixers, inputs: tuple[Tensor, ...]) -> None:
+            z = module.transform(inputs[0])  # (S, N, P)
+            if isinstance(module, DeepMixers):
+                z = module.kept(z)
             _add(activity.energy, name, z.square().mean(-1).sum(-1))
             sums = gate_sums(module.banks[-1], module.routed(z)) if len(module.banks) == 1 else None
             if sums is not None:
@@ -96,7 +100,7 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
     def slots(name: str):
         def hook(module: nn.Module, inputs: tuple) -> None:
             if isinstance(module, NgramEmbedding):
-                slot, _ = read_slots(*inputs, module.n, module.size)
+                slot, _ = read_slots(*inputs, module.n, module.size)  # inputs: ids, past
                 weight = torch.ones(slot.shape)
             else:
                 slot, weight = module.lookup(inputs[0].flatten(0, 1))
@@ -107,19 +111,18 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
 
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, Mixers):
+        if isinstance(module, Mixers | DeepMixers):
             hooks.append(module.register_forward_pre_hook(mixers(name.rpartition(".")[0])))
         elif isinstance(module, ProductKeyMemory | NgramEmbedding):
             hooks.append(module.register_forward_pre_hook(slots(name)))
-    branches = {module: module.branch for module in model.modules() if isinstance(module, Block)}
-    for block in branches:
-        # the plain one, in which the mixers are a step of their own
-        block.branch = Block.wavelet_branch
+    folding = [module for module in model.modules() if isinstance(module, Block) and module.folds]
+    for block in folding:
+        block.folds = False  # the plain branch, in which the mixers are a step of their own
     try:
         yield
     finally:
-        for block, branch in branches.items():
-            block.branch = branch
+        for block in folding:
+            block.folds = True
         for hook in hooks:
             hook.remove()
 

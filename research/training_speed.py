@@ -28,8 +28,7 @@ from common.command import Parser
 from common.device import cpu_multiplies_bf16
 from config import make_config
 from layers.loss import linear_cross_entropy
-from layers.memory import ProductKeyMemory
-from model import Block, Lifting, WaveletLM
+from model import Block, Lifting, ProductKeyMemory, WaveletLM
 from research.timing import interleaved
 from training.optimizers import make_optimizers
 

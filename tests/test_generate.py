@@ -38,7 +38,7 @@ from inference.sampling import (
     window_start,
 )
 from inference.spacing import clean_spacing
-from model import build_model, build_wavelet
+from model import build_model, parts_of
 
 GREEDY = Settings(temperature=0, repetition_penalty=1)
 
@@ -156,7 +156,7 @@ def test_adaptive_temperature_is_highest_where_the_model_is_sure():
 @pytest.mark.parametrize("length", [1, 3, 8, 21])
 def test_haar_mean_is_the_mean_of_the_haar_approximation(length):
     config = tiny(wavelet_mode="haar")
-    haar, x = build_wavelet(config), torch.randn(2, length, config.padded_width)
+    haar, x = parts_of(config).wavelet(), torch.randn(2, length, config.padded_width)
     coefficients, _ = haar.decompose(x, haar.start(2, x))
     torch.testing.assert_close(haar_mean(x, config.levels), coefficients[0].mean(1))
 

@@ -14,11 +14,21 @@ from scipy.linalg import hadamard as scipy_hadamard
 from checkpoint import load_state, save_model, save_state
 from common.command import InputError
 from config import Config, load_config
-from layers.bypass import MovingAverage, RunningMean
+from layers import memory as memory_module
 from layers.loss import LinearCrossEntropy
-from layers.memory import AssociativeMemory, FastWeightMemory, ProductKeyMemory
-from layers.transform import WalshHadamard
-from model import Block, Haar, HaarPackets, Lifting, MultiBasis, build_model
+from layers.memory import AssociativeMemory
+from layers.variants import GatedHaar, HaarPackets, MovingAverage
+from model import (
+    FastWeightMemory,
+    Haar,
+    Lifting,
+    ProductKeyMemory,
+    RunningMean,
+    WalshHadamard,
+    build_model,
+    hadamard,
+    parts_of,
+)
 
 AROUND_POWERS_OF_TWO = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 UPDATES = {"fwpkm_inference_updates": True, "fwpkm_update_lr": 0.5}
@@ -94,7 +104,7 @@ def test_reconstruction_inverts_haar():
 
 
 def test_haar_coefficients_are_scaled_sums_and_differences_of_the_past():
-    wavelet = Lifting(tiny(wavelet_mode="haar", levels=3), "haar")
+    wavelet = Haar(tiny(wavelet_mode="haar", levels=3))
     x = torch.randn(1, 20, 16)
     c, _ = wavelet.decompose(x, wavelet.start(1, x))
     past = F.pad(x, (0, 0, 7, 0))
@@ -109,7 +119,7 @@ def test_haar_by_hand_equals_lifting_with_its_gradients_and_those_of_its_state(l
     config = tiny(wavelet_mode="haar", levels=levels)
     x, wanted = torch.randn(2, 40, 16).double(), torch.randn(levels + 1, 2, 40, 16).double()
     results = []
-    for wavelet in (Haar(config), Lifting(config, "haar")):
+    for wavelet in (Haar(config), GatedHaar(config).double()):  # whose gates are open
         h = x.clone().requires_grad_()
         start = {name: (past + 1).requires_grad_() for name, past in wavelet.start(2, x).items()}
         state, pieces = start, []
@@ -142,16 +152,16 @@ FOLDING = {  # options of a network whose mixers' outputs go to the stream by on
 def test_mixers_outputs_by_one_product_equal_the_reconstruction_with_its_gradients(options):
     model = random_model(tiny(**KINDS["narrow haar"] | options))
     block, wavelet = model.double().block(1)
-    assert block.branch is Block.folded_branch
+    assert block.folds
     c = torch.randn(4, 2, 20, 16).double().requires_grad_()
     parameters = [
         p
-        for part in (block.mixers, block.coarse_modulation, block.proj_out)
+        for part in filter(None, (block.mixers, block.coarse_modulation, block.proj_out))
         for p in part.parameters()
     ]
     results = []
-    for branch in (Block.folded_branch, Block.wavelet_branch):
-        gained = branch(block, c, wavelet)
+    for branch in (block.folded_branch, block.wavelet_branch):
+        gained = branch(c, wavelet)
         inputs = [c, block.scale_weights, *parameters]
         results.append(
             [gained, *torch.autograd.grad(gained.square().sum(), inputs, allow_unused=True)]
@@ -167,7 +177,7 @@ def test_mixers_outputs_by_one_product_equal_the_reconstruction_with_its_gradien
 )
 def test_what_is_not_linear_behind_the_mixers_is_reconstructed(key, value):
     model = build_model(tiny(**KINDS["narrow haar"] | {key: value}), VOCAB)
-    assert all(block.branch is Block.wavelet_branch for block in model.layers)
+    assert not any(block.folds for block in model.layers)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 5])
@@ -192,7 +202,7 @@ def test_crawl_begins_near_the_lag_of_its_level_and_mixes_the_k_lags_around_it(k
 def test_two_equal_bases_are_one():
     torch.manual_seed(0)
     one = randomised(Lifting(tiny(), "random"))
-    two = MultiBasis(tiny(multi_basis_lifting=True))
+    two = parts_of(tiny(multi_basis_lifting=True)).wavelet()
     for wavelet in two.wavelets:
         wavelet.load_state_dict(one.state_dict())
     two.basis_weights.data.normal_()
@@ -796,11 +806,10 @@ def test_training_weighs_the_loss_of_n_cells_by_one_over_the_root_of_n(cells):
 
 
 def test_associative_memory_equals_the_recurrence(monkeypatch):
-    monkeypatch.setattr(AssociativeMemory, "CHUNK", 8)
-    memory = AssociativeMemory(tiny(recall_heads=2, recall_dim=4))
+    monkeypatch.setattr(memory_module, "CHUNK", 8)
     q, k, v = F.normalize(torch.randn(3, 2, 2, 21, 4), dim=-1)
     log_alpha, beta, pairs = -torch.rand(2, 2, 21), torch.rand(2, 2, 21), torch.randn(2, 2, 4, 4)
-    reads, last = memory.scan(q, k, v, log_alpha, beta, pairs)
+    reads, last = memory_module.delta_rule(q, k, v, log_alpha, beta, pairs)
     for t in range(21):
         pairs = log_alpha[..., t, None, None].exp() * pairs
         u = beta[..., t, None] * (v[:, :, t] - (pairs @ k[:, :, t, :, None]).squeeze(-1))
@@ -817,10 +826,13 @@ def test_associative_memory_finds_what_followed_a_token(monkeypatch):
     torch.manual_seed(1)
     config = tiny(recall_heads=2, recall_dim=16)
     memory, asked = AssociativeMemory(config), []
-    scan = memory.scan
-    monkeypatch.setattr(
-        memory, "scan", lambda q, k, *rest: asked.append(q[:, :, -1:] @ k.mT) or scan(q, k, *rest)
-    )
+    rule = memory_module.delta_rule
+
+    def watched(q, k, *rest):
+        asked.append(q[:, :, -1:] @ k.mT)
+        return rule(q, k, *rest)
+
+    monkeypatch.setattr(memory_module, "delta_rule", watched)
     tokens = torch.randn(12, config.C)
     h = torch.cat([tokens, tokens[4:5]])[None]
     memory(h, memory.start(1, h))
@@ -833,7 +845,7 @@ def test_associative_memory_finds_what_followed_a_token(monkeypatch):
 
 def test_packets_are_walsh_hadamard_transforms_of_the_last_positions():
     packets, x = (
-        HaarPackets(tiny(wavelet_mode="packets", per_scale_mixer_widths=None)),
+        HaarPackets(tiny(wavelet_mode="packets", per_scale_mixer_widths=None), hadamard),
         torch.randn(2, 20, 16),
     )
     bands, _ = packets.decompose(x, packets.start(2, x))

@@ -17,7 +17,7 @@ from checkpoint import load_model, load_tensors, save_tensors
 from common.command import InputError
 from data.tokenizer import ByteTokenizer
 from inference.decode import Decoder
-from inference.packed import Weights, Widths
+from inference.packed import Bits, PackedWeights
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ KEPT_APART = (  # words of the options by which a decoder keeps or shares its te
 )
 def test_every_option_s_quantised_file_gives_the_decoders_logits(case, tmp_path):
     original = network(case)
-    quantize.quantise(original, original.config, None, Widths.of(8), tmp_path)
+    quantize.quantise(original, original.config, None, Bits.of(8), tmp_path)
     model, _, _ = load_model(tmp_path)
     ids = random_ids(2, 9)
     assert torch.equal(model(ids)[0], Decoder(original, 8)(ids, last_only=False)[0])
@@ -204,7 +204,7 @@ def test_weights_are_aligned_wherever_they_lie_in_the_file(run_folder, packed, b
     assert {tensor.data_ptr() % 64 for tensor in tensors.values()} != {0}, (
         "the file itself does not align them"
     )
-    given = Weights(Widths.of(bits), tensors).given
+    given = PackedWeights(Bits.of(bits), tensors).given
     assert {tensor.data_ptr() % 64 for own in given.values() for tensor in own.values()} == {0}
     original, model = load_model(run_folder)[0], load_model(folder)[0]
     for rows in (1, 4, 16):  # torch's int8 kernel reads up to 16 rows at a time

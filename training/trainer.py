@@ -304,7 +304,7 @@ class Trainer:
             return
         path, world = self.record.folder / LATEST, self.world
         carried = [
-            state and [{k: world.rows_of_all(t) for k, t in b.items()} for b in state.blocks]
+            state and [{k: world.rows_of_all(t) for k, t in b.items()} for b in state.saved()]
             for state in self.carried
         ]
         values = {name: getattr(self, name) for name in self.COUNTERS}
@@ -369,9 +369,9 @@ class Trainer:
         self.scaler.load_state_dict(values["scaler"])
         self.carried = [
             (
-                State([{k: self.world.own_rows(t) for k, t in b.items()} for b in blocks]).to(
-                    self.device
-                )
+                State.of_saved(
+                    [{k: self.world.own_rows(t) for k, t in b.items()} for b in blocks]
+                ).to(self.device)
                 if blocks
                 else None
             )
@@ -428,11 +428,15 @@ class Trainer:
     def fits(self, carried: list) -> bool:
         """Whether these are states to go on from, one for each micro batch of all processes, or
         None at the start."""
-        like = self.model.start(self.config.micro_batch_size, stream=True).blocks
+        like = self.model.start(self.config.micro_batch_size, stream=True).saved()
         shapes = [{name: tensor.shape for name, tensor in block.items()} for block in like]
         try:
             found = [
-                blocks and [{name: t.shape for name, t in block.items()} for block in blocks]
+                blocks
+                and [
+                    {name: t.shape for name, t in part.items()}
+                    for part in State.of_saved(blocks).saved()
+                ]
                 for blocks in carried
             ]
         except (AttributeError, TypeError):  # no lists of dicts of tensors

@@ -86,11 +86,11 @@ def test_a_gpu_gives_the_cpus_logits(case):
     [{}, {"wavelet_mode": "packets", "per_scale_mixer_widths": None}, {"mixer_top_k": 6}],
 )
 def test_a_quantised_checkpoint_lies_on_the_gpu(overrides, tmp_path):
-    from inference.packed import Widths
+    from inference.packed import Bits
     from quantize import quantise
 
     config = tiny(**overrides)
-    quantise(random_model(config), config, None, Widths.of(8), tmp_path)
+    quantise(random_model(config), config, None, Bits.of(8), tmp_path)
     ids = random_ids(2, 37)
     on_cpu, on_gpu = (load_model(tmp_path, device)[0].decoder for device in ("cpu", "cuda"))
     assert_near(

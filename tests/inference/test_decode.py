@@ -42,7 +42,9 @@ PIECES = [5, *[1] * 4, 20, *[1] * 8]  # past the tiny block size of 32
 
 @pytest.mark.parametrize("case", CASES)
 def test_decoder_gives_the_models_logits(case):
-    model, ids = network(case), random_ids(2, sum(PIECES))
+    model = network(case)
+    # With mixer_top_k two coefficients may be as large but for rounding: seed 1 has no such two.
+    ids = random_ids(2, sum(PIECES), seed=1)
     decoder = Decoder(model)
     with torch.no_grad():
         for stream in (False, True):

@@ -6,8 +6,9 @@ import torch
 from helpers import random_ids, random_model, tiny
 
 from inference.decode import Decoder
-from inference.packed import Weights, Widths
-from layers.ngrams import hashed, read_slots
+from inference.packed import Bits, PackedWeights
+from layers.memory import hashed, read_slots
+from layers.state import State
 
 MANY = 2**30  # so many slots that two n-grams do not share one by chance
 
@@ -36,7 +37,7 @@ def test_slots_are_used_evenly():
 
 
 def test_what_is_before_a_text_is_no_token():
-    start, ids = {"ids": torch.zeros(1, 1, dtype=torch.int64)}, torch.tensor([[7]])
+    start, ids = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[7]])
     first, _ = read_slots(ids, start, 2, MANY)
     for token in range(256):
         _, past = read_slots(torch.tensor([[token]]), start, 2, MANY)
@@ -47,15 +48,30 @@ def test_the_state_is_the_last_ids_alone():
     model = random_model(tiny(ngram_slots=11, ngram_n=4))
     with torch.no_grad():
         _, state = model(ids := random_ids(2, 9))
-    assert [("ids" in block) for block in state.blocks] == [True] + [False] * (
-        len(state.blocks) - 1
-    )
-    assert torch.equal(state.blocks[0]["ids"], ids[:, -3:] + 1)
+    assert not any("ids" in block for block in state.blocks)
+    assert torch.equal(state.embedding["ids"], ids[:, -3:] + 1)
+
+
+@pytest.mark.parametrize("cells", [False, True])
+def test_a_saved_state_that_has_the_ids_with_its_blocks_is_read_as_one_that_has_them_apart(cells):
+    model = random_model(tiny(ngram_slots=11, multinodal_enabled=cells))
+    with torch.no_grad():
+        _, state = model(random_ids(2, 9))
+    within = [dict(block) for block in state.blocks]
+    each = len(within) // len(state.embedding)
+    for cell, ids in enumerate(state.embedding.values()):
+        within[cell * each]["ids"] = ids
+    for parts in (within, state.saved()):
+        found = State.of_saved(parts)
+        assert found.embedding.keys() == state.embedding.keys()
+        assert [block.keys() for block in found.blocks] == [b.keys() for b in state.blocks]
+        for name, ids in state.embedding.items():
+            assert torch.equal(found.embedding[name], ids)
 
 
 @pytest.mark.parametrize(("bits", "bytes_each"), [(8, 34), (4, 20)])
 def test_a_narrow_table_is_not_filled_up_when_quantised(bits, bytes_each):
-    weights = Weights(Widths.of(bits), saving=True)
+    weights = PackedWeights(Bits.of(bits), saving=True)
     Decoder(random_model(tiny(ngram_slots=1000, ngram_width=32)), weights=weights)
     assert (
         sum(t.nbytes for name, t in weights.saved.items() if name.startswith("ngrams.values/"))

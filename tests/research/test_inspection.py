@@ -36,7 +36,7 @@ def test_activity_is_the_same_in_pieces_of_any_size_and_energy_that_of_the_coeff
     small, large = (inspect_model.watch(model, ids[0].numpy(), piece) for piece in (7, 60))
     block = model.layers[0]
     seen = []
-    block.branch = type(block).wavelet_branch  # in which the mixers are called as such
+    block.folds = False  # so that the mixers are called as such
     handle = block.mixers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(ids, model.start(1, stream=True))
