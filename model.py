@@ -72,17 +72,18 @@ class WalshHadamard(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        a = 1 << (width.bit_length() - 1) // 2  # about √P
-        self.register_buffer("left", hadamard(a), persistent=False)
-        self.register_buffer("right", hadamard(width // a), persistent=False)
+        a = 1 << (width.bit_length() - 1) // 2  # about √P, where a + b is least
+        # Not persistent: constants of this size are not worth a place in checkpoints.
+        self.register_buffer("left", hadamard(a), persistent=False)  # (a, a)
+        self.register_buffer("right", hadamard(width // a), persistent=False)  # (b, b)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.left.size(0), self.right.size(0)
-        grid = x.reshape(-1, b) @ self.right  # (N·a, b)
-        return (self.left @ grid.view(-1, a, b)).view(x.shape)
+        grid = x.reshape(-1, b) @ self.right  # (N·a, b): over the low bits of the channel
+        return (self.left @ grid.view(-1, a, b)).view(x.shape)  # and over the high ones
 
 
-NO_TRANSFORM = nn.Identity()
+NO_TRANSFORM = nn.Identity()  # for coefficients that are transformed already
 
 # ===== Lifting wavelet
 
@@ -96,15 +97,15 @@ def lifting_net(config: Config, init: str, gain: float) -> nn.Module:
     width = config.padded_width
     hidden = width * config.lifting_hidden_mult
     if config.lifting_linear_only:
-        net = last = nn.Linear(width, width)
+        net = last = nn.Linear(width, width)  # (P, P)
     else:
-        first = nn.Linear(width, hidden)
-        last = nn.Linear(hidden, width)
+        first = nn.Linear(width, hidden)  # (hidden, P)
+        last = nn.Linear(hidden, width)  # (P, hidden)
         net = nn.Sequential(first, nn.GELU(), nn.Dropout(config.lifting_dropout), last)
-        nn.init.normal_(first.weight, std=0.01)  # small beside the identity
+        nn.init.normal_(first.weight, std=0.01)  # small beside the identity below
         nn.init.zeros_(first.bias)
         if init == "haar":
-            nn.init.eye_(first.weight.data[:width])
+            nn.init.eye_(first.weight.data[:width])  # further hidden units begin as noise
     if init == "haar":
         nn.init.eye_(last.weight).data.mul_(gain)
     elif init == "zero":
@@ -134,7 +135,7 @@ class Lifting(nn.Module):
     def __init__(self, config: Config, init: str):
         super().__init__()
         levels = range(config.levels)
-        k = config.wavelet_crawl_k if config.wavelet_crawl else 1
+        k = config.wavelet_crawl_k if config.wavelet_crawl else 1  # lags of a level
         self.width = config.padded_width
         self.first_lag = [max(1, 2**level - k // 2) for level in levels]  # the shortest of k
         self.longest_lag = [first + k - 1 for first in self.first_lag]
@@ -166,18 +167,19 @@ class Lifting(nn.Module):
         new_state = {}
         for level in range(len(self.longest_lag)):
             joined, new_state[f"lag{level}"] = remember(state[f"lag{level}"], cur)
-            odd = self.lagged(joined, level, cur.size(1))  # (B, T, P)
+            odd = self.lagged(joined, level, cur.size(1))  # (B, T, P): the input 2^l before
             if self.odd_gates is not None:
                 odd = self.odd_gates.open(level, odd, cur)
+            # √2 keeps the coefficients as large as the input, level after level.
             detail = (odd - self.predict_nets[level](cur)) / math.sqrt(2)
             cur = (cur + self.update_nets[level](detail)) / math.sqrt(2)
             details.append(detail)
-        return torch.stack([cur, *reversed(details)]), new_state
+        return torch.stack([cur, *reversed(details)]), new_state  # (S, B, T, P)
 
     def reconstruct(self, u: Tensor, updates: nn.ModuleList | None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): undoes the approximation steps, cur ← √2·cur − Update(detail),
         position-wise, with the Update networks of the decomposition or a block's own `updates`."""
-        cur = u[0]
+        cur = u[0]  # the approximation
         nets = reversed(self.update_nets if updates is None else updates)  # coarse to fine
         for detail, update in zip(u[1:], nets, strict=True):
             cur = math.sqrt(2) * cur - update(detail)
@@ -250,10 +252,10 @@ class RunningMean(nn.Module):
         change = x.float()  # what joins the sum at each position
         n = state["count"][:, None] + torch.arange(1, length + 1, device=x.device)  # (B, T)
         if "ring" in state:
-            joined, new_state["ring"] = remember(state["ring"], change)
+            joined, new_state["ring"] = remember(state["ring"], change)  # (B, window + T, C)
             change = change.double() - joined[:, :length]  # and what leaves it
             n = n.clamp(max=self.window)
-        total = state["sum"][:, None] + change.cumsum(1)
+        total = state["sum"][:, None] + change.cumsum(1)  # (B, T, C)
         new_state["sum"] = total[:, -1].clone()
         return (total / n[..., None]).to(x.dtype), new_state
 
@@ -265,11 +267,11 @@ class Bypass(nn.Module):
     def __init__(self, config: Config, average: nn.Module):
         super().__init__()
         self.average = average
-        self.history_gains = nn.Parameter(torch.zeros(config.scales, config.C))
+        self.history_gains = nn.Parameter(torch.zeros(config.scales, config.C))  # at first none
         # The first block has nothing below it: its M is used (and trained) only when
         # loop_iterations > 1.
         self.cross_layer_mix = nn.Linear(config.C, config.C, bias=False)
-        nn.init.eye_(self.cross_layer_mix.weight).data.mul_(0.5)
+        nn.init.eye_(self.cross_layer_mix.weight).data.mul_(0.5)  # M: half of what is below
 
     def forward(
         self, x: Tensor, below: Tensor | None, state: BlockState
@@ -291,21 +293,24 @@ class Mixer(nn.Module):
     def __init__(self, config: Config, width: int, bias: bool):
         super().__init__()
         outer = config.padded_width
-        self.mixer = nn.Linear(width, width, bias=False)  # W: at first the identity and some noise
+        # W (w, w): at first the identity, and noise that tells equal channels apart
+        self.mixer = nn.Linear(width, width, bias=False)
         self.mixer.weight.data = torch.eye(width) + 1e-3 * torch.randn(width, width)
         self.gate = None
         if config.use_mixer_gate:
-            self.gate = nn.Linear(width, width, bias=False)
+            self.gate = nn.Linear(width, width, bias=False)  # G (w, w)
             nn.init.normal_(self.gate.weight, std=0.02)
         self.U = self.V = None
         if config.low_rank:
+            # (w, rank) both: small beside W, but not zero, or neither would get a gradient
             self.U = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
             self.V = nn.Parameter(0.01 * torch.randn(width, config.low_rank))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.proj_in = self.proj_out = None  # P → w and back
+        self.proj_in = self.proj_out = None  # P → w and back; none for a mixer of full width
         if width != outer:
             self.proj_in = nn.Linear(outer, width, bias=False)
             self.proj_out = nn.Linear(width, outer, bias=False)
+            # of such a size that what passes through keeps its own
             nn.init.normal_(self.proj_in.weight, std=1 / math.sqrt(outer))
             nn.init.normal_(self.proj_out.weight, std=1 / math.sqrt(width))
 
@@ -325,7 +330,7 @@ class MixerBank(nn.ModuleList):
         super().__init__(Mixer(config, width, bias) for width in widths)
         runs = itertools.groupby(range(config.scales), key=widths.__getitem__)
         members = [list(run) for _, run in runs]
-        self.runs = [slice(run[0], run[-1] + 1) for run in members]
+        self.runs = [slice(run[0], run[-1] + 1) for run in members]  # of scales
         activations = {
             "silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": F.relu,
         }  # fmt: skip
@@ -349,9 +354,9 @@ class MixerBank(nn.ModuleList):
         transform: H where z and r are still to be transformed; the result is transformed back."""
         parts = []
         for mixers, y in zip(self.members, self.narrow(z, r, transform), strict=True):
-            out = self.outward(mixers, transform)
+            out = self.outward(mixers, transform)  # (n, w, P)
             parts.append(transform(y) if out is None else torch.bmm(y, out.to(y.dtype)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # (S, N, P)
 
     def narrow(self, z: Tensor, r: Tensor, transform: nn.Module) -> list[Tensor]:
         """For each run of n scales what its mixers make of z and r, of width w: (n, N, w)."""
@@ -375,15 +380,16 @@ class MixerBank(nn.ModuleList):
         def product(x: Tensor, weights: list[Tensor]) -> Tensor:
             """x (n, N, P) by n matrices (out, w), into which the way to their width and the
             transform are multiplied: they have fewer rows than x has."""
-            matrices = torch.stack(weights)
+            matrices = torch.stack(weights)  # (n, out, w)
             matrices = transform(matrices) if inward is None else matrices @ inward
             return torch.bmm(x, matrices.mT.to(x.dtype))  # (n, N, out)
 
-        y = product(z, [m.mixer.weight for m in mixers])
-        if first.gate is not None:
+        y = product(z, [m.mixer.weight for m in mixers])  # W z
+        if first.gate is not None:  # ⊙ act(G r)
             y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
         if first.U is not None:
             u = torch.stack([m.U for m in mixers])  # (n, w, rank)
+            # + U (Vᵀ z), which no gate closes
             y = y + torch.bmm(product(z, [m.V.mT for m in mixers]), u.mT.to(y.dtype))
         if first.bias is not None:
             y = y + torch.stack([m.bias for m in mixers])[:, None]
@@ -404,7 +410,7 @@ class Mixers(nn.Module):
         if config.cross_scale_gating:
             self.scale_routing = nn.Parameter(torch.eye(config.scales))
         shares = config.per_scale_mixer_widths or (1.0,)
-        self.narrow = max(shares) < 1  # whether no mixer is of full width: see `folded`
+        self.all_narrow = max(shares) < 1  # no mixer is of full width: see `folded`
 
     def routed(self, z: Tensor) -> Tensor:
         """What the gates read of z (S, N, P): z itself, or with cross_scale_gating
@@ -415,7 +421,7 @@ class Mixers(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         """Coefficients (S, N, P) → (S, N, P)."""
-        if c.size(1) >= self.FOLDS_FROM * c.size(2):
+        if c.size(1) >= self.FOLDS_FROM * c.size(2):  # many positions: the weights are fewer
             c = c.to(autocast_type(c))  # once, in place of once for each product that reads it
             return self.banks[0](c, self.routed(c), self.transform)
         z = self.transform(c)
@@ -429,7 +435,7 @@ class Mixers(nn.Module):
         bank = self.banks[0]
         c = c.to(autocast_type(c))
         runs = bank.narrow(c, self.routed(c), self.transform)
-        y = torch.cat([scale for run in runs for scale in run], dim=1)
+        y = torch.cat([scale for run in runs for scale in run], dim=1)  # (N, Σw)
         out = [bank.outward(mixers, self.transform) for mixers in bank.members]
         by_run = zip(bank.by_run(shares), out, strict=True)
         weighted = [share[:, None, None] * matrices for share, matrices in by_run]  # (n, w, P)
@@ -444,7 +450,7 @@ def build_mlp(config: Config) -> nn.Sequential:
     layers all the same, and nothing between them, as in the first implementation."""
     width = config.C
     inner = config.C * config.mlp_expansion
-    layers: list[nn.Module] = [nn.Linear(width, inner)]
+    layers: list[nn.Module] = [nn.Linear(width, inner)]  # C → mlp_expansion · C
     for _ in range(config.mlp_layers - 2):
         layers += [nn.GELU(), nn.Linear(inner, inner)]
     if config.mlp_layers > 1:
@@ -469,9 +475,10 @@ def best_slots(
     query_a, query_b = query.view(query.size(0), heads, 2, -1).unbind(2)  # (N, heads, d/2)
     score_a, index_a = torch.einsum("nhd,hkd->nhk", query_a, keys_a).topk(best)
     score_b, index_b = torch.einsum("nhd,hkd->nhk", query_b, keys_b).topk(best)
-    i, j = pairs
+    i, j = pairs  # ranks of a best key of each half
     score, rank = (score_a[..., i] + score_b[..., j]).topk(top_k)  # (N, heads, top_k)
     slot = (index_a[..., i] * side + index_b[..., j]).gather(-1, rank)
+    # Each head has slots of its own, after those of the heads before it.
     slot = slot + side**2 * torch.arange(heads, device=query.device)[:, None]
     return slot.flatten(1), score.float().softmax(-1).flatten(1)
 
@@ -490,6 +497,7 @@ class ProductKeyMemory(nn.Module):
         self.best_per_half = min(top_k, side)
         self.top_k = min(top_k, self.best_per_half**2)
         self.query_proj = nn.Linear(config.C, config.C, bias=False)
+        # 0.02 here and below, as GPT-2's embeddings begin
         self.keys_a = nn.Parameter(0.02 * torch.randn(heads, side, half))
         self.keys_b = nn.Parameter(0.02 * torch.randn(heads, side, half))
         self.values = nn.EmbeddingBag(heads * slots, config.C, mode="sum")
@@ -511,8 +519,8 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
-        slot, weight = self.lookup(h.flatten(0, 1))
-        values = self.values.weight
+        slot, weight = self.lookup(h.flatten(0, 1))  # (N, heads·top_k) both
+        values = self.values.weight  # (heads·slots, C)
         weight = weight.to(values.dtype)
         read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)
         return read.view_as(h)
@@ -543,7 +551,7 @@ class FastWeightMemory(ProductKeyMemory):
         """h (B, t, C) → what it reads of each row's own v + Δ, the rows of the flattened Δ that it
         reads, their weights."""
         slot, weight = self.lookup(h.flatten(0, 1))  # (B·t, reads)
-        row = torch.arange(h.size(0), device=h.device).repeat_interleave(h.size(1))
+        row = torch.arange(h.size(0), device=h.device).repeat_interleave(h.size(1))  # (B·t,)
         own = slot + delta.size(1) * row[:, None]
         weight = weight.to(delta.dtype)
         values = self.values.weight
@@ -578,6 +586,7 @@ class FastWeightMemory(ProductKeyMemory):
             reads.append(self.read(piece, delta)[0])
             place = held[:, None] + torch.arange(piece.size(1), device=h.device)
             unwritten = unwritten.scatter(1, place[..., None].expand_as(piece), piece)
+            # rows whose chunk is complete with this piece: they write, and begin a new one
             full = held + piece.size(1) == self.chunk
             if full.any():
                 delta = torch.where(full[:, None, None], self.write(unwritten, delta), delta)
@@ -672,9 +681,9 @@ class Block(nn.Module):
         self.bypass = parts.bypass()
         self.embedding_residual_gamma = None
         if config.per_layer_embedding:
-            self.embedding_residual_gamma = nn.Parameter(torch.zeros(width))
-        self.ln1 = nn.LayerNorm(width)
-        self.ln2 = nn.LayerNorm(width)
+            self.embedding_residual_gamma = nn.Parameter(torch.zeros(width))  # (C,)
+        self.ln1 = nn.LayerNorm(width)  # before the wavelet
+        self.ln2 = nn.LayerNorm(width)  # before MLP and memories
         self.scale_norm_in = parts.scale_norm()
         self.scale_norm_out = parts.scale_norm()
         self.coarse_modulation = parts.modulation()
@@ -685,9 +694,9 @@ class Block(nn.Module):
         self.proj_out = None
         if not (config.skip_proj_out and self.pad == 0):
             self.proj_out = nn.Linear(config.padded_width, width)
-            self.proj_out.weight.data.mul_(1e-3)  # the wavelet branch starts as almost nothing
+            self.proj_out.weight.data.mul_(1e-3)  # the branch too starts as almost nothing
             nn.init.zeros_(self.proj_out.bias)
-        self.folds = parts.linear_behind and self.mixers.narrow and not config.skip_proj_out
+        self.folds = parts.linear_behind and self.mixers.all_narrow and not config.skip_proj_out
         self.dropout_projection = nn.Dropout(config.dropout_projection)
         # The residual stream
         self.residual_alpha_spectral = self.residual_alpha_mlp = 1.0
@@ -765,7 +774,7 @@ class Block(nn.Module):
     def wavelet_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
         """What the stream gains (B, T, C) from the coefficients (S, B, T, P): mixed, reconstructed
         and projected."""
-        cur = wavelet.reconstruct(self.mix(c), self.inverse_update_nets)
+        cur = wavelet.reconstruct(self.mix(c), self.inverse_update_nets)  # (B, T, P)
         return cur if self.proj_out is None else self.proj_out(cur)
 
     def folded_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
@@ -776,12 +785,13 @@ class Block(nn.Module):
             c = self.coarse_modulation(c)
         shares = self.scale_weights * wavelet.shares  # (S,)
         mixed, out = self.mixers.folded(c.flatten(1, 2), shares)  # (N, Σw), (Σw, P)
-        gain = F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias)
+        # Reconstruction and projection joined, (C, Σw): fewer numbers than there are positions.
+        gain = F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias)  # (N, C)
         return gain.unflatten(0, c.shape[1:3])
 
     def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The stream x (B, T, C) with what the memory branches make of its norm."""
-        h = self.ln2(x)
+        h = self.ln2(x)  # all branches read the same h, side by side
         x = self.residual_alpha_mlp * x
         written: BlockState = {}
         if self.ffwd is not None:
@@ -819,6 +829,7 @@ class WaveletLM(nn.Module):
         # stab_embed_scaling: √C undoes the scale that the table begins with
         self.embed_scale = math.sqrt(config.C) if config.stab("embed_scaling") else 1.0
         self.token_embedding = parts.embedding(vocab_size)
+        # so that an embedding is about as long as 1, whatever C
         nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))
         self.ngrams = NgramEmbedding(config) if config.ngram_slots else None
         self.dropout_embedding = nn.Dropout(config.dropout_embedding)
@@ -877,7 +888,7 @@ class WaveletLM(nn.Module):
     def hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What the head reads, (B, T, C), and the state after ids (B, T)."""
         state = self.start(ids.size(0)) if state is None else state
-        e, remembered = self.embed(ids, state.embedding)
+        e, remembered = self.embed(ids, state.embedding)  # (B, T, C)
         x = self.dropout_embedding(e)
         below = None  # the average of the block below, for the bypass
         blocks = []

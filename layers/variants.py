@@ -235,7 +235,7 @@ class DeepMixers(nn.Module):
     for the others.
     """
 
-    narrow = False  # its outputs cannot be folded into what follows
+    all_narrow = False  # its outputs cannot be folded into what follows
 
     def __init__(
         self, config: Config, transform: nn.Module, build_bank: Callable[[bool], nn.Module]
