@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -459,23 +459,33 @@ class Config(BaseModel):
         """Blocks applied in one pass through the stack."""
         return self.looped_blocks_count if self.looped_blocks else self.layers
 
+    @property
+    def cell_width(self) -> int:
+        """Channels of each network: of a cell where there are several."""
+        return self.multinodal_cell_dim if self.multinodal_enabled else self.C
+
     def stab(self, name: str) -> bool:
         """Whether `stab_<name>` is on, by itself or by `stable_parametrization`."""
         return self.stable_parametrization or getattr(self, f"stab_{name}")
 
 
-def _contradictions(c: Config):
+def _contradictions(c: Config) -> Iterator[str]:
     """Yields a line for each combination of keys that no network or run can have."""
     if c.wavelet_mode == "packets" and c.levels > 8:
-        yield (
-            f"levels: {c.levels} levels of packets are {2**c.levels} scales; at most 8 levels, 256"
-            " scales"
-        )
-        return
+        scales = f"{c.levels} levels of packets are {2**c.levels} scales"
+        yield f"levels: {scales}; at most 8 levels, 256 scales"
+        return  # what follows would count them
+    yield from _of_the_network(c)
+    yield from _of_memories(c)
+    yield from _of_cells(c)
+    yield from _of_the_data(c)
+    yield from _of_the_run(c)
+
+
+def _of_the_network(c: Config) -> Iterator[str]:
     if c.wavelet_crawl_k % 2 == 0:
         yield f"wavelet_crawl_k: {c.wavelet_crawl_k} is even; lags are centred, so it must be odd"
-    width = c.multinodal_cell_dim if c.multinodal_enabled else c.C
-    padded = 1 << (width - 1).bit_length()
+    padded = 1 << (c.cell_width - 1).bit_length()
     if c.mixer_top_k >= padded:
         yield f"mixer_top_k: {c.mixer_top_k} is not below P, {padded}; 0 takes all coefficients"
     widths = c.per_scale_mixer_widths
@@ -486,67 +496,9 @@ def _contradictions(c: Config):
         )
     if widths is not None and not all(w > 0 and int(padded * w) >= 1 for w in widths):
         yield f"per_scale_mixer_widths: {list(widths)} has a width of no channel at P = {padded}"
-    for memory in ("pkm", "fwpkm"):
-        keys, heads = getattr(c, f"{memory}_num_keys"), getattr(c, f"{memory}_heads")
-        if not getattr(c, f"{memory}_enabled"):
-            continue
-        if math.isqrt(keys) ** 2 != keys:
-            yield (
-                f"{memory}_num_keys: {keys} is not a square; {math.isqrt(keys) ** 2} or"
-                f" {(math.isqrt(keys) + 1) ** 2} is"
-            )
-        if width % (2 * heads):
-            yield (
-                f"{memory}_heads: {heads} heads need C to be a multiple of {2 * heads} (halves of"
-                f" queries), not {width}"
-            )
     if c.stab("spectral_norm") and (c.exp_parametrization or c.gradient_checkpointing):
         other = "exp_parametrization" if c.exp_parametrization else "gradient_checkpointing"
         yield f"stab_spectral_norm: cannot be combined with {other}; turn one of them off"
-    if not all(weight > 0 and name not in ("", c.dataset) for name, weight in c.dataset_mix):
-        yield (
-            f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of named"
-            " data sets other than dataset"
-        )
-    if c.dataset_mix and c.decompose_bypass_cross_window:
-        yield (
-            "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order;"
-            " turn one of them off"
-        )
-    if c.min_lr > c.lr:
-        yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
-    if not all(beta < 1 for beta in c.adam_betas):
-        yield f"adam_betas: {list(c.adam_betas)} must both be below 1"
-    if 0 < c.temperature < LOWEST_TEMPERATURE:
-        yield (
-            f"temperature: {c.temperature} is too low; it must be 0 (the most probable token) or"
-            f" {LOWEST_TEMPERATURE} or more"
-        )
-    if c.schedule == "trapezoid" and c.warmup_fraction + c.cooldown_fraction > 1:
-        yield (
-            f"cooldown_fraction: {c.cooldown_fraction} and warmup_fraction {c.warmup_fraction} add"
-            " up to more than 1"
-        )
-    if (
-        len(c.split_fractions) != 3
-        or min(c.split_fractions) <= 0
-        or abs(sum(c.split_fractions) - 1) > 1e-6
-    ):
-        yield (
-            f"split_fractions: {list(c.split_fractions)} must be three positive numbers that add up"
-            " to 1"
-        )
-    if c.parallel == "fsdp" and (
-        c.decompose_bypass_cross_window or c.multinodal_enabled or c.stab("spectral_norm")
-    ):
-        yield (
-            "parallel: fsdp has no decompose_bypass_cross_window, multinodal_enabled or spectral"
-            " norm; take ddp"
-        )
-    if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
-        yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
-    if c.amp_dtype == "fp8" and (c.parallel == "fsdp" or not c.use_amp):
-        yield "amp_dtype: fp8 needs use_amp, and a parallel other than fsdp; take bf16"
     if c.untied_reconstruction and c.wavelet_mode in ("haar", "packets"):
         yield (
             f"untied_reconstruction: wavelet_mode {c.wavelet_mode} has no networks to untie; take"
@@ -556,6 +508,27 @@ def _contradictions(c: Config):
         yield "lifting_gate: wavelet_mode packets has none; take another mode"
     if not c.decompose_bypass and c.decompose_bypass_ema:
         yield "decompose_bypass_ema: needs decompose_bypass"
+
+
+def _of_memories(c: Config) -> Iterator[str]:
+    for memory in ("pkm", "fwpkm"):
+        keys = getattr(c, f"{memory}_num_keys")
+        heads = getattr(c, f"{memory}_heads")
+        if not getattr(c, f"{memory}_enabled"):
+            continue
+        if math.isqrt(keys) ** 2 != keys:
+            yield (
+                f"{memory}_num_keys: {keys} is not a square; {math.isqrt(keys) ** 2} or"
+                f" {(math.isqrt(keys) + 1) ** 2} is"
+            )
+        if c.cell_width % (2 * heads):
+            yield (
+                f"{memory}_heads: {heads} heads need C to be a multiple of {2 * heads} (halves of"
+                f" queries), not {c.cell_width}"
+            )
+
+
+def _of_cells(c: Config) -> Iterator[str]:
     if c.multinodal_enabled and c.multinodal_cross_cell_gating and c.multinodal_num_cells < 2:
         yield "multinodal_cross_cell_gating: needs at least two cells (multinodal_num_cells)"
     if c.multinodal_enabled and len(c.multinodal_seeds) < c.multinodal_num_cells:
@@ -571,6 +544,56 @@ def _contradictions(c: Config):
             "multinodal_features_per_cell: must be -1 or from 1 to multinodal_cell_dim,"
             f" {c.multinodal_cell_dim}"
         )
+
+
+def _of_the_data(c: Config) -> Iterator[str]:
+    if not all(weight > 0 and name not in ("", c.dataset) for name, weight in c.dataset_mix):
+        yield (
+            f"dataset_mix: {json.dumps(dict(c.dataset_mix))} must have weights above 0, of named"
+            " data sets other than dataset"
+        )
+    if c.dataset_mix and c.decompose_bypass_cross_window:
+        yield (
+            "dataset_mix: draws windows, but decompose_bypass_cross_window reads texts in order;"
+            " turn one of them off"
+        )
+    if (
+        len(c.split_fractions) != 3
+        or min(c.split_fractions) <= 0
+        or abs(sum(c.split_fractions) - 1) > 1e-6
+    ):
+        yield (
+            f"split_fractions: {list(c.split_fractions)} must be three positive numbers that add up"
+            " to 1"
+        )
+
+
+def _of_the_run(c: Config) -> Iterator[str]:
+    if c.min_lr > c.lr:
+        yield f"min_lr: {c.min_lr} is above lr, {c.lr}"
+    if not all(beta < 1 for beta in c.adam_betas):
+        yield f"adam_betas: {list(c.adam_betas)} must both be below 1"
+    if 0 < c.temperature < LOWEST_TEMPERATURE:
+        yield (
+            f"temperature: {c.temperature} is too low; it must be 0 (the most probable token) or"
+            f" {LOWEST_TEMPERATURE} or more"
+        )
+    if c.schedule == "trapezoid" and c.warmup_fraction + c.cooldown_fraction > 1:
+        yield (
+            f"cooldown_fraction: {c.cooldown_fraction} and warmup_fraction {c.warmup_fraction} add"
+            " up to more than 1"
+        )
+    if c.parallel == "fsdp" and (
+        c.decompose_bypass_cross_window or c.multinodal_enabled or c.stab("spectral_norm")
+    ):
+        yield (
+            "parallel: fsdp has no decompose_bypass_cross_window, multinodal_enabled or spectral"
+            " norm; take ddp"
+        )
+    if c.parallel == "fsdp" and c.use_amp and c.amp_dtype == "fp16":
+        yield "amp_dtype: parallel fsdp has no loss scaling; take bf16, or set use_amp to false"
+    if c.amp_dtype == "fp8" and (c.parallel == "fsdp" or not c.use_amp):
+        yield "amp_dtype: fp8 needs use_amp, and a parallel other than fsdp; take bf16"
 
 
 def without_removed(
