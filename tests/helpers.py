@@ -143,19 +143,23 @@ def run(monkeypatch, *arguments):
     train_module.main()
 
 
+def start_child(work: Callable[[], None]) -> Process:
+    """Starts `work()` in a child. It is forked from this process, since a new one would take
+    seconds to import what this one has. A negative exit code is a signal's."""
+    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    child.start()
+    return child
+
+
 def run_in_child(*arguments, prepare: Callable[[], None] = lambda: None) -> Process:
-    """Starts train.py in a child, after `prepare()` there. The child is forked from this process,
-    since a new one would take seconds to import what this one has. Negative exit codes are
-    signals'."""
+    """Starts train.py in a child, after `prepare()` there."""
 
     def work():
         sys.argv = ["train.py", *map(str, arguments)]
         prepare()
         run_command(train_module.main)
 
-    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
-    child.start()
-    return child
+    return start_child(work)
 
 
 def only_run(tmp_path):
