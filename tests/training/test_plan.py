@@ -13,7 +13,6 @@ from model import build_model
 from training.optimizers import make_optimizers, state_tensors
 from training.plan import SavedTensors, plan, print_plan
 
-
 # Few levels and layers: a plan runs the network on fake tensors, each operation of which takes long
 # whatever its size.
 tiny = functools.partial(helpers.tiny, levels=1)
