@@ -173,7 +173,7 @@ COMPILED = {
     },
     "narrow haar, associative memory": {
         "wavelet_mode": "haar", "per_scale_mixer_widths": (0.5, 0.25, 0.25), "recall_heads": 2,
-        "recall_dim": 8, "layers": 1,
+        "recall_dim": 8, "layers": 1, "pkm_enabled": False, "fwpkm_enabled": False,
     },
     "cells": {
         **CELLS, "multinodal_cross_cell_gating": True, "tie_embedding_to_lm_head": True,
