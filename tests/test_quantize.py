@@ -194,19 +194,19 @@ def move_tensors(path, offset):
     )
 
 
-@pytest.mark.parametrize("offset", [0, 4, 8, 60])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_weights_are_aligned_wherever_they_lie_in_the_file(run_folder, packed, bits, offset):
+def test_weights_are_aligned_wherever_they_lie_in_the_file(run_folder, packed, bits):
     folder = packed(bits)
     path = folder / "best_model.safetensors"
-    move_tensors(path, offset)
-    tensors = load_tensors(path)
-    assert {tensor.data_ptr() % 64 for tensor in tensors.values()} != {0}, (
-        "the file itself does not align them"
-    )
-    given = Weights(Widths.of(bits), tensors).given
-    assert {tensor.data_ptr() % 64 for own in given.values() for tensor in own.values()} == {0}
-    original, model = load_model(run_folder)[0], load_model(folder)[0]
-    for rows in (1, 4, 16):  # torch's int8 kernel reads up to 16 rows at a time
-        ids = random_ids(rows, 1)
-        assert torch.equal(model(ids)[0], Decoder(original, bits)(ids, last_only=False)[0])
+    decoder = Decoder(load_model(run_folder)[0], bits)
+    for offset in (0, 4, 8, 60):
+        move_tensors(path, offset)
+        tensors = load_tensors(path)
+        places = {tensor.data_ptr() % 64 for tensor in tensors.values()}
+        assert places != {0}, "the file itself does not align them"
+        given = Weights(Widths.of(bits), tensors).given
+        assert {tensor.data_ptr() % 64 for own in given.values() for tensor in own.values()} == {0}
+        model, _, _ = load_model(folder)
+        for rows in (1, 4, 16):  # torch's int8 kernel reads up to 16 rows at a time
+            ids = random_ids(rows, 1)
+            assert torch.equal(model(ids)[0], decoder(ids, last_only=False)[0])
