@@ -4,7 +4,6 @@ text."""
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -36,14 +35,13 @@ from helpers import (
 import train as train_module
 from checkpoint import load_tensors
 from common.command import InputError, run_command
-from config import Config, make_config
+from config import make_config
 from data.order import Windows
 from data.prepare import prepare
 from data.tokens import FORMAT, HEADER_BYTES, TokenFile
 from layers.features import token_features
-from model import build_model
 from training.distributed import World
-from training.optimizers import LossScale, check_groups, is_decayed, learning_rate, make_optimizers
+from training.optimizers import LossScale
 from training.profiling import work_per_token
 from training.record import Record
 from training.trainer import LATEST, PATIENCE, Trainer
@@ -269,64 +267,7 @@ def test_a_run_with_token_features_has_those_of_its_tokenizer(tmp_path, text):
     )
 
 
-def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
-    config = Config(lr=0.01, min_lr=0.0002, warmup_fraction=0.3)
-    rates = [learning_rate(step, 10, config) for step in range(10)]
-    assert rates[:5] == pytest.approx([0.0, 0.01 / 3, 0.02 / 3, 0.01, 0.009514747452721854])
-    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
-    assert learning_rate(10, 10, config) == pytest.approx(0.0002)
-
-
-def test_the_trapezoid_holds_the_highest_rate_and_falls_linearly_to_zero():
-    config = Config(lr=0.01, schedule="trapezoid", warmup_fraction=0.2, cooldown_fraction=0.4)
-    rates = [learning_rate(step, 10, config) for step in range(11)]
-    assert rates == pytest.approx(
-        [0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025, 0]
-    )
-
-
 OPTIMIZERS = ["Adagrad", "AdamW", "Muon", "SGD"]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_parameter_is_in_one_group_and_only_matrices_decay_unless_asked(name):
-    config = make_config(SMALL | {"optimizer": name, "weight_decay": 0.1}, "test")
-    model = build_model(config, 50)
-    optimizers = make_optimizers(model, config)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    for part, decays in {
-        "ln1.weight": 0,
-        "history_gains": 0,
-        "scale_routing": 0,
-        "alpha_mlp": 0,
-        "mixer.weight": 1,
-    }.items():
-        matching = [(n, p) for n, p in model.named_parameters() if n.endswith(part)]
-        assert matching
-        assert all((id(p) in decayed) == bool(decays) == is_decayed(n, p) for n, p in matching), (
-            part
-        )
-    optimizers = make_optimizers(model, config.model_copy(update={"decay_all": True}))
-    assert all(
-        group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups
-    )
-
-
-def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
-    model = build_model(make_config(SMALL, "test"), 50)
-    named = dict(model.named_parameters())
-    with pytest.raises(ValueError, match="lm_head.weight is in 0"):
-        check_groups(
-            named, [torch.optim.SGD([p for name, p in named.items() if name != "lm_head.weight"])]
-        )
-    with pytest.raises(ValueError, match="token_embedding.weight is in 2"):
-        check_groups(
-            named,
-            [torch.optim.SGD(named.values()), torch.optim.SGD([named["token_embedding.weight"]])],
-        )
 
 
 def test_muon_takes_hidden_matrices_only_and_both_rates_follow_the_schedule(tmp_path, text):
@@ -546,12 +487,6 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_save(tmp_path, text):
     assert resumed.step == 1
 
 
-def test_a_log_that_cannot_be_written_is_one_line_that_names_it(tmp_path):
-    with pytest.raises(InputError, match=r"log.txt: cannot be written") as caught:
-        Record(tmp_path / "gone").say("a line")
-    assert "\n" not in str(caught.value)
-
-
 def test_a_text_that_was_edited_is_one_line_on_resume_and_changes_nothing(
     settings, tmp_path, text, monkeypatch
 ):
@@ -755,62 +690,6 @@ def test_two_runs_of_one_seed_write_the_same_bytes(settings, tmp_path, monkeypat
     assert one.keys() == other.keys()
     for name in map(Path, ("best_model.safetensors", "samples.txt", "tokenizer.json")):
         assert one[name] == other[name], name
-
-
-@pytest.mark.parametrize("lost", [0, 1, 7, 10**9])
-def test_a_log_that_has_lost_its_end_is_cut_to_whole_lines_and_never_made_longer(
-    tmp_path, capsys, lost
-):
-    record, path = Record(tmp_path), tmp_path / "metrics.jsonl"
-    for step in range(3):
-        record.metric(kind="train", step=step)
-    lengths, whole = record.lengths(), path.read_bytes()
-    record.metric(kind="train", step=99)
-    path.write_bytes(whole[: max(0, len(whole) - lost)] if lost else path.read_bytes())
-    record.cut_back(lengths)
-    assert path.read_bytes() == b"".join(
-        whole.splitlines(keepends=True)[: {0: 3, 1: 2, 7: 2}.get(lost, 0)]
-    )
-    assert ("lost" in capsys.readouterr().err) == bool(lost)
-    record.metric(kind="train", step=3)
-    assert record.metrics("train")[-1] == {"kind": "train", "step": 3}
-
-
-def test_a_last_line_that_is_half_written_is_left_out_with_a_note(tmp_path, capsys):
-    record, path = Record(tmp_path), tmp_path / "metrics.jsonl"
-    record.metric(kind="train", step=1)
-    whole = path.read_bytes()
-    record.metric(kind="train", step=2)
-    for end in range(len(whole) + 1, len(path.read_bytes())):
-        path.write_bytes(
-            path.read_bytes()[:end]
-            if end == len(whole) + 1
-            else (whole + b'{"kind": "train"')[:end]
-        )
-        assert record.metrics("train") == [{"kind": "train", "step": 1}]
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    path.write_bytes(b"half\n" + whole)
-    with pytest.raises(InputError, match="line 1") as caught:
-        record.metrics("train")
-    assert str(path) in str(caught.value)
-
-
-def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tmp_path):
-    record = Record(tmp_path)
-    for step, value in enumerate((1.5, math.nan, math.inf, -math.inf)):
-        record.metric(kind="train", step=step, bits_per_byte=value)
-        record.metric(kind="validation", step=step, bits_per_byte=value, tokens=step)
-
-    def no_number(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    lines = [
-        json.loads(line, parse_constant=no_number)
-        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line["bits_per_byte"] for line in lines[::2]] == [1.5, None, None, None]
-    record.draw_curves()
-    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_terminal_that_cannot_show_a_text_loses_nothing(settings, tmp_path, monkeypatch):
