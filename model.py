@@ -208,9 +208,9 @@ class Haar(nn.Module):
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), as `Lifting.decompose` orders them."""
-        names = [f"lag{level}" for level in range(len(self.longest_lag))]
-        c, *new = HaarCoefficients.apply(cur, *(state[name] for name in names))
-        return c, dict(zip(names, new, strict=True))
+        pasts = [state[f"lag{level}"] for level in range(len(self.longest_lag))]
+        c, *pasts = HaarCoefficients.apply(cur, *pasts)
+        return c, {f"lag{level}": past for level, past in enumerate(pasts)}
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""

@@ -216,8 +216,20 @@ class FixedWavelet:
 
     def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         """h (N, P) → coefficients (S, N, P), and what to remember."""
-        c, lags = self.wavelet.decompose(h.view(-1, length, h.size(-1)), part)
-        return c.flatten(1, 2), lags
+        cur = h.view(-1, length, h.size(-1))  # (B, T, P)
+        if length > 1:
+            c, lags = self.wavelet.decompose(cur, part)
+            return c.flatten(1, 2), lags
+        # The same step by step: one token is not worth the model's saving of passes over memory.
+        details = []
+        lags = {}
+        for name in self.names:
+            past = part[name]  # (B, 2^l, P), the oldest first
+            odd = past[:, :1]
+            lags[name] = torch.cat([past[:, 1:], cur], dim=1)
+            details.append((cur - odd) * math.sqrt(0.5))
+            cur = (cur + odd) * math.sqrt(0.5)
+        return torch.stack([cur, *reversed(details)]).flatten(1, 2), lags
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         return {name: block[name] for name in self.names}

@@ -1,5 +1,6 @@
 """What pytest needs before any test: threads, seeds, and fixtures of several files."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,9 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, at their import
 
-import json
-
-from helpers import SHARED, SMALL
+from helpers import SHARED, write_settings, write_text
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,24 +39,10 @@ def shared() -> Path:
 @pytest.fixture
 def text(tmp_path):
     """A file of a few thousand words with some regularity in it."""
-    lines = [
-        f"The {i} bears of valley {i % 7} met the fox, who owed them {i * i % 13} pears.\n"
-        for i in range(300)
-    ]
-    (tmp_path / "tale.txt").write_text("".join(lines), encoding="utf-8")
-    return tmp_path / "tale.txt"
+    return write_text(tmp_path)
 
 
 @pytest.fixture
 def settings(text, tmp_path):
-    def make(**overrides):
-        values = SMALL | {
-            "dataset": str(text),
-            "out_dir": str(tmp_path / "logs"),
-            "cache_dir": str(tmp_path / "cache"),
-        }
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(values | overrides), encoding="utf-8")
-        return path
-
-    return make
+    """Writes a config for train.py, of `text` and with these keys changed."""
+    return functools.partial(write_settings, tmp_path)

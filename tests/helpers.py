@@ -1,6 +1,10 @@
 """What several test files need: a tiny config with every released feature on, random weights."""
 
+import json
+import multiprocessing
 import sys
+from collections.abc import Callable
+from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import torch
 
 import train as train_module
 from checkpoint import save_model
+from common.command import run_command
 from config import Config, make_config, save_config
 from data.tokenizer import ByteTokenizer
 from layers.features import FeatureEmbedding
@@ -110,10 +115,51 @@ SMALL = {
 }  # fmt: skip
 
 
+def write_text(folder: Path) -> Path:
+    """A file of a few thousand words with some regularity in it; returns its path."""
+    lines = [
+        f"The {i} bears of valley {i % 7} met the fox, who owed them {i * i % 13} pears.\n"
+        for i in range(300)
+    ]
+    (folder / "tale.txt").write_text("".join(lines), encoding="utf-8")
+    return folder / "tale.txt"
+
+
+def write_settings(folder: Path, **overrides: Any) -> Path:
+    """A config of `SMALL` for train.py, with the text and all that a run makes in `folder`; returns
+    its path."""
+    values = SMALL | {
+        "dataset": str(folder / "tale.txt"),
+        "out_dir": str(folder / "logs"),
+        "cache_dir": str(folder / "cache"),
+    }
+    (folder / "config.json").write_text(json.dumps(values | overrides), encoding="utf-8")
+    return folder / "config.json"
+
+
 def run(monkeypatch, *arguments):
     """Runs train.py's main here, with these arguments."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     train_module.main()
+
+
+def start_child(work: Callable[[], None]) -> Process:
+    """Starts `work()` in a child. It is forked from this process, since a new one would take
+    seconds to import what this one has. A negative exit code is a signal's."""
+    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    child.start()
+    return child
+
+
+def run_in_child(*arguments, prepare: Callable[[], None] = lambda: None) -> Process:
+    """Starts train.py in a child, after `prepare()` there."""
+
+    def work():
+        sys.argv = ["train.py", *map(str, arguments)]
+        prepare()
+        run_command(train_module.main)
+
+    return start_child(work)
 
 
 def only_run(tmp_path):

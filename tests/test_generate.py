@@ -381,12 +381,15 @@ def test_stream_carries_the_state_on(model):
     assert torch.equal(text[0, 20:], logits[0, 19:].argmax(-1))
 
 
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 49, 80])
-def test_window_is_a_model_restarted_on_the_last_half_block(model, length):
+# one text far enough to restart twice and more, and others just far enough from where it matters
+@pytest.mark.parametrize(
+    ("length", "more"), [(1, 50), (31, 20), (32, 20), (33, 20), (49, 20), (80, 20)]
+)
+def test_window_is_a_model_restarted_on_the_last_half_block(model, length, more):
     """However the text before came to be: given or generated."""
     ids, block = random_ids(rows=1, length=length), 32
     text = generate(
-        model, ids, 70, Settings(temperature=0, repetition_penalty=1, context="window")
+        model, ids, more, Settings(temperature=0, repetition_penalty=1, context="window")
     ).ids[0]
     held = 0
     for end in range(1, len(text)):
@@ -728,6 +731,7 @@ def test_steps_in_place_write_the_same_texts(model, monkeypatch):
         return decoder.graphs[rows, stream]
 
     decoder, ids = Decoder(model), random_ids(1, 7)
+    tokens = 28  # past the tiny block size of 32
     window = {"context": "window"}
     several = [
         {},
@@ -739,11 +743,11 @@ def test_steps_in_place_write_the_same_texts(model, monkeypatch):
         {"best_of_n": 2},
     ]
     several = [Settings(seed=3, **values) for values in several]
-    expected = [generate(decoder, ids, 40, settings).ids for settings in several]
+    expected = [generate(decoder, ids, tokens, settings).ids for settings in several]
     monkeypatch.setattr(sampling, "graphed", always)
     for settings, text in zip(several, expected, strict=True):
         for _ in range(2):  # the second text finds what the first has left
-            assert torch.equal(generate(decoder, ids, 40, settings).ids, text)
+            assert torch.equal(generate(decoder, ids, tokens, settings).ids, text)
 
 
 def test_a_text_begun_while_another_is_written_changes_neither(model, monkeypatch):

@@ -37,7 +37,7 @@ def read(decoder, ids, lengths, state=None):
     return torch.cat(logits, dim=1), state
 
 
-PIECES = [5, *[1] * 4, 20, *[1] * 8]  # past the tiny block size of 32
+PIECES = [5, 1, 1, 22, *[1] * 5]  # the last past the tiny block size of 32
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,9 +127,11 @@ def test_same_seed_same_text_whatever_the_batch(decoder):
 # ===== torch.compile
 
 STEPS = {
-    "released": ({}, None), "4 bits": ({}, 4), "moving average": ({"decompose_bypass_ema": True},
-    None),
-    "associative memory": ({"recall_heads": 2, "recall_dim": 8, "wavelet_mode": "haar"}, 8),
+    "released": ({}, None),
+    "4 bits": ({}, 4),
+    "moving average": ({"decompose_bypass_ema": True}, None),
+    "associative memory": ({"recall_heads": 2, "recall_dim": 8, "wavelet_mode": "haar",
+        "levels": 3}, 8),
     "ngrams": ({"ngram_slots": 11}, 8),
     "cells": ({"multinodal_enabled": True, "multinodal_cell_dim": 32,
         "multinodal_cross_cell_gating": True}, None),
@@ -139,7 +141,9 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_one_graph(name):
     overrides, bits = STEPS[name]
-    decoder, ids = Decoder(random_model(tiny(**overrides)), bits), random_ids(2, 7)
+    # one block, of two levels where nothing else is said: more of them only take time to compile
+    network = random_model(tiny(**{"layers": 1, "levels": 2} | overrides))
+    decoder, ids = Decoder(network, bits), random_ids(2, 7)
     expected, _ = read(decoder, ids, [4, 1, 1, 1], decoder.start(2, stream=True))
     torch._dynamo.reset()
     decoder.program, decoder.rows = (
@@ -150,7 +154,7 @@ def test_a_step_is_one_graph(name):
     torch.testing.assert_close(logits, expected)
 
 
-def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(model, monkeypatch):
+def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(monkeypatch):
     programs, compiled = [], torch.compile
 
     def counted(run, *, options, **how):
@@ -163,6 +167,7 @@ def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(model, monkeypat
         )
 
     monkeypatch.setattr(torch, "compile", counted)
+    model = random_model(tiny(layers=1, levels=2))
     decoder, ids = Decoder(model), random_ids(3, 80)
     expected, _ = read(decoder, ids, [80])
     streamed, _ = read(decoder, ids, [10, *[1] * 70], decoder.start(3, stream=True))
@@ -235,11 +240,13 @@ def test_steps_in_place_give_the_models_logits(case):
         for stream in (False, True):
             expected, _ = model(ids, model.start(2, stream=stream))
             step = GraphedStep(decoder, 2, stream)
-            for _ in range(2):  # the second time after other steps
-                step.load(decoder(ids[:, :3], decoder.start(2, stream=stream))[1])
-                logits = [step(token).clone() for token in ids[:, 3:].split(1, dim=1)]
+            # at the beginning, where what lies before the text counts; then, after other steps,
+            # past the tiny block size of 32
+            for start, end in ((3, 8), (29, 37)):
+                step.load(decoder(ids[:, :start], decoder.start(2, stream=stream))[1])
+                logits = [step(token).clone() for token in ids[:, start:end].split(1, dim=1)]
                 torch.testing.assert_close(
-                    torch.stack(logits, 1), expected[:, 3:], atol=1e-4, rtol=1e-4
+                    torch.stack(logits, 1), expected[:, start:end], atol=1e-4, rtol=1e-4
                 )
 
 

@@ -1,14 +1,12 @@
 """research/cuda.py makes trainers that step, on whatever device there is."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
 
-from research import cuda
+from common.command import run_command
+from research import cuda, cuda_decoding
 
 
 def test_a_trainer_of_random_tokens_steps(tmp_path, monkeypatch):
@@ -21,16 +19,13 @@ def test_a_trainer_of_random_tokens_steps(tmp_path, monkeypatch):
     assert loss.isfinite() and norm.isfinite() and trainer.step == 1
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda_decoding"])
-def test_without_a_gpu_it_says_so_in_a_line(name, tmp_path):
-    command = [sys.executable, "-m", f"research.{name}"]
-    process = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert "no CUDA GPU" in process.stderr and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("module", [cuda, cuda_decoding])
+def test_without_a_gpu_it_says_so_in_a_line(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [module.__name__])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_command(module.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1 and "no CUDA GPU" in error
+    assert not list(tmp_path.iterdir())

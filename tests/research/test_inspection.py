@@ -64,7 +64,8 @@ PLAIN = {"wavelet_mode": "haar", "use_mixer_gate": False, "pkm_enabled": False}
     "overrides", [{}, {"token_features": True}, PLAIN, PLAIN | {"ngram_slots": 11}]
 )
 def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatch):
-    model = build_model(tiny(**overrides), 256)
+    # one block: each has panels of its own, which take long to draw
+    model = build_model(tiny(layers=1, **overrides), 256)
     fill_features(model, ByteTokenizer())
     randomised(model).eval()
     save_model(model, tmp_path / "best_model.safetensors")

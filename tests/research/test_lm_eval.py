@@ -2,7 +2,6 @@
 end to end."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,34 +138,33 @@ def test_an_empty_text_has_probability_one_and_ends_nothing(folder, context):
     assert adapter.loglikelihood([request("", "")]) == [(0.0, True)]
 
 
-def test_the_command_needs_no_gpu_and_tasks_find_the_package_evaluate(tmp_path):
+@pytest.mark.parametrize("first", [[], ["run"]])
+def test_the_command_needs_no_gpu_and_tasks_find_the_package_evaluate(tmp_path, monkeypatch, first):
     """A task's own module may import the package `evaluate`: it must not get the script of that
     name."""
+    from research import lm_eval_adapter
+
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "__init__.py").write_text("here = 'the package'")
-    program = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; sys.path.append({str(tmp_path)!r})\n"
-        "import evaluate\nfrom research import lm_eval_adapter as adapter\n"
-        "assert hasattr(evaluate, 'score')\n"
-        "def command():\n"
-        "    import evaluate\n"
-        "    print(hasattr(evaluate, 'score'), sys.argv[1:])\n"
-        "adapter.cli_evaluate = command\n"
-        "sys.argv = ['adapter', '--model', 'waveletlm', '--tasks', 'bears']\n"
-        "adapter.main()\n"
-        "sys.argv = ['adapter', 'run', '--model', 'waveletlm', '--device', 'cuda:1']\n"
-        "adapter.main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    found = []
+
+    def command():
+        import evaluate
+
+        found.append((hasattr(evaluate, "score"), sys.argv[1:]))
+
+    monkeypatch.setattr(lm_eval_adapter, "cli_evaluate", command)
+    # after the repository, where the script lies
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path, str(tmp_path)])
+    wanted = ["--model", "waveletlm", "--tasks", "bears"]
+    monkeypatch.setattr(sys, "argv", ["adapter", *first, *wanted])
+    lm_eval_adapter.main()
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    ours = f"'--device', '{device}', '--batch_size', 'auto', "
-    assert done.stdout.splitlines() == [
-        f"False [{ours}'--model', 'waveletlm', '--tasks', 'bears']",
-        f"False ['run', {ours}'--model', 'waveletlm', '--device', 'cuda:1']",
-    ]
+    ours = ["--device", device, "--batch_size", "auto"]
+    assert found == [(False, [*first, *ours, *wanted])]
+    import evaluate
+
+    assert hasattr(evaluate, "score")  # the script again
 
 
 def test_a_gpu_that_is_not_there_is_an_error_that_names_the_option(folder, monkeypatch):

@@ -1,16 +1,15 @@
 """Several processes take the steps that one takes, and go on with each other's saves. Two gloo
 processes on the CPU."""
 
+import functools
 import json
 import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import NO_DROPOUT, ROOT, SMALL
+from helpers import NO_DROPOUT, SMALL, run_in_child, start_child
 
 from checkpoint import load_tensors, save_tensors
 from common.command import InputError
@@ -20,28 +19,24 @@ from training.distributed import Shards, World, join, own_part
 from training.record import Record
 from training.trainer import LATEST, Trainer
 
-HERE = Path(__file__).parent
-STEPS = 6
+STEPS = 4
 
 
-def start_two(*arguments):
+def as_ranks(start):
+    """Starts a child by `start(rank, make_rank)` for each rank of two; `make_rank()` gives it the
+    variables that torchrun would. Waits for both to end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        port = str(free.getsockname()[1])
+
+    def make_rank(rank):
+        numbers = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ.update(numbers, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+    children = [start(rank, functools.partial(make_rank, rank)) for rank in range(2)]
+    for child in children:
+        child.join(timeout=120)
+    assert [child.exitcode for child in children] == [0, 0]
 
 
 @pytest.fixture
@@ -83,20 +78,52 @@ def assert_same(one: dict, other: dict):
         )
 
 
+def weights(trainer):
+    whole = trainer.world.whole(trainer.tensors()["model"])
+    return {name: tensor.clone() for name, tensor in whole.items()}
+
+
+def train_as_one_of_two(config, folder):
+    """What each process does: trains from the start, with a save half way, and on from the save
+    that one process made. The first leaves in results.pt what came out."""
+    results = {}
+    with join(config) as world:
+        corpus = prepare(config, lambda line: None)
+        for name in ("of two", "of one"):
+            trainer = Trainer(config, Record(folder / name, quiet=True), corpus, world)
+            if name == "of one":
+                trainer.restore()
+            losses = []
+            while trainer.step < STEPS:
+                losses.append(world.mean(trainer.take_step()[0]).item())
+                if name == "of two" and trainer.step == STEPS // 2:
+                    trainer.save()
+            nats = trainer.validation_nats(torch.arange(200) % 90)
+            results[name] = {"losses": losses, "weights": weights(trainer), "validation": nats}
+            with trainer.average.in_place():
+                results[name]["average"] = weights(trainer)
+        if world.rank == 0:
+            torch.save(results, folder / "results.pt")
+
+
 @pytest.mark.parametrize(("kind", "carry"), [("ddp", False), ("ddp", True), ("fsdp", False)])
 def test_two_processes_take_one_s_steps_and_go_on_with_its_saves_and_it_with_theirs(
     config_file, tmp_path, kind, carry
 ):
-    path = config_file(parallel=kind, decompose_bypass_cross_window=carry)
-    config = load_config(path)
+    config = load_config(config_file(parallel=kind, decompose_bypass_cross_window=carry))
     saver, _ = alone(config, tmp_path / "of one", STEPS // 2)
     saver.save()
     (tmp_path / "of two").mkdir()
-    processes = start_two(HERE / "two_processes.py", path, tmp_path)
+
+    def start(rank, make_rank):
+        def work():
+            make_rank()
+            train_as_one_of_two(config, tmp_path)
+
+        return start_child(work)
+
+    as_ranks(start)
     trainer, losses = alone(config, tmp_path / "whole", STEPS)
-    for process in processes:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     wanted = trainer.tensors()["model"]
     assert results["of two"]["losses"] == pytest.approx(losses, rel=1e-5)
@@ -112,9 +139,9 @@ def test_two_processes_take_one_s_steps_and_go_on_with_its_saves_and_it_with_the
     assert_same(resumed.tensors()["model"], wanted)
     assert_same(resumed.tensors()["average"], trainer.tensors()["average"])
     assert_same(resumed.tensors()["optimizer"], trainer.tensors()["optimizer"])
-    assert sorted(p.name for p in (tmp_path / "of two").iterdir()) == [LATEST] + ["shards-3"] * (
-        kind == "fsdp"
-    )
+    assert sorted(p.name for p in (tmp_path / "of two").iterdir()) == [LATEST] + [
+        f"shards-{STEPS // 2}"
+    ] * (kind == "fsdp")
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 3), (2, 3), (4, 2), (3, 5)])
@@ -163,15 +190,17 @@ def test_damaged_shards_are_one_line_that_names_them(config_file, tmp_path):
 
 
 def test_of_two_processes_only_the_first_writes(config_file, tmp_path):
-    processes = start_two(
-        ROOT / "train.py",
-        "--config",
-        config_file(max_steps=2),
-        "--out_dir",
-        tmp_path / "logs",
-    )
-    (first, _), (second, error) = (process.communicate(timeout=300) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], error
+    path = config_file(max_steps=2, out_dir=str(tmp_path / "logs"))
+
+    def start(rank, make_rank):
+        def before():
+            make_rank()
+            sys.stdout = open(tmp_path / f"printed by {rank}", "w")  # noqa: SIM115
+
+        return run_in_child("--config", path, prepare=before)
+
+    as_ranks(start)
+    first, second = ((tmp_path / f"printed by {rank}").read_text() for rank in range(2))
     (folder,) = (tmp_path / "logs").iterdir()
     assert first.startswith(f"run: {folder}\n") and second == ""
     assert "average_test_bits_per_byte: " in first

@@ -1,19 +1,25 @@
 """The project's own optimizer and loss scale, beside torch's, which compute the same one tensor at
-a time."""
+a time; learning rates, and which parameters decay."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from helpers import random_ids, random_model, tiny
+from helpers import SMALL, random_ids, random_model, tiny
 from torch import nn
 
+from config import Config, make_config
+from model import build_model
 from training.optimizers import (
     BatchedMuon,
     LossScale,
+    check_groups,
     clipped_step,
     clipping_divisor,
     guarded_step,
+    is_decayed,
+    learning_rate,
     make_optimizers,
     orthogonal,
     put_rates_on,
@@ -217,3 +223,63 @@ def test_the_loss_scale_moves_as_torchs():
     again = LossScale("cpu", True)
     again.load_state_dict(theirs.state_dict())
     assert again.state_dict() == ours.state_dict()
+
+
+# ===== Rates and groups
+
+
+def test_the_learning_rate_warms_up_linearly_and_ends_at_the_lowest():
+    config = Config(lr=0.01, min_lr=0.0002, warmup_fraction=0.3)
+    rates = [learning_rate(step, 10, config) for step in range(10)]
+    assert rates[:5] == pytest.approx([0.0, 0.01 / 3, 0.02 / 3, 0.01, 0.009514747452721854])
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+    assert learning_rate(10, 10, config) == pytest.approx(0.0002)
+
+
+def test_the_trapezoid_holds_the_highest_rate_and_falls_linearly_to_zero():
+    config = Config(lr=0.01, schedule="trapezoid", warmup_fraction=0.2, cooldown_fraction=0.4)
+    rates = [learning_rate(step, 10, config) for step in range(11)]
+    assert rates == pytest.approx(
+        [0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025, 0]
+    )
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "AdamW", "Muon", "SGD"])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay_unless_asked(name):
+    config = make_config(SMALL | {"optimizer": name, "weight_decay": 0.1}, "test")
+    model = build_model(config, 50)
+    optimizers = make_optimizers(model, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for part, decays in {
+        "ln1.weight": 0,
+        "history_gains": 0,
+        "scale_routing": 0,
+        "alpha_mlp": 0,
+        "mixer.weight": 1,
+    }.items():
+        matching = [(n, p) for n, p in model.named_parameters() if n.endswith(part)]
+        assert matching
+        assert all((id(p) in decayed) == bool(decays) == is_decayed(n, p) for n, p in matching), (
+            part
+        )
+    optimizers = make_optimizers(model, config.model_copy(update={"decay_all": True}))
+    assert all(
+        group["weight_decay"] == 0.1 for optimizer in optimizers for group in optimizer.param_groups
+    )
+
+
+def test_a_parameter_in_no_group_or_in_two_is_an_error_that_names_it():
+    model = build_model(make_config(SMALL, "test"), 50)
+    named = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="lm_head.weight is in 0"):
+        check_groups(
+            named, [torch.optim.SGD([p for name, p in named.items() if name != "lm_head.weight"])]
+        )
+    with pytest.raises(ValueError, match="token_embedding.weight is in 2"):
+        check_groups(
+            named,
+            [torch.optim.SGD(named.values()), torch.optim.SGD([named["token_embedding.weight"]])],
+        )
