@@ -25,14 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import check_finite, check_tensor, open_tensors, save_tensors
 from common.command import InputError
+from common.device import chosen_device
 from config import Config
 from training.optimizers import local
-
-
-def pick_device(config: Config) -> str:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda, but torch finds no GPU; use cpu or auto")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 class LossModule(nn.Module):
@@ -203,7 +198,8 @@ def launched(name: str, default: int | None = None) -> int:
 @contextlib.contextmanager
 def join(config: Config) -> Iterator[World]:
     """The world of this process: alone, or, under torchrun, one of several."""
-    device, size = pick_device(config), launched("WORLD_SIZE", 1)
+    device = chosen_device(config.device)
+    size = launched("WORLD_SIZE", 1)
     if size == 1:
         yield World(device)
         return

@@ -296,16 +296,29 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group["lr_scale"]
 
 
-def clipped_step(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, grad_clip: float
-) -> None:
-    """A step of all optimizers at learning rate `rate`, gradients clipped to a norm of `grad_clip`
-    (0 = not), then cleared."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of all gradients of a network that one process holds whole: a scalar on its
+    device."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    set_rate(optimizers, rate)
-    guarded_step(optimizers, norm.isfinite(), clipping_divisor(norm, grad_clip))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def clipped_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    norm: Tensor,
+    grad_clip: float,
+    scale: Tensor | float = 1.0,
+) -> Tensor:
+    """A step of all optimizers with gradients of the norm `norm` clipped to `grad_clip` (0 = not),
+    which are then cleared. `scale` is the loss scale that is still in them, and not in `norm`.
+    Returns whether the step was taken, a bool scalar on the device: not where the norm is not
+    finite."""
+    good = norm.isfinite()
+    guarded_step(optimizers, good, clipping_divisor(norm, grad_clip) * scale)
+    # None rather than zeros: a parameter that the next step does not use is then left alone.
     model.zero_grad(set_to_none=True)
+    return good
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common.command import InputError
-from common.figures import plain
+from common.figures import new_figure, plain, save_figure
 from common.files import check_regular, read_json, written_whole
 from config import Config, save_config
 
@@ -192,9 +192,7 @@ class Record:
         """curves.png: bits per byte in training and validation by step."""
         if self.quiet:
             return
-        from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure()
         axes = figure.subplots()
         for kind, style in (
             ("train", {"alpha": 0.6, "linewidth": 1}),
@@ -211,8 +209,7 @@ class Record:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-        with written_whole(self.folder / "curves.png") as beside:
-            figure.savefig(beside, format="png", dpi=120)
+        save_figure(figure, self.folder / "curves.png")
 
 
 def note(line: str) -> None:

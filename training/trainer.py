@@ -28,8 +28,7 @@ from training.distributed import Shards, World, remove_other_shards, save_shards
 from training.optimizers import (
     LossScale,
     WeightAverage,
-    clipping_divisor,
-    guarded_step,
+    clipped_step,
     learning_rate,
     load_state_tensors,
     make_optimizers,
@@ -69,7 +68,7 @@ class Trainer:
         self.batches = training_order(corpus, config, batch)
         self.total_steps = total_steps(self.batches, config)
         self.tokens_per_step = batch * config.block_size
-        self.cast = autocast_type(config, self.device)
+        self.cast = training_type(config, self.device)
         self.scaler = LossScale(self.device, enabled=self.cast is torch.float16)
         # one lane of texts for each micro batch
         self.carried: list[State | None] = [None] * config.grad_accum
@@ -210,12 +209,10 @@ class Trainer:
     def apply(self, norm: Tensor) -> None:
         """The optimizers' step, with gradients of this `norm` clipped to grad_clip. Where it is not
         finite weights and optimizers stay, and carried texts start anew."""
-        good = norm.isfinite()
-        guarded_step(
-            self.optimizers, good, self.scaler.scale * clipping_divisor(norm, self.config.grad_clip)
+        good = clipped_step(
+            self.model, self.optimizers, norm, self.config.grad_clip, self.scaler.scale
         )
         self.scaler.update(good)
-        self.model.zero_grad(set_to_none=True)
         self.carried = [state and state.reset((~good).expand(state.rows)) for state in self.carried]
 
     def check_steps(self, late: int) -> None:
@@ -517,7 +514,7 @@ class StepGraph:
         return tuple(result.clone() for result in self.results)  # the next step writes over them
 
 
-def autocast_type(config: Config, device: str) -> torch.dtype | None:
+def training_type(config: Config, device: str) -> torch.dtype | None:
     """The type of autocast: on a CPU bf16 where it has instructions for it (elsewhere it would only
     be slow)."""
     if not config.use_amp:
