@@ -36,7 +36,8 @@ class Record:
     APPENDED = ("log.txt", "metrics.jsonl", "samples.txt")
 
     def __init__(self, folder: Path, quiet: bool = False):
-        self.folder, self.quiet = folder, quiet
+        self.folder = folder
+        self.quiet = quiet  # of several processes all but the first, which write nothing
         for name in self.APPENDED:
             check_regular(folder / name)  # a FIFO would be waited for
 
@@ -44,12 +45,14 @@ class Record:
     def create(config: Config) -> "Record":
         """Makes `<out_dir>/<dataset>_<date>_<time>/`; a name that another run has taken gets a
         number."""
+        # A file or folder gives its last name, without a suffix; a named data set its name.
         name = (
             Path(config.dataset).stem
             if os.sep in config.dataset or "." in config.dataset
             else config.dataset
         )
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        # Runs that begin in one second are told apart by a number; 1,000 of them are a mistake.
         for attempt in range(1, 1000):
             folder = Path(config.out_dir) / (
                 f"{name}_{stamp}" + (f"_{attempt}" if attempt > 1 else "")
@@ -63,6 +66,8 @@ class Record:
                 raise InputError(
                     f"out_dir: cannot make {folder} ({error.strerror}); give a writable folder"
                 ) from None
+        else:
+            raise InputError(f"out_dir: all names of {folder} are taken; give another folder")
         try:
             with written_whole(folder / "env.json") as beside:
                 beside.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
@@ -89,7 +94,7 @@ class Record:
         """Within it no other process goes on with this run: a lock that ends with the process,
         however that ends. Raises `InputError` where another has it."""
         path = self.folder / ".lock"
-        lock = filelock.FileLock(path, timeout=0)
+        lock = filelock.FileLock(path, timeout=0)  # whoever has it has it for hours
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -107,6 +112,8 @@ class Record:
             with contextlib.suppress(OSError):  # while it is locked: nobody waits for it
                 path.unlink(missing_ok=True)
             lock.release()
+
+    # ===== What a run writes
 
     def _append(self, name: str, text: str) -> None:
         if not self.quiet:
@@ -142,10 +149,11 @@ class Record:
     def lengths(self) -> dict[str, int]:
         """The present length in bytes of each file that is appended to, which is on the disk from
         now on."""
-        lengths = {}
+        lengths: dict[str, int] = {}
         for name in self.APPENDED:
             if not self.quiet and (self.folder / name).exists():
                 with open(self.folder / name, "ab") as file:
+                    # A power cut may not take lines that a save on the disk counts on.
                     os.fsync(file.fileno())
                     lengths[name] = file.tell()
         return lengths
@@ -156,19 +164,24 @@ class Record:
         to its last whole line, and never made longer."""
         if self.quiet:
             return
+        # The lock is ours, so nobody is writing them any more.
         for half in self.folder.glob(".*.tmp"):
             half.unlink()
         for name in self.APPENDED:
-            path, noted = self.folder / name, lengths.get(name, 0)
+            path = self.folder / name
+            noted = lengths.get(name, 0)  # there was none at a save before its first line
             size = path.stat().st_size if path.exists() else 0
             if size < noted:
                 note(
                     f"{path}: has {size:,} bytes of the {noted:,} that it had at the last save; the"
                     " rest is lost"
                 )
+                # Truncating to the noted length would fill the file up with zero bytes.
                 noted = path.read_bytes().rfind(b"\n") + 1 if size else 0
             if size > noted:
                 os.truncate(path, noted)
+
+    # ===== What a run has written
 
     def metrics(self, *kinds: str) -> list[dict[str, Any]]:
         return [
@@ -183,6 +196,7 @@ class Record:
         there are weights."""
         lines = read_metrics(self.folder / "metrics.jsonl")
         steps = max((line.get("step", 0) for line in lines), default=0)
+        # of the weights or of their average
         weights = any(self.folder.glob("*_model.safetensors"))
         by_steps = save_interval is not None
         further = steps > save_interval if by_steps else weights
@@ -222,6 +236,9 @@ def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+# ===== Reading metrics, of any run
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; none where there is no file. A last line without its end, of a
     run that is being written or was killed, is left out with a note. Raises `InputError`, naming
@@ -232,6 +249,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    # Lines end with "\n", so what follows the last one is a line that was not finished.
     *whole, torn = text.split("\n")
     if torn:
         note(f"{path}: the last line is half written, and left out")
@@ -250,10 +268,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+# ===== Where a run was made
+
+
 def environment() -> dict[str, Any]:
     """What a figure depends on beside config and data: versions, machine, commit, command, date."""
     here = Path(__file__).parents[1]
     try:
+        # "-dirty" marks a tree with changes that no commit has.
         describe = ["git", "-C", here, "describe", "--always", "--dirty"]
         commit = (
             subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()

@@ -5,7 +5,6 @@ that was restored takes the very steps that the one that was saved would have ta
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from training.optimizers import (
     state_tensors,
 )
 from training.record import Record
+from training.writer import Writer
 
 # everything a run needs to go on; our own tensors and numbers, read with weights_only
 LATEST = "latest.pt"
@@ -47,17 +47,25 @@ EAGER_STEPS = 3
 PATIENCE = 10  # steps in a row without a finite gradient before a run gives up
 
 
+# ===== A step, and all that it changes
+
+
 class Trainer:
     """Everything that a step changes: weights, optimizers, scaler, carried state, best value; and
     how to save it."""
 
     def __init__(self, config: Config, record: Record, corpus: Corpus, world: World):
-        self.config, self.record, self.corpus, self.world = config, record, corpus, world
+        self.config = config
+        self.record = record
+        self.corpus = corpus
+        self.world = world
         self.device = world.device
+        # Every process begins with the same weights: under DDP none are sent at the start.
         torch.manual_seed(config.seed)
         model = build_model(config, corpus.vocab_size)
         fill_features(model, corpus.tokenizer)
         self.model = world.place(model)
+        # Before the optimizers, which take the parameters: it exchanges the modules that have them.
         if config.amp_dtype == "fp8":
             multiply_in_fp8(
                 self.model, self.device, config.micro_batch_size // world.size * config.block_size
@@ -74,8 +82,14 @@ class Trainer:
         self.carried: list[State | None] = [None] * config.grad_accum
         # (step, names, norms, event) of steps whose gradients nobody has looked at yet
         self.unchecked: list[tuple] = []
-        self.step, self.best, self.seconds, self.skipped, self.bad_in_a_row = 0, math.inf, 0.0, 0, 0
-        self.best_average, self.evaluation_seconds, self.saved_step = math.inf, 0.0, -1
+        self.step = 0  # optimizer steps taken
+        self.best = math.inf  # lowest validation loss, in nats per token
+        self.best_average = math.inf  # of the average of the weights
+        self.seconds = 0.0  # that the run has taken, evaluations and earlier processes included
+        self.evaluation_seconds = 0.0
+        self.skipped = 0  # steps left out because a gradient was not finite
+        self.bad_in_a_row = 0
+        self.saved_step = -1  # the step of the last save; -1: none yet
         self.writer = Writer(self.device)
         self.loss = world.parallel_loss(
             self.model, compiled_loss(self) if config.compile else self.model.loss
@@ -114,13 +128,15 @@ class Trainer:
         """One optimizer step. Returns the mean loss in nats of this process's rows and the gradient
         norm, on the device; a step whose gradient is not finite is left out."""
         self.model.train()
-        # Dropout is a function of (seed, step), another one in each process.
+        # Dropout is a function of (seed, step), another one in each process. 1,000,003 is a prime
+        # above a million, so that the steps of one seed are not those of the next.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step + (self.world.rank << 40))
         set_rate(self.optimizers, learning_rate(self.step, self.total_steps, self.config))
         parts = []
         for i in range(self.config.grad_accum):
             with record_function("data"):
                 parts.append(self.micro_batch(i))
+        # The step that becomes a graph is captured first and then replayed: it is taken once.
         if self.eager_steps == 0:
             self.make_graph(parts)
         self.eager_steps -= 1
@@ -129,6 +145,7 @@ class Trainer:
             self.average.update(self.step)
         self.note_gradients(norms)
         self.step += 1
+        # A GPU's step has only been launched: to look at its gradients now would wait for it.
         self.check_steps(late=1 if self.device == "cuda" else 0)
         return total, norm
 
@@ -147,11 +164,10 @@ class Trainer:
             with self.world.accumulating(self.loss, last=i == self.config.grad_accum - 1):
                 with record_function("forward"), self.autocast():
                     loss, state = self.loss(ids, targets, state)
+                # Gradients add up over the parts, so each has its share of the mean.
+                share = self.model.loss_weight / self.config.grad_accum
                 with record_function("backward"):
-                    (
-                        self.scaler.scale
-                        * (loss * (self.model.loss_weight / self.config.grad_accum))
-                    ).backward()
+                    (self.scaler.scale * (loss * share)).backward()
             total += loss.detach() / self.config.grad_accum
             if self.config.decompose_bypass_cross_window:
                 # a CUDA graph's output lives until the next step alone
@@ -161,6 +177,8 @@ class Trainer:
                 name: p for name, p in self.model.named_parameters() if p.grad is not None
             }
             self.named_gradients = list(with_gradients)
+            # Of the true gradients: the loss scale is divided out of the norms, which are few, and
+            # out of the gradients by the optimizers' own pass.
             norms = self.world.gradient_norms(list(with_gradients.values())) / self.scaler.scale
             norm = torch.linalg.vector_norm(norms)
         with record_function("optimizer"):
@@ -194,6 +212,7 @@ class Trainer:
             self.record.say(
                 f"no CUDA graph, training goes on without: {str(error).strip().splitlines()[0]}"
             )
+            # What was captured so far has left gradients that no step has computed.
             self.model.zero_grad(set_to_none=True)
 
     def note_gradients(self, norms: Tensor) -> None:
@@ -212,6 +231,7 @@ class Trainer:
         good = clipped_step(
             self.model, self.optimizers, norm, self.config.grad_clip, self.scaler.scale
         )
+        # After the step, whose gradients are divided by the scale that they were made with.
         self.scaler.update(good)
         self.carried = [state and state.reset((~good).expand(state.rows)) for state in self.carried]
 
@@ -220,28 +240,26 @@ class Trainer:
         left out. On a GPU it is one step late, so that the host prepares a step while the device
         computes the one before."""
         while len(self.unchecked) > late:
+            # The oldest first, so that steps are counted and told in their order.
             step, names, norms, event = self.unchecked.pop(0)
             if event:
                 event.synchronize()
             if torch.linalg.vector_norm(norms).isfinite():
                 self.bad_in_a_row = 0
+            # Overflows are how fp16 finds its scale; below 1 it is no matter of the scale any more.
             elif self.scaler.enabled and self.scaler.scale >= 1:
                 self.record.say(
                     f"step {step} skipped: fp16 overflow, loss scale lowered to"
                     f" {self.scaler.scale.item():g}"
                 )
             else:
-                self.count_bad(
-                    step,
-                    next(
-                        (
-                            n
-                            for n, x in zip(names, norms.tolist(), strict=True)
-                            if not math.isfinite(x)
-                        ),
-                        "all",
-                    ),
+                bad = (
+                    name
+                    for name, norm in zip(names, norms.tolist(), strict=True)
+                    if not math.isfinite(norm)
                 )
+                # "all": each norm is finite, and the square of one is beyond all numbers
+                self.count_bad(step, next(bad, "all"))
 
     def count_bad(self, step: int, first: str) -> None:
         self.skipped += 1
@@ -259,14 +277,18 @@ class Trainer:
     def validation_nats(self, tokens: Tensor) -> float:
         """Mean nats per token of a fixed stretch, in whole windows, the way training sees text."""
         self.model.eval()
-        block, batch = self.config.block_size, self.config.micro_batch_size
+        block = self.config.block_size
         windows = max(1, (len(tokens) - 1) // block)
-        length = min(block, len(tokens) - 1)
+        length = min(block, len(tokens) - 1)  # a text shorter than a window is one window
         ids = tokens[: windows * length].view(windows, length)
         targets = tokens[1 : windows * length + 1].view(windows, length)
-        parts, (rank, size) = torch.arange(windows).split(batch), (self.world.rank, self.world.size)
+        parts = torch.arange(windows).split(self.config.micro_batch_size)
+        rank = self.world.rank
+        size = self.world.size
+        # float64: a sum of thousands of losses would lose digits that a best checkpoint turns on
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        # as many passes in each process
+        # As many passes in each process, since FSDP's gather their weights together: what is beyond
+        # the last part is the last part again, and not counted.
         for i in range(rank, math.ceil(len(parts) / size) * size, size):
             rows = parts[min(i, len(parts) - 1)]
             with self.autocast():
@@ -275,6 +297,9 @@ class Trainer:
         self.world.forget_gathered(self.model)
         return self.world.sum(total).item() / windows
 
+    # ===== Saving and restoring
+
+    # numbers of the run that a save holds beside its tensors, by their names here
     COUNTERS = (
         "step",
         "best",
@@ -299,7 +324,9 @@ class Trainer:
         self.check_steps(late=0)
         if self.saved_step == self.step:
             return
-        path, world = self.record.folder / LATEST, self.world
+        path = self.record.folder / LATEST
+        world = self.world
+        # of all processes together, so that another number of them can go on
         carried = [
             state and [{k: world.rows_of_all(t) for k, t in b.items()} for b in state.blocks]
             for state in self.carried
@@ -308,6 +335,7 @@ class Trainer:
         values |= {
             "scaler": self.scaler.state_dict(),
             "carried": carried,
+            # Lines that are appended after this save are cut off when the run goes on from it.
             "lengths": self.record.lengths(),
         }
         shards = path.with_name(f"shards-{self.step}")
@@ -326,6 +354,7 @@ class Trainer:
 
     def write_save(self, values: dict[str, Any], path: Path, shards: Path) -> None:
         save_plain(values, path)
+        # Only now: until latest.pt is whole, the one before it and its shards are the save.
         if self.config.parallel == "fsdp":
             remove_other_shards(shards)
 
@@ -389,7 +418,7 @@ class Trainer:
         kinds |= {"step": int, "scaler": dict, "carried": list, "lengths": dict}
         kinds |= {"shards": int} if fsdp else {"model": dict, "optimizer": dict, "average": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
-        wrong += values.keys() - kinds.keys()
+        wrong += values.keys() - kinds.keys()  # more than we wrote is not ours
         if not wrong:
             wrong += ["scaler"] * (not self.scaler.takes(values["scaler"]))
             wrong += ["carried"] * (not self.fits(values["carried"]))
@@ -407,7 +436,7 @@ class Trainer:
                 f"{path}: was not saved by a run with this config.json: {wrong[0]} is not as it"
                 f" should be{hint}"
             )
-        if not fsdp:
+        if not fsdp:  # shards are checked one by one, as they are read
             own = self.tensors()
             check_tensors(values["model"], own["model"], path)
             check_tensors(values["average"], own["average"], path)
@@ -437,55 +466,7 @@ class Trainer:
         return len(found) == self.config.grad_accum and all(own in (None, shapes) for own in found)
 
 
-class Writer:
-    """Writes files of tensors, one at a time: from a GPU out of a copy in pinned memory, on a
-    thread of its own, since training can go on while some gigabytes go to a disk. A CPU's tensors
-    change under a thread, so there it writes at once."""
-
-    def __init__(self, device: str):
-        self.behind = device == "cuda"
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
-
-    def write(self, save: Callable[[Any], None], values: Any) -> None:
-        """Calls `save` with `values`, tensors in dicts and lists, as they are now. What goes wrong
-        on the thread is raised by the next call."""
-        self.finish()
-        if not self.behind:
-            save(values)
-            return
-        ready = on_host(values)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def work() -> None:
-            copied.synchronize()
-            try:
-                save(ready)
-            except Exception as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=work)
-        self.thread.start()
-
-    def finish(self) -> None:
-        """Waits until all is written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-
-
-def on_host(values: Any) -> Any:
-    """Tensors of a GPU as copies in pinned memory, in the same dicts and lists; they are whole once
-    the device got there."""
-    if isinstance(values, dict):
-        return {key: on_host(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [on_host(value) for value in values]
-    return values.to("cpu", non_blocking=True, copy=True) if isinstance(values, Tensor) else values
+# ===== What a step runs as
 
 
 class StepGraph:
@@ -496,6 +477,7 @@ class StepGraph:
     def __init__(self, trainer: Trainer, parts: list[tuple[Tensor, Tensor, State | None]]):
         """Captures the step that `trainer.compute` makes of parts like these; nothing is computed
         yet."""
+        # A graph reads where it was captured: each step's tokens are copied to these.
         self.parts = [(ids.clone(), targets.clone(), None) for ids, targets, _ in parts]
         torch.cuda.synchronize()
         # the graph has memory of its own, and what steps left behind is not for it
@@ -564,6 +546,7 @@ def compiled_loss(trainer: Trainer) -> Callable:
         trainer.record.say("not compiled: parallel fsdp gathers its weights block by block")
         return trainer.model.loss
     started = time.perf_counter()
+    # torch.compile itself only wraps; what fails does so in the first pass, so one is made here.
     compiled = torch.compile(trainer.model.loss, mode=trainer.config.compile_mode)
     try:
         trainer.model.train()
@@ -579,5 +562,5 @@ def compiled_loss(trainer: Trainer) -> Callable:
             f"not compiled, training goes on without: {str(error).strip().splitlines()[0]}"
         )
         compiled = trainer.model.loss
-    trainer.model.zero_grad(set_to_none=True)
+    trainer.model.zero_grad(set_to_none=True)  # the trial was no step
     return compiled
