@@ -378,6 +378,11 @@ class Config(BaseModel):
     save_minutes: float = option(
         5.0, "minutes between such saves; the first weights, the end and a stop are saved too", gt=0
     )
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none",
+        "where the figures go beside metrics.jsonl; each needs its package: pip install"
+        " '.[tensorboard]', '.[wandb]' or '.[trackio]'",
+    )
     eval_context: Literal["stream", "window"] = option(
         "stream", "context past block_size in final evaluations and samples"
     )

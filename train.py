@@ -3,6 +3,8 @@
     python train.py --config configs/quickstart.json
     python train.py --layers 4 --lr 0.005          # config.json, with keys overridden
     python train.py --resume logs/RUN              # goes on where a run was stopped or killed
+    python train.py --resume logs/RUN --max_steps 2000   # and further than it was to go
+    python train.py --init_from logs/RUN --dataset new/  # begins with trained weights
     python train.py --plan 8 --config FILE         # what it would need on 8 GPUs (see plan.py)
     python train.py --profile                      # a few steps, and where their time went
     torchrun --nproc_per_node=8 train.py           # several GPUs (see distributed.py)
@@ -19,6 +21,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,12 @@ from inference.sampling import sample_text
 from inference.scoring import bigram_nats, figures, score
 from training.distributed import World, join
 from training.loop import AVERAGE_FILE, Loop, StopRequest, hours
+from training.origin import Origin, check_vocabulary, config_from, read_origin
 from training.plan import check_memory, print_plan
 from training.profiling import peak_memory, profile_steps
 from training.record import Record
-from training.trainer import LATEST, Trainer
+from training.tracker import open_tracker, tracker_module
+from training.trainer import LATEST, SCHEDULE_KEYS, Trainer, schedule_of
 
 # ===== The end of a run
 
@@ -47,8 +52,7 @@ def finish(trainer: Trainer) -> None:
     the figures mean, and the end block. They are made once: of a run that has them they are printed
     again."""
     record = trainer.record
-    if made := record.metrics("result"):
-        result = {key: value for key, value in made[-1].items() if key not in ("kind", "step")}
+    if result := record.result_of(trainer.step):
         print("\n".join(closing_words(trainer, result) + figure_lines(result)))
         return
     model, _, tokenizer = load_model(record.folder, trainer.device)
@@ -178,6 +182,12 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--config", metavar="FILE", help="JSON file of keys and values [default config.json]")
     add("--resume", metavar="RUN_DIR", help="go on with the run in this folder")
+    add(
+        "--init_from",
+        metavar="CHECKPOINT",
+        help="begin with these weights, their network and tokenizer: a run directory, a"
+        " .safetensors file or an old .pt; keys that are not given are the checkpoint's",
+    )
     add("--plan", type=int, metavar="GPUS", help="print what a run on so many GPUs needs, and stop")
     add(
         "--memory",
@@ -194,27 +204,45 @@ def make_parser() -> Parser:
     return parser
 
 
-def read_arguments() -> tuple[Config, Path | None, argparse.Namespace]:
-    """The config that the command line asks for, the run to resume if any, and the other
-    options."""
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for."""
+
+    config: Config
+    folder: Path | None  # of the run to go on with
+    origin: Origin | None  # the weights that a new run begins with
+    options: argparse.Namespace  # --plan, --memory and --profile
+
+
+def read_arguments() -> Asked:
+    """What the command line asks for. Raises `InputError` where no run can be so."""
     args = make_parser().parse_args()
     given = given_options(args)
     if args.resume is None:
-        config = load_config(Path(args.config or "config.json"), **given)
+        origin = None
+        if args.init_from is None:
+            config = load_config(Path(args.config or "config.json"), **given)
+        else:
+            origin = read_origin(args.init_from)
+            config = config_from(origin, args.config, given)
         check_levels(config)
-        return config, None, args
+        return Asked(config, None, origin, args)
+    if args.init_from is not None:
+        raise InputError(
+            "init_from: a run that is resumed has weights of its own; give --resume or --init_from"
+        )
     folder = Path(args.resume)
     if not args.resume or not Record.is_run(folder):
         raise InputError(
             f"resume: {args.resume or 'an empty name'} is no folder that train.py made for a run;"
             " give one of those"
         )
-    return resumed_config(folder, args.config, given), folder, args
+    return Asked(resumed_config(folder, args.config, given), folder, None, args)
 
 
 def resumed_config(folder: Path, file: str | None, given: dict[str, Any]) -> Config:
-    """The config of the run in `folder`. Raises `InputError` where the config file or the keys
-    `given` on the command line ask for another one."""
+    """The config of the run in `folder`, with the schedule that the config file or the keys `given`
+    on the command line ask for. Raises `InputError` where they ask for more than that."""
     saved = load_config(folder / "config.json")
     asked = (
         load_config(file, **given)
@@ -224,53 +252,63 @@ def resumed_config(folder: Path, file: str | None, given: dict[str, Any]) -> Con
     # A run's paths are full ones, those of the command line may not be.
     asked = located(asked)
     before = located(saved)
-    changed = [key for key in Config.model_fields if getattr(asked, key) != getattr(before, key)]
+    changed = [
+        key
+        for key in Config.model_fields
+        if key not in SCHEDULE_KEYS and getattr(asked, key) != getattr(before, key)
+    ]
     if changed:
         raise InputError(
             f"resume: not as in {folder}/config.json: {', '.join(changed)}; leave them out, or"
-            " start a new run"
+            f" start a new run (only the schedule may change: {', '.join(SCHEDULE_KEYS)})"
         )
-    return saved
+    return saved.model_copy(update=schedule_of(asked))
 
 
 # ===== The run
 
 
 def main() -> None:
-    config, folder, options = read_arguments()
-    if options.plan is not None:
-        print_plan(config, options.plan, options.memory)
+    asked = read_arguments()
+    if asked.options.plan is not None:
+        print_plan(asked.config, asked.options.plan, asked.options.memory)
         return
-    with join(config) as world, contextlib.ExitStack() as held:
-        run(config, folder, world, held, profile=options.profile)
+    with join(asked.config) as world, contextlib.ExitStack() as held:
+        run(asked, world, held)
 
 
-def run(
-    config: Config, folder: Path | None, world: World, held: contextlib.ExitStack, profile: bool
-) -> None:
-    """Trains from the beginning, or goes on with the run in `folder`; process 0 alone writes, and
-    holds the run while `held` is open. A new run that fails before its first step leaves no
-    folder."""
+def run(asked: Asked, world: World, held: contextlib.ExitStack) -> None:
+    """Trains from the beginning, or goes on with a run; process 0 alone writes, and holds the run
+    while `held` is open. A new run that fails before its first step leaves no folder."""
+    folder = asked.folder
     resumed = folder is not None
     begun = resumed and (folder / LATEST).exists()
+    # What can be wrong is found before anything is made.
+    if world.rank == 0:
+        tracker_module(asked.config)
     if not resumed:
-        config = located(config)
-        check_source(config)
+        asked = replace(asked, config=located(asked.config))
+        check_source(asked.config)
     if world.rank == 0 and not resumed:
         # By an exception, as Ctrl-C is, so that the folder of a start that is stopped goes too.
         before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         held.callback(signal.signal, signal.SIGTERM, before)
-        folder = Record.create(config).folder
+        folder = Record.create(asked.config, asked.origin and asked.origin.note()).folder
     trainer = None
     try:
         record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
         if world.rank == 0:
             held.enter_context(record.locked())
             print(f"run: {record.folder}", flush=True)
-        trainer = start(config, record, world, resumed, begun)
-        if profile:
+        trainer = start(asked, record, world, begun)
+        if asked.options.profile:
             profile_steps(trainer)
             return
+        ended = trainer.step == trainer.total_steps and record.result_of(trainer.step) is not None
+        if world.rank == 0 and not ended:
+            record.tracker = open_tracker(asked.config, record.folder, trainer.step)
+            if record.tracker is not None:
+                held.callback(record.tracker.finish)
         with StopRequest() as stop:
             Loop(trainer, stop, sampler(trainer)).run()
     except BaseException:
@@ -291,11 +329,16 @@ def sampler(trainer: Trainer) -> Callable[[], str] | None:
     )
 
 
-def start(config: Config, record: Record, world: World, resumed: bool, begun: bool) -> Trainer:
+def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
     """All that comes before the first step: data, network and optimizers, and what a resumed run
     had, if it had `begun`."""
+    config = asked.config
+    resumed = asked.folder is not None
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():
+        # `run_corpus` encodes the text with the tokenizer that it finds in the folder.
+        if world.rank == 0 and asked.origin and asked.origin.tokenizer:
+            asked.origin.tokenizer.save(record.folder)
         # What a run that is refused would have in its log is not of the run, so a resumed one only
         # prints it.
         say = record.say if not resumed else print if world.rank == 0 else lambda line: None
@@ -306,10 +349,17 @@ def start(config: Config, record: Record, world: World, resumed: bool, begun: bo
         f" documents {corpus.separator}"
     )
     check_memory(config, corpus.vocab_size, world.device, world.size)
-    trainer = Trainer(config, record, corpus, world)
+    if asked.origin:
+        check_vocabulary(asked.origin, corpus.tokenizer)
+    trainer = Trainer(config, record, corpus, world, asked.origin)
+    if asked.origin:
+        record.say(f"begins with {asked.origin.file}, sha256 {asked.origin.sha256}")
+        # From now on the run has the weights, and goes on without the file.
+        trainer.save()
     if resumed:
         trainer.restore()
         record.say(f"resumed after step {trainer.step}")
+        trainer.change_schedule()
     count = sum(p.numel() for p in trainer.model.parameters())
     record.say(
         f"{count:,} parameters, vocabulary {corpus.vocab_size:,}, {trainer.total_steps:,} steps of"

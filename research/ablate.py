@@ -128,7 +128,7 @@ def latest_run(parent: Path) -> Path | None:
 def result_of(folder: Path | None) -> dict[str, Any] | None:
     """The figures at the end of a run; None for one that has not ended."""
     results = Record(folder).metrics("result") if folder else []
-    return results[0] if results else None
+    return results[-1] if results else None
 
 
 def check_same_text(folder: Path, config: Config) -> None:

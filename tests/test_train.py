@@ -412,8 +412,8 @@ def test_a_changed_config_on_resume_is_an_error_that_names_the_keys(
     settings, tmp_path, monkeypatch
 ):
     run(monkeypatch, "--config", settings(max_steps=2))
-    with pytest.raises(InputError, match="lr"):
-        run(monkeypatch, "--resume", only_run(tmp_path), "--lr", "0.5")
+    with pytest.raises(InputError, match=r"weight_decay.*only the schedule may change"):
+        run(monkeypatch, "--resume", only_run(tmp_path), "--weight_decay", "0.5")
 
 
 def test_a_finished_run_resumes_to_the_same_figures(settings, tmp_path, monkeypatch):
@@ -907,6 +907,7 @@ SAVES_OF_OTHERS = {
     "too many carried texts": lambda v: v | {"carried": v["carried"] * 2},
     "no step": lambda v: {key: value for key, value in v.items() if key != "step"},
     "a step beyond the run's end": lambda v: v | {"step": 99},
+    "no schedule of ours": lambda v: v | {"schedule": {"lr": 0.1}},
     "a length below 0": lambda v: v | {"lengths": {"metrics.jsonl": -1}},
     "another scaler": lambda v: v | {"scaler": {"scale": 1.0}},
     "a list": list,

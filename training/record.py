@@ -27,6 +27,7 @@ from common.command import InputError
 from common.figures import new_figure, plain, save_figure
 from common.files import check_regular, read_json, written_whole
 from config import Config, save_config
+from training.tracker import Tracker, numbers_of
 
 
 class Record:
@@ -38,13 +39,14 @@ class Record:
     def __init__(self, folder: Path, quiet: bool = False):
         self.folder = folder
         self.quiet = quiet  # of several processes all but the first, which write nothing
+        self.tracker: Tracker | None = None  # which gets the metrics too, once it is opened
         for name in self.APPENDED:
             check_regular(folder / name)  # a FIFO would be waited for
 
     @staticmethod
-    def create(config: Config) -> "Record":
+    def create(config: Config, origin: dict[str, str] | None = None) -> "Record":
         """Makes `<out_dir>/<dataset>_<date>_<time>/`; a name that another run has taken gets a
-        number."""
+        number. origin: path and sha256 of the weights that the run begins with, if any."""
         # A file or folder gives its last name, without a suffix; a named data set its name.
         name = (
             Path(config.dataset).stem
@@ -68,12 +70,11 @@ class Record:
                 ) from None
         else:
             raise InputError(f"out_dir: all names of {folder} are taken; give another folder")
+        values = environment() | ({"init_from": origin} if origin else {})
         try:
             with written_whole(folder / "env.json") as beside:
-                beside.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-            # the last: a folder that has it is whole
-            with written_whole(folder / "config.json") as beside:
-                save_config(config, beside)
+                beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            Record(folder).write_config(config)  # the last: a folder that has it is whole
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # what went wrong is what is to be said
             raise
@@ -88,6 +89,23 @@ class Record:
         except InputError:  # there is none, or it is something else
             return False
         return {"date", "command", "torch"} <= values.keys() and (folder / "config.json").is_file()
+
+    def write_config(self, config: Config) -> None:
+        """Writes config.json, whole or not at all."""
+        with written_whole(self.folder / "config.json") as beside:
+            save_config(config, beside)
+
+    def origin(self) -> str | None:
+        """The path of the weights that the run began with; None where it began with random ones.
+        Raises `InputError` where env.json is broken."""
+        path = self.folder / "env.json"
+        values = read_json(path)
+        if "init_from" not in values:
+            return None
+        note = values["init_from"]
+        if not (isinstance(note, dict) and isinstance(note.get("path"), str)):
+            raise InputError(f"{path}: init_from is not as train.py wrote it; restore the file")
+        return note["path"]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -142,6 +160,8 @@ class Record:
             for key, x in values.items()
         }
         self._append("metrics.jsonl", json.dumps(known, allow_nan=False) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(numbers_of(known), known["step"])
 
     def sample(self, step: int, text: str) -> None:
         self._append("samples.txt", f"--- step {step}\n{text}\n\n")
@@ -189,6 +209,19 @@ class Record:
             for values in read_metrics(self.folder / "metrics.jsonl")
             if values["kind"] in kinds
         ]
+
+    def result_of(self, step: int) -> dict[str, Any] | None:
+        """The figures of a run that ended with `step`; None where they are not made yet. A run that
+        has gone on after its end has those of the first end too."""
+        made = self.metrics("result")
+        if not made or made[-1].get("step") != step:
+            return None
+        return {key: value for key, value in made[-1].items() if key not in ("kind", "step")}
+
+    def ends_with_result(self, step: int) -> bool:
+        """Whether the run ended with `step`, and nothing was done since."""
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return bool(lines) and lines[-1]["kind"] == "result" and lines[-1].get("step") == step
 
     def has_lost_its_save(self, save_interval: int | None) -> bool:
         """Whether the run is further than its first save, so that one that finds no save must not

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, save_plain
-from common.command import InputError
+from common.command import InputError, shown
 from common.device import cpu_multiplies_bf16
-from config import Config
+from config import Config, load_config
 from data.order import total_steps, training_order
 from data.prepare import Corpus
 from layers.features import fill_features
@@ -36,6 +36,7 @@ from training.optimizers import (
     set_rate,
     state_tensors,
 )
+from training.origin import Origin, begin_with
 from training.record import Record
 from training.writer import Writer
 
@@ -44,6 +45,17 @@ LATEST = "latest.pt"
 # before a step becomes a CUDA graph: optimizers have made their states by then, kernels have been
 # chosen
 EAGER_STEPS = 3
+# Keys that say how far a run goes and at which rate. They may change when it goes on: the data, the
+# dropout and the state of the optimizers are the same whatever they say.
+SCHEDULE_KEYS = (
+    "max_steps",
+    "epochs",
+    "lr",
+    "min_lr",
+    "muon_lr",
+    "warmup_fraction",
+    "cooldown_fraction",
+)
 PATIENCE = 10  # steps in a row without a finite gradient before a run gives up
 
 
@@ -52,9 +64,16 @@ PATIENCE = 10  # steps in a row without a finite gradient before a run gives up
 
 class Trainer:
     """Everything that a step changes: weights, optimizers, scaler, carried state, best value; and
-    how to save it."""
+    how to save it. The weights begin with those of `origin`, else at random."""
 
-    def __init__(self, config: Config, record: Record, corpus: Corpus, world: World):
+    def __init__(
+        self,
+        config: Config,
+        record: Record,
+        corpus: Corpus,
+        world: World,
+        origin: Origin | None = None,
+    ):
         self.config = config
         self.record = record
         self.corpus = corpus
@@ -64,6 +83,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = build_model(config, corpus.vocab_size)
         fill_features(model, corpus.tokenizer)
+        # Before it is placed in shards, and before a moving average begins with its weights.
+        if origin is not None:
+            begin_with(model, origin)
         self.model = world.place(model)
         # Before the optimizers, which take the parameters: it exchanges the modules that have them.
         if config.amp_dtype == "fp8":
@@ -90,6 +112,7 @@ class Trainer:
         self.skipped = 0  # steps left out because a gradient was not finite
         self.bad_in_a_row = 0
         self.saved_step = -1  # the step of the last save; -1: none yet
+        self.schedule = schedule_of(config)  # that of the steps taken so far
         self.writer = Writer(self.device)
         self.loss = world.parallel_loss(
             self.model, compiled_loss(self) if config.compile else self.model.loss
@@ -319,10 +342,11 @@ class Trainer:
             "average": dict(self.average.average) if self.average else {},
         }
 
-    def save(self) -> None:
-        """Writes the whole state; a kill at any moment leaves the last whole one."""
+    def save(self, again: bool = False) -> None:
+        """Writes the whole state; a kill at any moment leaves the last whole one. A step that is
+        saved already is saved `again` only where that is asked for."""
         self.check_steps(late=0)
-        if self.saved_step == self.step:
+        if self.saved_step == self.step and not again:
             return
         path = self.record.folder / LATEST
         world = self.world
@@ -335,6 +359,7 @@ class Trainer:
         values |= {
             "scaler": self.scaler.state_dict(),
             "carried": carried,
+            "schedule": self.schedule,
             # Lines that are appended after this save are cut off when the run goes on from it.
             "lengths": self.record.lengths(),
         }
@@ -359,8 +384,8 @@ class Trainer:
             remove_other_shards(shards)
 
     def restore(self) -> None:
-        """Goes back to the state last saved, and cuts the logs back to it, unless they hold the
-        run's result: it has ended, and no step is done again. Without a save a run that was stopped
+        """Goes back to the state last saved, and cuts the logs back to it, unless the run has ended
+        there and they hold its result: no step is done again. Without a save a run that was stopped
         before its first one starts from the beginning; of any other it is missing, which raises
         `InputError`."""
         path = self.record.folder / LATEST
@@ -370,9 +395,18 @@ class Trainer:
                     f"resume: {path.parent} has results, but no {LATEST} to go on from; start a"
                     " new run"
                 )
+            if origin := self.record.origin():
+                raise InputError(
+                    f"resume: {path.parent} was stopped before it had the weights that it begins"
+                    f" with; start a new run with --init_from {origin}"
+                )
             self.record.cut_back({})
+            self.schedule = schedule_of(load_config(path.with_name("config.json")))
             return
         values = load_plain(path)
+        # Saves of before the schedule could change have none: it is the config's.
+        if "schedule" not in values:
+            values["schedule"] = schedule_of(load_config(path.with_name("config.json")))
         self.check_saved(values, path)
         own = self.tensors()
         if self.config.parallel == "fsdp":
@@ -405,9 +439,36 @@ class Trainer:
         ]
         for name in self.COUNTERS:
             setattr(self, name, values[name])
+        self.schedule = values["schedule"]
         self.saved_step = self.step
-        if not self.record.metrics("result"):
+        if not self.record.ends_with_result(self.step):
             self.record.cut_back(values["lengths"])
+
+    def change_schedule(self) -> None:
+        """Where the config has another schedule than the steps so far had: says so, and makes it
+        that of the run. Killed at any moment, it leaves a run that goes on with the old schedule or
+        with the new one, and that has said so."""
+        new = schedule_of(self.config)
+        old = self.schedule
+        if new == old:
+            return
+        changed = [key for key in SCHEDULE_KEYS if new[key] != old[key]]
+        # Now the logs, with the result of a run that had ended, are what this save counts on, and
+        # whatever is appended until the next one would be cut off.
+        self.save(again=True)
+        if not self.record.quiet:
+            self.record.write_config(self.config)
+        words = ", ".join(f"{key} {shown(old[key])} -> {shown(new[key])}" for key in changed)
+        self.record.say(f"schedule changed after step {self.step}: {words}")
+        self.record.metric(
+            kind="schedule",
+            step=self.step,
+            before={key: old[key] for key in changed},
+            now={key: new[key] for key in changed},
+        )
+        self.schedule = new
+        self.save(again=True)
+        self.writer.finish()
 
     def check_saved(self, values: dict[str, Any], path: Path) -> None:
         """Raises `InputError` unless `values`, read from `path`, are what `save` writes in a run of
@@ -415,7 +476,7 @@ class Trainer:
         out or stretched to fit."""
         fsdp = self.config.parallel == "fsdp"
         kinds: dict[str, type | tuple] = dict.fromkeys(self.COUNTERS, (int, float))
-        kinds |= {"step": int, "scaler": dict, "carried": list, "lengths": dict}
+        kinds |= {"step": int, "scaler": dict, "carried": list, "lengths": dict, "schedule": dict}
         kinds |= {"shards": int} if fsdp else {"model": dict, "optimizer": dict, "average": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
         wrong += values.keys() - kinds.keys()  # more than we wrote is not ours
@@ -425,6 +486,9 @@ class Trainer:
             wrong += ["lengths"] * (
                 not all(isinstance(n, int) and n >= 0 for n in values["lengths"].values())
             )
+            wrong += ["schedule"] * (not is_schedule(values["schedule"]))
+        if not wrong:
+            self.check_end(values)
             wrong += ["step"] * (not 0 <= values["step"] <= self.total_steps)
         if wrong:
             hint = (
@@ -451,6 +515,15 @@ class Trainer:
                 number = isinstance(tensor, Tensor) and not tensor.dim()
                 check_tensor(key, tensor, torch.Size([]) if number else p.shape, p.dtype, path)
 
+    def check_end(self, values: dict[str, Any]) -> None:
+        """Raises `InputError` where the schedule has changed and leaves no step to take."""
+        changed = values["schedule"] != schedule_of(self.config)
+        if changed and values["step"] >= self.total_steps:
+            raise InputError(
+                f"resume: {values['step']:,} steps are taken, and the run would end after"
+                f" {self.total_steps:,}; give more max_steps or epochs"
+            )
+
     def fits(self, carried: list) -> bool:
         """Whether these are states to go on from, one for each micro batch of all processes, or
         None at the start."""
@@ -464,6 +537,18 @@ class Trainer:
         except (AttributeError, TypeError):  # no lists of dicts of tensors
             return False
         return len(found) == self.config.grad_accum and all(own in (None, shapes) for own in found)
+
+
+def schedule_of(config: Config) -> dict[str, float | None]:
+    """The keys of the schedule, with their values."""
+    return {key: getattr(config, key) for key in SCHEDULE_KEYS}
+
+
+def is_schedule(saved: dict[str, Any]) -> bool:
+    """Whether a save's schedule is what `schedule_of` makes."""
+    return saved.keys() == set(SCHEDULE_KEYS) and all(
+        value is None or isinstance(value, int | float) for value in saved.values()
+    )
 
 
 # ===== What a step runs as
