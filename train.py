@@ -40,7 +40,7 @@ from training.loop import AVERAGE_FILE, Loop, StopRequest, hours
 from training.origin import Origin, check_vocabulary, config_from, read_origin
 from training.plan import check_memory, print_plan
 from training.profiling import peak_memory, profile_steps
-from training.record import Record
+from training.record import Record, is_finite
 from training.tracker import open_tracker, tracker_module
 from training.trainer import LATEST, SCHEDULE_KEYS, Trainer, schedule_of
 
@@ -52,14 +52,17 @@ def finish(trainer: Trainer) -> None:
     the figures mean, and the end block. They are made once: of a run that has them they are printed
     again."""
     record = trainer.record
+    # Not any result: a run that has gone on after its end has one of the earlier end.
     if result := record.result_of(trainer.step):
         print("\n".join(closing_words(trainer, result) + figure_lines(result)))
         return
+    # The best weights, as the other commands will read them: not those of the last step.
     model, _, tokenizer = load_model(record.folder, trainer.device)
     result = final_figures(trainer, model) | {
         "tokenizer": tokenizer.name,
         "run_dir": str(record.folder),
     }
+    # Before the sample: the figures took long, and a prompt may be too much for the memory left.
     record.metric(kind="result", step=trainer.step, **result)
     config = trainer.config
     record.say(f"--- sample\n{sample_text(model, tokenizer, config, config.num_new_tokens)}\n---")
@@ -83,6 +86,7 @@ def final_figures(trainer: Trainer, model: nn.Module) -> dict[str, float | int |
     tokens_of_a_byte = (corpus.validation.n_tokens - 1) / corpus.validation.scored_bytes
     result["bigram_val_bits_per_byte"] = bigram * tokens_of_a_byte / math.log(2)
     tokens = trainer.step * trainer.tokens_per_step
+    # The speed is that of training alone, so that runs evaluated more or less often compare.
     # 1e-9 s: a run without a step took no time.
     trained = max(trainer.seconds - trainer.evaluation_seconds, 1e-9)
     result["tokens_per_second"] = round(tokens / trained, 1)
@@ -107,6 +111,7 @@ def split_figures(trainer: Trainer, model: nn.Module, prefix: str) -> dict[str, 
     stride = max(1, window // 2)  # each token but the first has half a window before it
     context = trainer.config.eval_context
     result = {}
+    # "val" and "test", as the tables of papers have them
     for short, split in (("val", trainer.corpus.validation), ("test", trainer.corpus.test)):
         nats = score(model, split.tokens, window, stride, context, trainer.device)
         values = figures(nats, split.n_tokens, split.scored_bytes, split.scored_words)
@@ -119,20 +124,17 @@ def closing_words(trainer: Trainer, result: dict[str, float | int | str]) -> lis
     """What a run came to, in three sentences, and the commands that one may want next. result: what
     the end block says."""
     corpus = trainer.corpus
-    folder = str(result["run_dir"])
-    bits = result["val_bits_per_byte"]
-    bigram = result["bigram_val_bits_per_byte"]
+    # Where the run is now: it may have been moved since its figures were made.
+    folder = str(trainer.record.folder)
     passes = result["training_tokens"] / corpus.train.n_tokens
-    beside = f"{abs(1 - bits / bigram):.0%} {'fewer' if bits < bigram else 'more'}"
+    # Quoted for a shell, since the lines are there to be copied.
     checkpoint = f"--checkpoint {shlex.quote(folder)}"
     prompt = shlex.quote(trainer.config.generation_prompt)
     return [
         f"Trained a network of {result['parameters']:,} parameters on {corpus.name} for"
         f" {result['steps']:,} steps of {trainer.tokens_per_step:,} tokens, {passes:.2f} times the"
         f" training text, in {hours(result['seconds'])}.",
-        f"On the validation text it needs {bits:.3f} bits per byte (what a byte of unseen text"
-        f" would take, compressed by it; 8 as it stands), {beside} than the {bigram:.3f} of a"
-        " bigram model, which guesses each token from the one before it alone.",
+        how_good(result["val_bits_per_byte"], result["bigram_val_bits_per_byte"]),
         f"Its weights, log, curves and samples lie in {folder}.",
         "To let it write, and to measure it on other text:",
         f"  python generate.py {checkpoint} --prompt {prompt}",
@@ -140,8 +142,22 @@ def closing_words(trainer: Trainer, result: dict[str, float | int | str]) -> lis
     ]
 
 
+def how_good(bits: float | None, bigram: float) -> str:
+    """What `bits` per byte of validation mean, in a sentence; bigram: those of a bigram model."""
+    # A loss beyond all numbers is null in metrics.jsonl, and has nothing to compare.
+    if not is_finite(bits):
+        return "Its loss on the validation text is not finite; lower lr, or set use_amp to false."
+    beside = f"{abs(1 - bits / bigram):.0%} {'fewer' if bits < bigram else 'more'}"
+    return (
+        f"On the validation text it needs {bits:.3f} bits per byte (what a byte of unseen text"
+        f" would take, compressed by it; 8 as it stands), {beside} than the {bigram:.3f} of a"
+        " bigram model, which guesses each token from the one before it alone."
+    )
+
+
 def figure_lines(result: dict[str, float | int | str]) -> list[str]:
     """The end block: a line `key: value` for each figure."""
+    # Six digits after the point tell any two losses apart; counts have none.
     return [
         (
             f"{key}: {value:.6f}"
@@ -212,11 +228,13 @@ class Asked:
     folder: Path | None  # of the run to go on with
     origin: Origin | None  # the weights that a new run begins with
     options: argparse.Namespace  # --plan, --memory and --profile
+    schedule: dict[str, float | None] | None = None  # of a run to go on with, as it was
 
 
 def read_arguments() -> Asked:
     """What the command line asks for. Raises `InputError` where no run can be so."""
     args = make_parser().parse_args()
+    # "is None" below: an empty name is a mistake, and is not to be taken for none.
     given = given_options(args)
     if args.resume is None:
         origin = None
@@ -237,13 +255,16 @@ def read_arguments() -> Asked:
             f"resume: {args.resume or 'an empty name'} is no folder that train.py made for a run;"
             " give one of those"
         )
-    return Asked(resumed_config(folder, args.config, given), folder, None, args)
-
-
-def resumed_config(folder: Path, file: str | None, given: dict[str, Any]) -> Config:
-    """The config of the run in `folder`, with the schedule that the config file or the keys `given`
-    on the command line ask for. Raises `InputError` where they ask for more than that."""
+    # Read once, by all processes before they meet: process 0 may write another one soon.
     saved = load_config(folder / "config.json")
+    config = resumed_config(saved, folder, args.config, given)
+    return Asked(config, folder, None, args, schedule_of(saved))
+
+
+def resumed_config(saved: Config, folder: Path, file: str | None, given: dict[str, Any]) -> Config:
+    """The config `saved` of the run in `folder`, with the schedule that the config file or the keys
+    `given` on the command line ask for. Raises `InputError` where they ask for more than that."""
+    # A config file says all keys: those that it leaves out are at their defaults, as in a new run.
     asked = (
         load_config(file, **given)
         if file
@@ -262,6 +283,7 @@ def resumed_config(folder: Path, file: str | None, given: dict[str, Any]) -> Con
             f"resume: not as in {folder}/config.json: {', '.join(changed)}; leave them out, or"
             f" start a new run (only the schedule may change: {', '.join(SCHEDULE_KEYS)})"
         )
+    # The paths stay as the run has them, since its token files go by them.
     return saved.model_copy(update=schedule_of(asked))
 
 
@@ -270,7 +292,7 @@ def resumed_config(folder: Path, file: str | None, given: dict[str, Any]) -> Con
 
 def main() -> None:
     asked = read_arguments()
-    if asked.options.plan is not None:
+    if asked.options.plan is not None:  # before a process joins others, or looks for a GPU
         print_plan(asked.config, asked.options.plan, asked.options.memory)
         return
     with join(asked.config) as world, contextlib.ExitStack() as held:
@@ -299,11 +321,13 @@ def run(asked: Asked, world: World, held: contextlib.ExitStack) -> None:
         record = Record(Path(world.told(str(folder))), quiet=world.rank > 0)
         if world.rank == 0:
             held.enter_context(record.locked())
+            # The first line of the output, at once: scripts read it to find the run.
             print(f"run: {record.folder}", flush=True)
         trainer = start(asked, record, world, begun)
         if asked.options.profile:
             profile_steps(trainer)
             return
+        # An ended run only prints its figures again, and has nothing to send.
         ended = trainer.step == trainer.total_steps and record.result_of(trainer.step) is not None
         if world.rank == 0 and not ended:
             record.tracker = open_tracker(asked.config, record.folder, trainer.step)
@@ -334,6 +358,7 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
     had, if it had `begun`."""
     config = asked.config
     resumed = asked.folder is not None
+    # "high" lets a GPU multiply fp32 in TF32: fractions of 10 bits in place of 23, much faster.
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     with world.first_alone():
         # `run_corpus` encodes the text with the tokenizer that it finds in the folder.
@@ -348,6 +373,7 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
         f" {corpus.validation.n_bytes:,} of validation, {corpus.test.n_bytes:,} of test; between"
         f" documents {corpus.separator}"
     )
+    # Only now, since the vocabulary may be most of the network.
     check_memory(config, corpus.vocab_size, world.device, world.size)
     if asked.origin:
         check_vocabulary(asked.origin, corpus.tokenizer)
@@ -357,9 +383,10 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
         # From now on the run has the weights, and goes on without the file.
         trainer.save()
     if resumed:
-        trainer.restore()
+        trainer.restore(asked.schedule)
         record.say(f"resumed after step {trainer.step}")
-        trainer.change_schedule()
+        if not asked.options.profile:  # which takes steps for the clock alone
+            trainer.change_schedule()
     count = sum(p.numel() for p in trainer.model.parameters())
     record.say(
         f"{count:,} parameters, vocabulary {corpus.vocab_size:,}, {trainer.total_steps:,} steps of"

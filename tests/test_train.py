@@ -124,6 +124,13 @@ def test_time_is_shown_in_hours_minutes_and_seconds(seconds, shown):
     assert hours(seconds) == shown
 
 
+def test_the_words_at_the_end_say_so_where_a_run_is_no_good():
+    assert "27% more than the 4.000 of a bigram" in train_module.how_good(5.08, 4.0)
+    assert "50% fewer than the 4.000 of a bigram" in train_module.how_good(2.0, 4.0)
+    for value in (None, math.nan, math.inf):
+        assert train_module.how_good(value, 4.0).startswith("Its loss on the validation text is")
+
+
 def test_the_help_has_one_line_of_usage(capsys):
     with pytest.raises(SystemExit):
         train_module.make_parser().parse_args(["--help"])

@@ -87,6 +87,7 @@ class Loop:
         the exit code of the signal."""
         trainer = self.trainer
         config = trainer.config
+        # For a person who waits; the log lines are printed above it.
         progress = tqdm(
             total=trainer.total_steps,
             initial=trainer.step,
@@ -109,6 +110,7 @@ class Loop:
         progress.close()
         if stopping:
             trainer.save()
+        # What goes wrong in a write behind is raised here, and not lost with the process.
         trainer.writer.finish()
         if stopping:
             trainer.record.say(
@@ -126,6 +128,7 @@ class Loop:
         nats = trainer.world.mean(torch.stack(self.losses).mean()).item()
         now = time.perf_counter()
         speed = (step - self.logged_step) * trainer.tokens_per_step / (now - self.logged_at)
+        # At the present speed, without the evaluations that are still to come.
         left = (trainer.total_steps - step) * trainer.tokens_per_step / speed
         rate = learning_rate(step - 1, trainer.total_steps, trainer.config)
         measured, words = self.measured(speed)
@@ -231,6 +234,7 @@ class Loop:
         last_chance = step == trainer.total_steps and math.isinf(best)
         if not ((nats < best and wanted) or last_chance):
             return best
+        # All processes take part in gathering shards, one of them writes.
         tensors = trainer.world.whole(own_tensors(trainer.model))
         if trainer.world.rank == 0:
             trainer.writer.write(

@@ -82,6 +82,7 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         # torch before 2.13 has a fused Adagrad kernel for CUDA, but its optimizer asks for a CPU
         # all the same.
         optimizers[-1]._need_device_dtype_check_for_fused = False
+    # One that is in no group would never learn, and nothing else would say so.
     check_groups(named, optimizers)
     return optimizers
 
@@ -117,6 +118,7 @@ class BatchedMuon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
+            # All of one shape lie in one tensor, up to what the memory takes at a time.
             for shape, same in shapes.items():
                 each = max(1, self.AT_ONCE // shape.numel())
                 for i in range(0, len(same), each):
@@ -182,6 +184,7 @@ def put_rates_on(device: torch.device, optimizers: list[torch.optim.Optimizer]) 
     """Has every group's learning rate, and what else a step reads, lie on `device`, so that a CUDA
     graph can take the step."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        # A number would be baked into the graph, and stay at its first step's.
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         if "capturable" in group:
             group["capturable"] = True

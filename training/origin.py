@@ -144,9 +144,11 @@ def check_vocabulary(origin: Origin, tokenizer: Tokenizer) -> None:
 
 
 def begin_with(model: nn.Module, origin: Origin) -> None:
-    """Gives `model`, whole and on the CPU, the weights of `origin`. Raises `InputError` where they
-    do not fit."""
+    """Gives `model`, whole and on the CPU, the weights of `origin`, which has none from then on.
+    Raises `InputError` where they do not fit."""
     own = own_tensors(model)
     check_tensors(origin.tensors, own, origin.file)
     for name, tensor in own.items():
         tensor.detach().copy_(origin.tensors[name])
+    # The options of a command live as long as it runs: gigabytes are not to.
+    origin.tensors.clear()

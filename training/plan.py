@@ -70,11 +70,12 @@ def memory_of(device: str) -> int | None:
     say (Windows)."""
     if device == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
+    if not hasattr(os, "sysconf"):  # Windows
         return None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a Linux container: a number, or "max"
     text = limit.read_text().strip() if limit.is_file() else ""
+    # A container's limit ends the process before the machine's memory is full.
     return min(memory, int(text)) if text.isdecimal() else memory
 
 
@@ -93,6 +94,7 @@ def check_memory(config: Config, vocab_size: int, device: str, processes: int) -
     )
     tokens = config.micro_batch_size // processes * config.block_size
     blocks = config.loop_iterations * (1 if config.gradient_checkpointing else config.applications)
+    # 2 bytes a number: under autocast the stream is in bf16. In fp32 it takes twice as much.
     needed = fixed + 2 * tokens * config.C * blocks
     there = memory_of(device)
     if there is not None and needed > there:

@@ -34,6 +34,7 @@ class Record:
     """Writes a run's folder. `Record.create` makes a new one, `Record(folder)` goes on with one
     that is there."""
 
+    # files that grow; all others are written whole
     APPENDED = ("log.txt", "metrics.jsonl", "samples.txt")
 
     def __init__(self, folder: Path, quiet: bool = False):
@@ -150,7 +151,7 @@ class Record:
         first, since a terminal may be gone."""
         if not self.quiet:
             self._append("log.txt", line + "\n")
-            tqdm.write(line)
+            tqdm.write(line)  # which moves a bar out of the way
             sys.stdout.flush()
 
     def metric(self, **values: Any) -> None:
@@ -163,6 +164,7 @@ class Record:
         if self.tracker is not None:
             self.tracker.log(numbers_of(known), known["step"])
 
+    # Texts have line ends of their own, so a mark tells where each begins.
     def sample(self, step: int, text: str) -> None:
         self._append("samples.txt", f"--- step {step}\n{text}\n\n")
 
@@ -232,6 +234,7 @@ class Record:
         # of the weights or of their average
         weights = any(self.folder.glob("*_model.safetensors"))
         by_steps = save_interval is not None
+        # By steps a save is due at every interval; by time nobody knows when the first was due.
         further = steps > save_interval if by_steps else weights
         return further or any(line["kind"] == "result" for line in lines) or (weights and not lines)
 
@@ -241,6 +244,7 @@ class Record:
             return
         figure = new_figure()
         axes = figure.subplots()
+        # Losses of training are of one batch each, and jump: they stand back behind the others.
         for kind, style in (
             ("train", {"alpha": 0.6, "linewidth": 1}),
             ("validation", {"marker": "o", "markersize": 3}),
@@ -254,7 +258,7 @@ class Record:
                 axes.plot(*zip(*points, strict=True), label=kind, **style)
         axes.set(xlabel="step", ylabel="bits per byte", title=plain(self.folder.name))
         axes.grid(alpha=0.3)
-        if axes.lines:
+        if axes.lines:  # matplotlib warns of an empty legend
             axes.legend()
         save_figure(figure, self.folder / "curves.png")
 
@@ -290,6 +294,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, 1):
         try:
             values = json.loads(line)
+        # ValueError is all of JSON's errors, and a number of too many digits
         except (ValueError, RecursionError):
             values = None
         if not (isinstance(values, dict) and isinstance(values.get("kind"), str)):

@@ -43,6 +43,7 @@ class TensorBoard:
         purge = step + 1 if step else None
         self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
+    # Event files are written by a thread, at least every two minutes.
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
@@ -88,6 +89,7 @@ def tracker_module(config: Config) -> ModuleType | None:
     name = config.tracker
     if name == "none":
         return None
+    # Imported late: each takes seconds, and is no part of what the project needs.
     try:
         return importlib.import_module(MODULES[name])
     except ImportError:
@@ -118,6 +120,7 @@ def run_id(folder: Path) -> str:
         return kept
     # Services take no / \ # ? % : in an id, and not more than 128 characters.
     name = re.sub(r"[^\w.-]+", "-", folder.name)[:64]
+    # Random, since two machines may make folders of one name in one project.
     made = f"{name}-{secrets.token_hex(4)}"
     write_whole(path, (json.dumps({"id": made}) + "\n").encode())
     return made

@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, save_plain
 from common.command import InputError, shown
 from common.device import cpu_multiplies_bf16
-from config import Config, load_config
+from config import Config
 from data.order import total_steps, training_order
 from data.prepare import Corpus
 from layers.features import fill_features
@@ -383,11 +383,13 @@ class Trainer:
         if self.config.parallel == "fsdp":
             remove_other_shards(shards)
 
-    def restore(self) -> None:
+    def restore(self, before: dict[str, float | None] | None = None) -> None:
         """Goes back to the state last saved, and cuts the logs back to it, unless the run has ended
         there and they hold its result: no step is done again. Without a save a run that was stopped
         before its first one starts from the beginning; of any other it is missing, which raises
-        `InputError`."""
+        `InputError`. before: the schedule that the run's config.json had when this process began;
+        None for that of the config."""
+        before = before or self.schedule
         path = self.record.folder / LATEST
         if not path.exists():
             if self.record.has_lost_its_save(self.config.save_interval):
@@ -401,12 +403,12 @@ class Trainer:
                     f" with; start a new run with --init_from {origin}"
                 )
             self.record.cut_back({})
-            self.schedule = schedule_of(load_config(path.with_name("config.json")))
+            self.schedule = before
             return
         values = load_plain(path)
-        # Saves of before the schedule could change have none: it is the config's.
+        # Saves of before the schedule could change have none: it is config.json's.
         if "schedule" not in values:
-            values["schedule"] = schedule_of(load_config(path.with_name("config.json")))
+            values["schedule"] = before
         self.check_saved(values, path)
         own = self.tensors()
         if self.config.parallel == "fsdp":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import train as train_module
 from checkpoint import load_tensors, save_original
 from common.command import InputError
 from config import make_config
+from data.tokenizer import ByteTokenizer
 from quantize import main as quantize_main
+from training.origin import check_vocabulary, read_origin
 from training.record import read_metrics
 from training.trainer import Trainer
 
@@ -64,7 +67,7 @@ def test_a_run_from_weights_has_their_network_and_tokenizer_and_says_where_they_
     monkeypatch.setattr(Trainer, "save", noted)
     folder = begin(trained, "--lr", "0.001")
     file = trained / "best_model.safetensors"
-    weights = load_tensors(file)
+    weights = load_tensors(file)  # which the run has left as they were
     assert weights.keys() == first.keys()
     assert all(torch.equal(weights[name], first[name]) for name in weights)
     config = json.loads((folder / "config.json").read_text())
@@ -176,6 +179,14 @@ def test_a_run_from_weights_is_resumed_without_them_from_its_first_moment(
         run(monkeypatch, "--resume", folder)
 
 
+def test_weights_of_another_vocabulary_than_the_tokenizers_are_one_line(trained):
+    origin = replace(read_origin(str(trained)), vocab_size=300, tokenizer=None)
+    check_vocabulary(replace(origin, vocab_size=256), ByteTokenizer())
+    with pytest.raises(InputError, match=r"tokenizer: bytes has 256 tokens.* know 300") as caught:
+        check_vocabulary(origin, ByteTokenizer())
+    assert "\n" not in str(caught.value)
+
+
 # ===== On another schedule
 
 
@@ -255,6 +266,21 @@ def test_a_schedule_that_leaves_no_step_is_one_line_and_changes_nothing(
         run(monkeypatch, "--resume", finished, *options)
     assert "\n" not in str(caught.value)
     assert [(finished / name).read_bytes() for name in names] == before
+
+
+def test_a_run_stopped_before_its_first_save_begins_with_the_changed_schedule(
+    finished, monkeypatch
+):
+    # As a kill leaves it before its first save: lines of steps, no state, no weights.
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (finished / "metrics.jsonl").write_text(lines[0])
+    (finished / "latest.pt").unlink()
+    (finished / "best_model.safetensors").unlink()
+    run(monkeypatch, "--resume", finished, "--lr", "0.02")
+    assert json.loads((finished / "config.json").read_text())["lr"] == 0.02
+    (line,) = metrics(finished, "schedule")
+    assert (line["step"], line["before"], line["now"]) == (0, {"lr": 0.01}, {"lr": 0.02})
+    assert [line["step"] for line in metrics(finished, "train")] == [1, 2, 3, 4]
 
 
 def test_a_save_of_before_schedules_could_change_goes_on_with_its_config(finished, monkeypatch):

@@ -3,16 +3,16 @@ services' modules."""
 
 import json
 import math
-import subprocess
 import sys
 import types
 
 import pytest
-from helpers import ROOT, run
+from helpers import run
 
 from common.command import InputError
+from config import Config
 from training.record import Record, read_metrics
-from training.tracker import ID_FILE, numbers_of, run_id
+from training.tracker import ID_FILE, numbers_of, open_tracker, run_id
 from training.trainer import Trainer
 
 
@@ -137,14 +137,15 @@ def test_a_service_that_cannot_begin_is_one_line_and_leaves_no_folder(
     assert not list((tmp_path / "logs").iterdir())
 
 
-def test_nothing_is_imported_for_no_tracker():
-    code = (
-        "import sys, train; from training.tracker import open_tracker; from config import Config;"
-        " assert open_tracker(Config(), None, 0) is None;"
-        " print({'wandb', 'trackio', 'tensorboard'} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
+def test_nothing_is_imported_for_no_tracker(tmp_path, monkeypatch):
+    def imported(name):
+        raise AssertionError(f"{name} is imported")
+
+    monkeypatch.setattr("training.tracker.importlib.import_module", imported)
+    assert open_tracker(Config(), tmp_path, 0) is None
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(AssertionError, match="wandb is imported"):
+        open_tracker(Config(tracker="wandb"), tmp_path, 0)
 
 
 def test_an_id_is_made_once_and_has_no_characters_that_services_refuse(tmp_path):
