@@ -4,11 +4,13 @@ Every line of metrics.jsonl goes there too, under its step: numbers as `kind/nam
 train/loss, validation/bits_per_byte and result/val_bits_per_byte. Nothing is imported for
 `tracker: none`. A run that is gone on with keeps its place there: its id is in its folder."""
 
+import contextlib
 import importlib
 import json
 import math
 import re
 import secrets
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -68,8 +70,10 @@ class Service:
             options |= {"id": run_id(folder), "name": folder.name, "dir": str(folder)}
         else:
             options["name"] = run_id(folder)  # Trackio has no ids beside names
+        self.module = module
         try:
-            self.run = module.init(**options)
+            with aside():
+                self.run = module.init(**options)
         except Exception as error:  # each service has errors of its own: no network, no login, …
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
@@ -80,7 +84,16 @@ class Service:
         self.run.log(values, step=step)
 
     def finish(self) -> None:
-        self.run.finish()
+        # The module's `finish`, after which no run is the present one: at the end of the process
+        # Trackio finishes the present run, even where it was finished by its own `finish`.
+        with aside():
+            self.module.finish()
+
+
+def aside() -> contextlib.AbstractContextManager:
+    """Within it, what a service prints goes to stderr: the output of a run ends with its block of
+    figures, which programs read."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def tracker_module(config: Config) -> ModuleType | None:
@@ -92,9 +105,9 @@ def tracker_module(config: Config) -> ModuleType | None:
     # Imported late: each takes seconds, and is no part of what the project needs.
     try:
         return importlib.import_module(MODULES[name])
-    except ImportError:
+    except ImportError as error:  # of the package, or of one that it needs
         raise InputError(
-            f"tracker: {name} is not installed; pip install '.[{name}]', or take none"
+            f"tracker: {name} is not installed ({error}); pip install '.[{name}]', or take none"
         ) from None
 
 

@@ -9,10 +9,16 @@ import torch
 from helpers import ROOT, SMALL, run, save_byte_run
 
 import train as train_module
-from checkpoint import load_tensors, save_original
+from checkpoint import load_model, load_tensors, save_model, save_original
 from common.command import InputError
-from config import make_config
-from data.tokenizer import ByteTokenizer
+from config import make_config, save_config
+from data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from model import build_model
 from quantize import main as quantize_main
 from training.origin import check_vocabulary, read_origin
 from training.record import read_metrics
@@ -85,12 +91,28 @@ def test_a_run_from_weights_has_their_network_and_tokenizer_and_says_where_they_
     )
 
 
+def test_the_new_text_is_encoded_with_the_tokenizer_of_the_weights(tmp_path, begin):
+    folder = tmp_path / "words"
+    folder.mkdir()
+    other = "".join(f"Row {i} of {i % 9} rowing rows.\n" for i in range(300))
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(iter([other]), 300), "test")
+    values = SMALL | {"dataset": "elsewhere.txt", "tokenizer": "sentencepiece", "vocab_size": 300}
+    config = make_config(values | {"layers": 1, "C": 8}, "test")
+    save_model(build_model(config, 300), folder / "best_model.safetensors")
+    save_config(config, folder / "config.json")
+    tokenizer.save(folder)
+    begun = begin(folder)
+    kept = json.loads((begun / "data.json").read_text())["tokenizer"]
+    assert kept == {"name": "sentencepiece-300", "fingerprint": tokenizer.fingerprint}
+    assert load_tokenizer(begun).fingerprint == tokenizer.fingerprint
+    with pytest.raises(InputError, match="vocab_size: 400, but the weights in .* have 300"):
+        begin(folder, "--vocab_size", 400)
+
+
 @pytest.mark.parametrize("kind", ["file", "old"])
 def test_a_run_begins_with_a_safetensors_file_or_an_old_pt_too(kind, trained, begin, tmp_path):
     checkpoint = trained / "best_model.safetensors"
     if kind == "old":
-        from checkpoint import load_model
-
         model, _, tokenizer = load_model(trained)
         (tmp_path / "old").mkdir()
         save_original(model, tmp_path / "old")

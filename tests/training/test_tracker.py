@@ -44,6 +44,7 @@ class Service(types.ModuleType):
     def init(self, *, project, config, resume, name=None, id=None, dir=None):
         self.begun.append({"project": project, "resume": resume, "name": name, "id": id})
         self.config = config
+        print("initialised")
         return self
 
     def log(self, values, step):
@@ -51,6 +52,7 @@ class Service(types.ModuleType):
 
     def finish(self):
         self.finished += 1
+        print("uploading")
 
 
 @pytest.fixture(params=["wandb", "trackio"])
@@ -61,7 +63,7 @@ def service(request, monkeypatch):
 
 
 def test_a_service_gets_all_figures_with_their_steps_and_one_id_over_a_resume(
-    service, settings, tmp_path, monkeypatch
+    service, settings, tmp_path, monkeypatch, capsys
 ):
     take_step = Trainer.take_step
 
@@ -78,6 +80,8 @@ def test_a_service_gets_all_figures_with_their_steps_and_one_id_over_a_resume(
     folder = the_run(tmp_path)
     assert service.finished == 1  # whatever ends the run
     run(monkeypatch, "--resume", folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"run_dir: {folder}" and not {"initialised", "uploading"} & set(lines)
     assert service.logged == sent(folder)
     for part in ("train/loss", "train/lr", "train/tokens_per_second", "validation/bits_per_byte"):
         assert (8, part) in service.logged
