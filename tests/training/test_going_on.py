@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -212,12 +213,24 @@ def test_weights_of_another_vocabulary_than_the_tokenizers_are_one_line(trained)
 # ===== On another schedule
 
 
-@pytest.fixture
-def finished(settings, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
     """The folder of a run that has ended after four steps."""
-    run(monkeypatch, "--config", settings(max_steps=4))
-    (folder,) = (tmp_path / "logs").iterdir()
+    place = tmp_path_factory.mktemp("ended")
+    (place / "text.txt").write_text(NEW_TEXT, encoding="utf-8")
+    values = {"dataset": "text.txt", "out_dir": "logs", "cache_dir": "cache", "max_steps": 4}
+    values |= {key: str(place / values[key]) for key in ("dataset", "out_dir", "cache_dir")}
+    (place / "keys.json").write_text(json.dumps(SMALL | values))
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "--config", place / "keys.json")
+    (folder,) = (place / "logs").iterdir()
     return folder
+
+
+@pytest.fixture
+def finished(ended, tmp_path):
+    """A copy of it that a test may go on with."""
+    return shutil.copytree(ended, tmp_path / "finished")
 
 
 def test_a_finished_run_goes_on_with_a_changed_schedule_and_keeps_its_old_result(
