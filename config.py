@@ -378,6 +378,11 @@ class Config(BaseModel):
     save_minutes: float = option(
         5.0, "minutes between such saves; the first weights, the end and a stop are saved too", gt=0
     )
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none",
+        "where the figures go beside metrics.jsonl; each needs its package: pip install"
+        " '.[tensorboard]', '.[wandb]' or '.[trackio]'",
+    )
     eval_context: Literal["stream", "window"] = option(
         "stream", "context past block_size in final evaluations and samples"
     )
@@ -661,15 +666,20 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def add_config_options(parser: Parser) -> None:
-    """Adds an option `--KEY VALUE` for every key, with its meaning and default, in sections."""
+    """Adds an option `--KEY VALUE` for every key, with its meaning, legal values and default, in
+    sections."""
     removed = f"was removed; the last commit that has it is {LAST_WITH_REMOVED}"
     parser.hints |= dict.fromkeys(REMOVED_KEYS, removed)
+    schemas = Config.model_json_schema()["properties"]
     group = parser
     for key, field in Config.model_fields.items():
         if key in SECTIONS:
             group = parser.add_argument_group(SECTIONS[key])
         default = json.dumps(field.get_default(), ensure_ascii=False)
-        text = f"{field.description} (default {default})".replace("%", "%%")
+        values = legal_values(schemas[key]).replace("`", "")  # which mark code in Markdown only
+        text = f"{field.description} [{values}; default {default}]"
+        # argparse formats the text with %, and would take a single one for a field.
+        text = text.replace("%", "%%")
         group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 

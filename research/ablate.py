@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from common.command import InputError, Parser, run_command
-from common.figures import plain
-from common.files import parse_json, read_json, written_whole
+from common.figures import new_figure, plain, save_figure
+from common.files import parse_json, read_json
 from config import Config, load_config, make_config, save_config
 from data.prepare import differences, prepare, read_data_file
 from model import build_model
@@ -116,10 +116,10 @@ def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -
     return {v.name: steps_in(args.minutes, each[v.key]) for v in variants}
 
 
-# Runs
+# ===== Runs
 
 
-def run_folder(parent: Path) -> Path | None:
+def latest_run(parent: Path) -> Path | None:
     """The run in `parent`, finished or not; None where there is none."""
     found = sorted(path.parent for path in parent.glob("*/config.json"))
     return found[-1] if found else None
@@ -128,7 +128,7 @@ def run_folder(parent: Path) -> Path | None:
 def result_of(folder: Path | None) -> dict[str, Any] | None:
     """The figures at the end of a run; None for one that has not ended."""
     results = Record(folder).metrics("result") if folder else []
-    return results[0] if results else None
+    return results[-1] if results else None
 
 
 def check_same_text(folder: Path, config: Config) -> None:
@@ -145,7 +145,7 @@ def check_same_text(folder: Path, config: Config) -> None:
 def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, Any]:
     """The figures of one run: made now, gone on with, or read where it has ended."""
     parent = out / variant.key / f"seed{seed}_steps{steps}"
-    folder = run_folder(parent)
+    folder = latest_run(parent)
     if (result := result_of(folder)) is not None:
         check_same_text(folder, variant.config)
         return result
@@ -166,7 +166,7 @@ def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, An
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             check=False,
         )
-    result = result_of(run_folder(parent))
+    result = result_of(latest_run(parent))
     if done.returncode or result is None:
         raise InputError(
             f"{variant.name}: train.py ended with exit code {done.returncode}; see"
@@ -176,7 +176,7 @@ def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, An
     return result
 
 
-# Verdicts
+# ===== Verdicts
 
 
 def chances(results: dict[str, list[float]]) -> dict[str, float]:
@@ -265,11 +265,9 @@ def describe(
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Each run's bits per byte, a line for each variant, the best at the top."""
-    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
-
     bits = {name: [r["val_bits_per_byte"] for r in group] for name, group in runs.items()}
     names = sorted(bits, key=lambda name: statistics.mean(bits[name]), reverse=True)
-    figure = Figure(figsize=(8, 1 + 0.35 * len(names)), layout="constrained")
+    figure = new_figure(8, 1 + 0.35 * len(names))
     axes = figure.subplots()
     for row, name in enumerate(names):
         axes.plot(
@@ -285,8 +283,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_yticks(range(len(names)), map(plain, names))
     axes.set(xlabel="bits per byte (validation): runs, and their mean")
     axes.grid(alpha=0.3, axis="x")
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def read_arguments() -> argparse.Namespace:

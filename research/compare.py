@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from common.command import InputError, Parser, run_command
-from common.figures import plain
+from common.figures import new_figure, plain, save_figure
 from common.files import written_whole
 from config import make_config
 from data.order import Windows
@@ -45,7 +45,14 @@ from layers.features import fill_features
 from research.contestants import FOREIGN, Contestant, contestant, transformers_library
 from research.tables import markdown_table, mean_deviation, put_first
 from research.timing import seconds_of_each, step_timer, steps_in
-from training.optimizers import clipped_step, learning_rate, make_optimizers, rates
+from training.optimizers import (
+    clipped_step,
+    gradient_norm,
+    learning_rate,
+    make_optimizers,
+    rates,
+    set_rate,
+)
 from training.record import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +155,8 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
         ids, targets = windows.batch(step)
         loss, _ = model.loss(ids, targets)
         loss.backward()
-        clipped_step(model, optimizers, learning_rate(step, spec.steps, config), config.grad_clip)
+        set_rate(optimizers, learning_rate(step, spec.steps, config))
+        clipped_step(model, optimizers, gradient_norm(model), config.grad_clip)
         used += time.process_time() - began
         done = step + 1
         if done * CURVE_POINTS >= spec.steps * (len(curve) + 1):
@@ -252,9 +260,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Bits per byte of validation against minutes of CPU time: each run thin, each contestant a
     colour."""
-    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure()
     axes = figure.subplots()
     colours: dict[str, str] = {}
     for result in results:
@@ -273,8 +279,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 @contextlib.contextmanager

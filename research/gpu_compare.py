@@ -41,7 +41,14 @@ from layers.memory import NgramEmbedding
 from model import build_model
 from research.contestants import MUON
 from research.tables import markdown_table
-from training.optimizers import clipped_step, learning_rate, make_optimizers, rates
+from training.optimizers import (
+    clipped_step,
+    gradient_norm,
+    learning_rate,
+    make_optimizers,
+    rates,
+    set_rate,
+)
 from training.record import environment
 
 SPLITS = ("train", "validation", "test")
@@ -346,7 +353,8 @@ def one_step(
     with cast(device):
         loss = entrant.loss(*batch)
     loss.backward()
-    clipped_step(entrant.model, optimizers, rate, config.grad_clip)
+    set_rate(optimizers, rate)
+    clipped_step(entrant.model, optimizers, gradient_norm(entrant.model), config.grad_clip)
     return loss.detach()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from checkpoint import load_model
 from common.command import InputError, Parser, run_command
+from common.figures import new_figure, save_figure
 from common.files import written_whole
 from data.prepare import read_tokens, run_folder
 from inference.decode import PackedModel
@@ -225,9 +226,7 @@ def page(model: nn.Module, activity: Activity, about: str) -> str:
 
 def draw(model: nn.Module, activity: Activity, path: Path) -> None:
     """Lag filters, scale weights, the first blocks' routing, energy, gates and slots."""
-    from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
-
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = new_figure(13, 8)
     axes = figure.subplots(2, 3).flatten()
     for name, levels in list(lag_filters(model).items())[:1]:
         for level, (lags, weights) in enumerate(levels):
@@ -260,8 +259,7 @@ def draw(model: nn.Module, activity: Activity, path: Path) -> None:
         one.grid(alpha=0.3)
         if one.lines:
             one.legend(fontsize="small")
-    with written_whole(path) as beside:
-        figure.savefig(beside, format="png", dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:

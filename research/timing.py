@@ -14,7 +14,7 @@ from config import Config
 from data.order import Windows
 from data.prepare import Corpus
 from layers.features import fill_features
-from training.optimizers import clipped_step, make_optimizers
+from training.optimizers import clipped_step, gradient_norm, make_optimizers, set_rate
 
 TURNS = 5  # times that the speed of each variant is measured
 
@@ -98,7 +98,8 @@ def step_timer(
             began = time.process_time()
             loss, _ = model.loss(*windows.batch(step))
             loss.backward()
-            clipped_step(model, optimizers, config.lr, config.grad_clip)
+            set_rate(optimizers, config.lr)
+            clipped_step(model, optimizers, gradient_norm(model), config.grad_clip)
             times.append(time.process_time() - began)
         return min(times[1:])
 

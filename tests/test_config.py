@@ -20,6 +20,7 @@ from config import (
     Config,
     add_config_options,
     given_options,
+    legal_values,
     load_config,
     make_config,
     save_config,
@@ -343,15 +344,19 @@ def test_every_value_survives_the_command_line():
     assert make_config(command_line(*arguments), "command line") == config
 
 
-def test_help_lists_every_key_with_its_meaning_and_default():
+def test_help_lists_every_key_with_its_meaning_legal_values_and_default():
     parser = Parser("")
     add_config_options(parser)
     # argparse breaks lines after hyphens
     text = " ".join(parser.format_help().split()).replace("- ", "-")
+    schemas = Config.model_json_schema()["properties"]
     for key, field in Config.model_fields.items():
+        values = legal_values(schemas[key]).replace("`", "")
         default = json.dumps(field.default, ensure_ascii=False)
         assert f"--{key} VALUE " in text
-        assert f"{field.description} (default {default})".replace("- ", "-") in text, key
+        shown = f"{field.description} [{values}; default {default}]"
+        assert shown.replace("- ", "-") in text, key
+    assert "blocks [integer, 1 to 4,096; default 2]" in text
 
 
 def test_every_key_is_documented_and_in_a_section():

@@ -20,7 +20,14 @@ PAGES = [
     ROOT / "tests/fixtures/README.md",
     *sorted((ROOT / "plans").glob("*.md")),
 ]
-MADE_BY_RUNS = {"config.json", "data.json", "env.json", "tokenizer.json", "inspection.md"}
+MADE_BY_RUNS = {
+    "config.json",
+    "data.json",
+    "env.json",
+    "tokenizer.json",
+    "inspection.md",
+    "tracker.json",
+}
 
 
 def text_of(page: Path) -> str:

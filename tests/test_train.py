@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,6 +42,7 @@ from data.prepare import prepare
 from data.tokens import FORMAT, HEADER_BYTES, TokenFile
 from layers.features import token_features
 from training.distributed import World
+from training.loop import hours
 from training.optimizers import LossScale
 from training.profiling import work_per_token
 from training.record import Record
@@ -58,7 +60,14 @@ def start(*arguments):
 def untimed(folder):
     """The metrics without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = {"tokens_per_second", "seconds", "peak_memory_mib", "evaluation_share", "run_dir"}
+    clock = {
+        "tokens_per_second",
+        "seconds",
+        "memory_gib",
+        "peak_memory_mib",
+        "evaluation_share",
+        "run_dir",
+    }
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
@@ -118,7 +127,46 @@ def test_a_run_writes_exactly_the_promised_files_and_figures(trained):
     for key in ("peak_memory_mib", "parameters", "seconds"):
         assert float(figures[key]) > 0
     assert json.loads((folder / "config.json").read_text())["C"] == 16
+    first, second, third, _, generate, evaluate = lines[lines.index("---") + 1 :][:6]
+    assert first.startswith(f"Trained a network of {int(figures['parameters']):,} parameters on ")
+    assert "for 12 steps of 64 tokens" in first
+    assert f"{float(figures['val_bits_per_byte']):.3f} bits per byte" in second
+    assert f"{float(figures['bigram_val_bits_per_byte']):.3f} of a bigram" in second
+    assert third.endswith(f"lie in {folder}.")
+    assert generate.split() == [
+        "python", "generate.py", "--checkpoint", str(folder), "--prompt", "'The", "'"
+    ]  # fmt: skip
+    assert f"python evaluate.py --checkpoint {folder}" in evaluate
+    # The block of figures stays the end of the output, and is in the log as it was printed.
+    block = lines[lines.index(evaluate) + 1 :]
+    assert block[0].startswith("val_loss: ") and block[-1] == f"run_dir: {folder}"
+    assert all(re.fullmatch(r"\w+: \S+", line) for line in block)
+    assert (folder / "log.txt").read_text().splitlines()[-len(block) :] == block
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01"), (90061, "25:01:01")],
+)
+def test_time_is_shown_in_hours_minutes_and_seconds(seconds, shown):
+    assert hours(seconds) == shown
+
+
+def test_the_words_at_the_end_say_so_where_a_run_is_no_good():
+    assert "27% more than the 4.000 of a bigram" in train_module.how_good(5.08, 4.0)
+    assert "50% fewer than the 4.000 of a bigram" in train_module.how_good(2.0, 4.0)
+    for value in (None, math.nan, math.inf):
+        assert train_module.how_good(value, 4.0).startswith("Its loss on the validation text is")
+
+
+def test_the_help_has_one_line_of_usage(capsys):
+    with pytest.raises(SystemExit):
+        train_module.make_parser().parse_args(["--help"])
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert usage.endswith(" [--config FILE] [--KEY VALUE ...] [--resume RUN_DIR]")
+    assert "\n" not in usage
+    assert rest.count("--layers VALUE") == 1
 
 
 def test_training_lowers_the_validation_loss(settings, tmp_path, monkeypatch):
@@ -345,8 +393,8 @@ def test_the_average_is_evaluated_and_saved_beside_the_weights(
 def test_a_changed_config_on_resume_is_an_error_that_names_the_keys(trained, tmp_path, monkeypatch):
     folder = trained.copy(tmp_path)
     before = contents(folder)
-    with pytest.raises(InputError, match="lr"):
-        run(monkeypatch, "--resume", folder, "--lr", "0.5")
+    with pytest.raises(InputError, match=r"weight_decay.*only the schedule may change"):
+        run(monkeypatch, "--resume", folder, "--weight_decay", "0.5")
     assert contents(folder) == before
 
 
@@ -766,6 +814,7 @@ SAVES_OF_OTHERS = {
     "too many carried texts": lambda v: v | {"carried": v["carried"] * 2},
     "no step": lambda v: {key: value for key, value in v.items() if key != "step"},
     "a step beyond the run's end": lambda v: v | {"step": 99},
+    "no schedule of ours": lambda v: v | {"schedule": {"lr": 0.1}},
     "a length below 0": lambda v: v | {"lengths": {"metrics.jsonl": -1}},
     "another scaler": lambda v: v | {"scaler": {"scale": 1.0}},
     "a list": list,

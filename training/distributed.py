@@ -25,14 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import check_finite, check_tensor, open_tensors, save_tensors
 from common.command import InputError
+from common.device import chosen_device
 from config import Config
 from training.optimizers import local
-
-
-def pick_device(config: Config) -> str:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda, but torch finds no GPU; use cpu or auto")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 class LossModule(nn.Module):
@@ -40,10 +35,14 @@ class LossModule(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model = model  # DDP averages the gradients of what it finds in the module
+        self.loss = loss
 
     def forward(self, *arguments):
         return self.loss(*arguments)
+
+
+# ===== The processes of a run
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class World:
         start = i * micro_batch + self.rank * each
         return slice(start, start + each)
 
-    # ----- Weights
+    # ===== Weights
 
     def place(self, model: nn.Module) -> nn.Module:
         """Puts the network where it trains: whole, or each block and then the rest in shards, one
@@ -106,11 +105,13 @@ class World:
         if self.kind != "fsdp":
             return torch.stack(torch._foreach_norm([p.grad for p in parameters]))
         whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+        # Stacked: one message for all scalars in place of one for each.
         together = torch.stack(whole)
         dist.all_reduce(together)
         for gradient, mean in zip(whole, together / self.size, strict=True):
             gradient.copy_(mean)
         norms = torch.stack(torch._foreach_norm([local(p.grad) for p in parameters]))
+        # A scalar is in every process, so each has 1/size of its square to add.
         share = torch.tensor(
             [1.0 if isinstance(p.grad, DTensor) else 1 / self.size for p in parameters],
             device=self.device,
@@ -139,14 +140,14 @@ class World:
         if self.kind == "fsdp":
             model.reshard()
 
-    # ----- Agreement
+    # ===== Agreement between processes
 
     def mean(self, value: Tensor) -> Tensor:
         return self.sum(value) / self.size
 
     def sum(self, value: Tensor) -> Tensor:
         if self.size > 1:
-            value = value.clone()
+            value = value.clone()  # all_reduce writes into what it is given
             dist.all_reduce(value)
         return value
 
@@ -162,6 +163,7 @@ class World:
         """`rows` (n, ·) of all processes, one after the other: (n·size, ·)."""
         if self.size == 1:
             return rows
+        # a place for what each process has, in the order of their ranks
         parts = [torch.empty_like(rows) for _ in range(self.size)]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
@@ -192,6 +194,7 @@ def launched(name: str, default: int | None = None) -> int:
     """A number that torchrun puts into the environment. Raises `InputError` where it is missing,
     without a default, or none."""
     text = os.environ.get(name, "" if default is None else str(default))
+    # More than six digits are no count of processes, and no port.
     if not (text.isdecimal() and len(text) < 7 and (int(text) or name != "WORLD_SIZE")):
         raise InputError(
             f"{name}: {text!r} in the environment is no number of a process; start several by"
@@ -203,7 +206,8 @@ def launched(name: str, default: int | None = None) -> int:
 @contextlib.contextmanager
 def join(config: Config) -> Iterator[World]:
     """The world of this process: alone, or, under torchrun, one of several."""
-    device, size = pick_device(config), launched("WORLD_SIZE", 1)
+    device = chosen_device(config.device)
+    size = launched("WORLD_SIZE", 1)
     if size == 1:
         yield World(device)
         return
@@ -218,6 +222,7 @@ def join(config: Config) -> Iterator[World]:
             " processes"
         )
     if device == "cuda":
+        # LOCAL_RANK counts the processes of this machine, RANK those of all.
         torch.cuda.set_device(launched("LOCAL_RANK"))
     if launched("RANK") >= size or not os.environ.get("MASTER_ADDR") or not launched("MASTER_PORT"):
         raise InputError(
@@ -227,6 +232,7 @@ def join(config: Config) -> Iterator[World]:
     # The wait covers what process 0 does alone: making token files before the run, the final
     # figures after it.
     try:
+        # None leaves the choice to torch: NCCL for GPUs, and gloo for what lies on the CPU.
         dist.init_process_group("gloo" if device == "cpu" else None, timeout=timedelta(hours=4))
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
@@ -260,6 +266,7 @@ def save_shards(tensors: dict[str, dict[str, Tensor]], folder: Path, world: Worl
         for name, tensor in named.items()
         if world.rank == 0 or isinstance(tensor, DTensor)
     }
+    # Kept until all processes have written: one that raised at once would leave the others waiting.
     failure = None
     try:
         folder.mkdir(exist_ok=True)
@@ -329,11 +336,13 @@ class Shards:
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows from `start` to `stop` − 1, from all files that have some; all of what has no
         rows."""
-        pieces, before = [], 0
+        pieces = []
+        before = 0  # rows in the files that were gone through
         for part in self.parts[name]:
             if not part.get_shape():
                 return part[...]
             rows = part.get_shape()[0]
+            # start and stop as this file counts its rows, cut to those that it has
             first, last = (min(max(0, row - before), rows) for row in (start, stop))
             pieces.append(part[first:last])
             before += rows
@@ -342,7 +351,7 @@ class Shards:
 
 def own_part(rows: int, world: World) -> slice:
     """Which of so many rows of a sharded tensor this process holds."""
-    each = -(-rows // world.size)
+    each = -(-rows // world.size)  # rounded up, as torch.chunk does: the last may have fewer
     start = min(rows, world.rank * each)
     return slice(start, min(rows, start + each))
 

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from common.device import wide_type
 from config import Config
 
+# ===== Which parameter goes where
+
 # Two-dimensional, but gains and logits rather than matrices: decay would pull them towards a
 # mixture nobody asked for.
 NOT_MATRICES = (
@@ -55,9 +57,10 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     }
     groups = _groups({name: p for name, p in named.items() if name not in hidden}, config)
     whole = not any(isinstance(p, DTensor) for p in named.values())  # fused kernels take no shards
-    rest = {"lr": config.lr, "eps": config.optimizer_eps}
+    rest = {"lr": config.lr, "eps": config.optimizer_eps}  # SGD has no epsilon
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
+        # The schedule is that of lr, so Muon's own rate is a multiple of it.
         decayed = {"weight_decay": config.weight_decay, "lr_scale": config.muon_lr / config.lr}
         matrices = [{"params": list(hidden.values()), **decayed}]
         kind = BatchedMuon if whole else torch.optim.Muon
@@ -79,8 +82,12 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
         # torch before 2.13 has a fused Adagrad kernel for CUDA, but its optimizer asks for a CPU
         # all the same.
         optimizers[-1]._need_device_dtype_check_for_fused = False
+    # One that is in no group would never learn, and nothing else would say so.
     check_groups(named, optimizers)
     return optimizers
+
+
+# ===== Muon
 
 
 class BatchedMuon(torch.optim.Optimizer):
@@ -111,6 +118,7 @@ class BatchedMuon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
+            # All of one shape lie in one tensor, up to what the memory takes at a time.
             for shape, same in shapes.items():
                 each = max(1, self.AT_ONCE // shape.numel())
                 for i in range(0, len(same), each):
@@ -169,10 +177,14 @@ def orthogonal(g: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+# ===== Groups and rates
+
+
 def put_rates_on(device: torch.device, optimizers: list[torch.optim.Optimizer]) -> None:
     """Has every group's learning rate, and what else a step reads, lie on `device`, so that a CUDA
     graph can take the step."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        # A number would be baked into the graph, and stay at its first step's.
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         if "capturable" in group:
             group["capturable"] = True
@@ -203,6 +215,9 @@ def check_groups(named: dict[str, nn.Parameter], optimizers: list[torch.optim.Op
             raise ValueError(f"{name} is in {count} optimizer groups; it must be in exactly one")
 
 
+# ===== A step
+
+
 def guarded_step(optimizers: list[torch.optim.Optimizer], good: Tensor, divisor: Tensor) -> None:
     """A step of all optimizers where `good`, a bool scalar on the device, is true, with gradients
     divided by `divisor`, an fp32 scalar there: the loss scale times what clipping asks for.
@@ -214,10 +229,12 @@ def guarded_step(optimizers: list[torch.optim.Optimizer], good: Tensor, divisor:
     for optimizer in optimizers:
         if optimizer.defaults.get("fused"):
             # The names under which torch's own GradScaler hands these two over.
-            optimizer.grad_scale, optimizer.found_inf = divisor, (~good).float()
+            optimizer.grad_scale = divisor
+            optimizer.found_inf = (~good).float()
             optimizer.step()
+            # A later call of `step` without them must not find these.
             del optimizer.grad_scale, optimizer.found_inf
-        elif good:
+        elif good:  # here the host waits for the device
             gradients = [
                 p.grad
                 for group in optimizer.param_groups
@@ -243,7 +260,9 @@ class LossScale:
     gradients overflowed, doubled after 2,000 good ones in a row, as torch's GradScaler does. It
     lies on the device and is changed there; the division is left to the optimizers' own pass."""
 
-    FIRST, PATIENCE = 2.0**16, 2000
+    # torch's GradScaler begins so and waits so long; a run of either can be resumed by the other.
+    FIRST = 2.0**16
+    PATIENCE = 2000  # good steps in a row before the scale is doubled
     # the names under which torch's GradScaler saves the two; it has more
     SAVED = ("scale", "_growth_tracker")
 
@@ -258,6 +277,7 @@ class LossScale:
             return
         counted = torch.where(good, self.good_steps + 1, 0)
         grows = counted == self.PATIENCE
+        # In place, and without a branch: the host never learns whether the step was good.
         self.scale.mul_(torch.where(good, 1.0 + grows.float(), 0.5))
         self.good_steps.copy_(torch.where(grows, 0, counted))
 
@@ -296,16 +316,32 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group["lr_scale"]
 
 
-def clipped_step(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, grad_clip: float
-) -> None:
-    """A step of all optimizers at learning rate `rate`, gradients clipped to a norm of `grad_clip`
-    (0 = not), then cleared."""
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The norm of all gradients of a network that one process holds whole: a scalar on its
+    device."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    set_rate(optimizers, rate)
-    guarded_step(optimizers, norm.isfinite(), clipping_divisor(norm, grad_clip))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+def clipped_step(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    norm: Tensor,
+    grad_clip: float,
+    scale: Tensor | float = 1.0,
+) -> Tensor:
+    """A step of all optimizers with gradients of the norm `norm` clipped to `grad_clip` (0 = not),
+    which are then cleared. `scale` is the loss scale that is still in them, and not in `norm`.
+    Returns whether the step was taken, a bool scalar on the device: not where the norm is not
+    finite."""
+    good = norm.isfinite()
+    guarded_step(optimizers, good, clipping_divisor(norm, grad_clip) * scale)
+    # None rather than zeros: a parameter that the next step does not use is then left alone.
     model.zero_grad(set_to_none=True)
+    return good
+
+
+# ===== Saved states
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -325,11 +361,13 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 def room_for_state(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Tensors to read a saved optimizer state into: a parameter's shape and sharding, or a
     number."""
-    named, room = dict(model.named_parameters()), {}
+    named = dict(model.named_parameters())
+    room = {}
     for key, shape in shapes.items():
         group, _, name = key.partition(".")
         if group == "optimizer":
             p = named[name.rpartition(":")[0]].detach()
+            # a moment is shaped and sharded like its parameter, a count of steps is one number
             room[name] = torch.zeros_like(p) if p.shape == shape else torch.zeros(shape)
     return room
 
@@ -344,7 +382,11 @@ def load_state_tensors(
         name, _, what = key.rpartition(":")
         p = named[name]
         state = owner[id(p)].state[p]
+        # Counts of steps may lie on the CPU beside moments on a GPU: each goes where its like is.
         state[what] = tensor.to(state[what].device if what in state else p.device)
+
+
+# ===== The learning rate's course
 
 
 def rates(config: Config, lr: float) -> dict[str, float]:
@@ -363,14 +405,19 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
     if step < warmup:
         return config.lr * step / warmup
     if config.schedule == "trapezoid":
+        # At least one step: a share of a short run may be none.
         cooldown = max(1, int(config.cooldown_fraction * total_steps))
         return config.lr * min(1.0, (total_steps - step) / cooldown)
+    # from 0 after the warm-up to 1 at the end, where half a cosine's wave has gone by
     progress = (step - warmup) / max(1, total_steps - warmup)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr - config.min_lr)
 
 
 def warmup_steps(total_steps: int, config: Config) -> int:
     return int(config.warmup_fraction * total_steps)
+
+
+# ===== The average of the weights
 
 
 class WeightAverage:
@@ -381,11 +428,13 @@ class WeightAverage:
     forgotten."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.weights = decay, dict(model.named_parameters())
+        self.decay = decay
+        self.weights = dict(model.named_parameters())
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        # As in TensorFlow's ExponentialMovingAverage: about the last ninth of the steps counts.
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), weight)
 
@@ -403,7 +452,8 @@ class WeightAverage:
         """Exchanges values, not tensors: a shard of FSDP's stays what it was whatever its `data` is
         set to."""
         for name, p in self.weights.items():
-            own, average = local(p), local(self.average[name])
+            own = local(p)
+            average = local(self.average[name])
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)

@@ -70,11 +70,12 @@ def memory_of(device: str) -> int | None:
     say (Windows)."""
     if device == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
+    if not hasattr(os, "sysconf"):  # Windows
         return None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a Linux container: a number, or "max"
     text = limit.read_text().strip() if limit.is_file() else ""
+    # A container's limit ends the process before the machine's memory is full.
     return min(memory, int(text)) if text.isdecimal() else memory
 
 
@@ -83,16 +84,19 @@ def check_memory(config: Config, vocab_size: int, device: str, processes: int) -
     runs out of it ends the process without a word. Counted is what is certain: weights, gradients,
     what the optimizer keeps, and of the activations the residual stream before each block, in 2
     bytes a number."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         named = dict(build_model(config, vocab_size).named_parameters())
     shards = processes if config.parallel == "fsdp" else 1
+    # 2: a weight and its gradient
     fixed = (
         sum(4 * p.numel() * (2 + optimizer_numbers(name, p, config)) for name, p in named.items())
         // shards
     )
     tokens = config.micro_batch_size // processes * config.block_size
     blocks = config.loop_iterations * (1 if config.gradient_checkpointing else config.applications)
-    needed, there = fixed + 2 * tokens * config.C * blocks, memory_of(device)
+    # 2 bytes a number: under autocast the stream is in bf16. In fp32 it takes twice as much.
+    needed = fixed + 2 * tokens * config.C * blocks
+    there = memory_of(device)
     if there is not None and needed > there:
         raise InputError(
             f"out of memory: {sum(p.numel() for p in named.values()):,} parameters and {tokens:,}"
@@ -108,10 +112,12 @@ def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -
             f"micro_batch_size: {config.micro_batch_size} windows do not divide among {gpus} GPUs"
             " (--plan)"
         )
-    rows, shards = config.micro_batch_size // gpus, gpus if config.parallel == "fsdp" else 1
+    rows = config.micro_batch_size // gpus
+    shards = gpus if config.parallel == "fsdp" else 1
     with FakeTensorMode():
         model = build_model(config, vocab_size).train()
         named = dict(model.named_parameters())
+        # 4 bytes: weights stay in fp32, whatever they are multiplied in
         sizes = {name: 4 * p.numel() for name, p in named.items()}
         ids = torch.zeros(rows, config.block_size, dtype=torch.int64)
         with (
@@ -133,7 +139,8 @@ def plan(config: Config, gpus: int, vocab_size: int, cast: torch.dtype | None) -
         blocks = [
             sum(4 * p.numel() for p in block.parameters()) for block in getattr(model, "layers", [])
         ]
-    weights, largest = sum(sizes.values()), max(blocks, default=0)
+    weights = sum(sizes.values())
+    largest = max(blocks, default=0)  # several cells have no list of blocks, and no FSDP
     outside = weights - sum(blocks)
     states = sum(sizes[name] * optimizer_numbers(name, p, config) for name, p in named.items())
     figures = {

@@ -2,6 +2,7 @@
 chrome://tracing or Perfetto; and calls timed, for the benchmarks."""
 
 import math
+import sys
 import time
 
 import torch
@@ -12,7 +13,8 @@ from common.device import free
 from common.files import written_whole
 from training.trainer import Trainer
 
-WARM_UP, STEPS = 2, 4
+WARM_UP = 2  # steps that are not counted: memory is taken and kernels are chosen in them
+STEPS = 4  # enough for a mean, few enough for a trace that a browser opens
 # the names that `Trainer.take_step` gives its parts
 PARTS = ("data", "forward", "backward", "clipping", "optimizer")
 
@@ -31,7 +33,7 @@ def profile_steps(trainer: Trainer) -> None:
             trainer.take_step()
         if on_gpu:
             torch.cuda.synchronize()
-    if trainer.world.rank:
+    if trainer.world.rank:  # all processes must take the steps, one writes
         return
     events = profiler.key_averages()
     lines = [
@@ -54,6 +56,22 @@ def profile_steps(trainer: Trainer) -> None:
     with written_whole(trainer.record.folder / "trace.json") as beside:
         profiler.export_chrome_trace(str(beside))
     trainer.record.say(table)
+
+
+# ===== What a machine has done
+
+
+def peak_memory(device: str) -> int | None:
+    """The most memory that this process has had on `device`, in bytes; None on a system without a
+    record of it (Windows)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB on Linux, bytes on a Mac
 
 
 @torch.no_grad()

@@ -24,32 +24,38 @@ import torch
 from tqdm import tqdm
 
 from common.command import InputError
-from common.figures import plain
+from common.figures import new_figure, plain, save_figure
 from common.files import check_regular, read_json, written_whole
 from config import Config, save_config
+from training.tracker import Tracker, numbers_of
 
 
 class Record:
     """Writes a run's folder. `Record.create` makes a new one, `Record(folder)` goes on with one
     that is there."""
 
+    # files that grow; all others are written whole
     APPENDED = ("log.txt", "metrics.jsonl", "samples.txt")
 
     def __init__(self, folder: Path, quiet: bool = False):
-        self.folder, self.quiet = folder, quiet
+        self.folder = folder
+        self.quiet = quiet  # of several processes all but the first, which write nothing
+        self.tracker: Tracker | None = None  # which gets the metrics too, once it is opened
         for name in self.APPENDED:
             check_regular(folder / name)  # a FIFO would be waited for
 
     @staticmethod
-    def create(config: Config) -> "Record":
+    def create(config: Config, origin: dict[str, str] | None = None) -> "Record":
         """Makes `<out_dir>/<dataset>_<date>_<time>/`; a name that another run has taken gets a
-        number."""
+        number. origin: path and sha256 of the weights that the run begins with, if any."""
+        # A file or folder gives its last name, without a suffix; a named data set its name.
         name = (
             Path(config.dataset).stem
             if os.sep in config.dataset or "." in config.dataset
             else config.dataset
         )
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        # Runs that begin in one second are told apart by a number; 1,000 of them are a mistake.
         for attempt in range(1, 1000):
             folder = Path(config.out_dir) / (
                 f"{name}_{stamp}" + (f"_{attempt}" if attempt > 1 else "")
@@ -63,12 +69,13 @@ class Record:
                 raise InputError(
                     f"out_dir: cannot make {folder} ({error.strerror}); give a writable folder"
                 ) from None
+        else:
+            raise InputError(f"out_dir: all names of {folder} are taken; give another folder")
+        values = environment() | ({"init_from": origin} if origin else {})
         try:
             with written_whole(folder / "env.json") as beside:
-                beside.write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-            # the last: a folder that has it is whole
-            with written_whole(folder / "config.json") as beside:
-                save_config(config, beside)
+                beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            Record(folder).write_config(config)  # the last: a folder that has it is whole
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # what went wrong is what is to be said
             raise
@@ -84,12 +91,29 @@ class Record:
             return False
         return {"date", "command", "torch"} <= values.keys() and (folder / "config.json").is_file()
 
+    def write_config(self, config: Config) -> None:
+        """Writes config.json, whole or not at all."""
+        with written_whole(self.folder / "config.json") as beside:
+            save_config(config, beside)
+
+    def origin(self) -> str | None:
+        """The path of the weights that the run began with; None where it began with random ones.
+        Raises `InputError` where env.json is broken."""
+        path = self.folder / "env.json"
+        values = read_json(path)
+        if "init_from" not in values:
+            return None
+        note = values["init_from"]
+        if not (isinstance(note, dict) and isinstance(note.get("path"), str)):
+            raise InputError(f"{path}: init_from is not as train.py wrote it; restore the file")
+        return note["path"]
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Within it no other process goes on with this run: a lock that ends with the process,
         however that ends. Raises `InputError` where another has it."""
         path = self.folder / ".lock"
-        lock = filelock.FileLock(path, timeout=0)
+        lock = filelock.FileLock(path, timeout=0)  # whoever has it has it for hours
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -108,6 +132,8 @@ class Record:
                 path.unlink(missing_ok=True)
             lock.release()
 
+    # ===== What a run writes
+
     def _append(self, name: str, text: str) -> None:
         if not self.quiet:
             try:
@@ -125,7 +151,7 @@ class Record:
         first, since a terminal may be gone."""
         if not self.quiet:
             self._append("log.txt", line + "\n")
-            tqdm.write(line)
+            tqdm.write(line)  # which moves a bar out of the way
             sys.stdout.flush()
 
     def metric(self, **values: Any) -> None:
@@ -135,17 +161,21 @@ class Record:
             for key, x in values.items()
         }
         self._append("metrics.jsonl", json.dumps(known, allow_nan=False) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(numbers_of(known), known["step"])
 
+    # Texts have line ends of their own, so a mark tells where each begins.
     def sample(self, step: int, text: str) -> None:
         self._append("samples.txt", f"--- step {step}\n{text}\n\n")
 
     def lengths(self) -> dict[str, int]:
         """The present length in bytes of each file that is appended to, which is on the disk from
         now on."""
-        lengths = {}
+        lengths: dict[str, int] = {}
         for name in self.APPENDED:
             if not self.quiet and (self.folder / name).exists():
                 with open(self.folder / name, "ab") as file:
+                    # A power cut may not take lines that a save on the disk counts on.
                     os.fsync(file.fileno())
                     lengths[name] = file.tell()
         return lengths
@@ -156,19 +186,24 @@ class Record:
         to its last whole line, and never made longer."""
         if self.quiet:
             return
+        # The lock is ours, so nobody is writing them any more.
         for half in self.folder.glob(".*.tmp"):
             half.unlink()
         for name in self.APPENDED:
-            path, noted = self.folder / name, lengths.get(name, 0)
+            path = self.folder / name
+            noted = lengths.get(name, 0)  # there was none at a save before its first line
             size = path.stat().st_size if path.exists() else 0
             if size < noted:
                 note(
                     f"{path}: has {size:,} bytes of the {noted:,} that it had at the last save; the"
                     " rest is lost"
                 )
+                # Truncating to the noted length would fill the file up with zero bytes.
                 noted = path.read_bytes().rfind(b"\n") + 1 if size else 0
             if size > noted:
                 os.truncate(path, noted)
+
+    # ===== What a run has written
 
     def metrics(self, *kinds: str) -> list[dict[str, Any]]:
         return [
@@ -177,14 +212,29 @@ class Record:
             if values["kind"] in kinds
         ]
 
+    def result_of(self, step: int) -> dict[str, Any] | None:
+        """The figures of a run that ended with `step`; None where they are not made yet. A run that
+        has gone on after its end has those of the first end too."""
+        made = self.metrics("result")
+        if not made or made[-1].get("step") != step:
+            return None
+        return {key: value for key, value in made[-1].items() if key not in ("kind", "step")}
+
+    def ends_with_result(self, step: int) -> bool:
+        """Whether the run ended with `step`, and nothing was done since."""
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return bool(lines) and lines[-1]["kind"] == "result" and lines[-1].get("step") == step
+
     def has_lost_its_save(self, save_interval: int | None) -> bool:
         """Whether the run is further than its first save, so that one that finds no save must not
         begin anew: it would write over what there is. Where saves go by time, it is as soon as
         there are weights."""
         lines = read_metrics(self.folder / "metrics.jsonl")
         steps = max((line.get("step", 0) for line in lines), default=0)
+        # of the weights or of their average
         weights = any(self.folder.glob("*_model.safetensors"))
         by_steps = save_interval is not None
+        # By steps a save is due at every interval; by time nobody knows when the first was due.
         further = steps > save_interval if by_steps else weights
         return further or any(line["kind"] == "result" for line in lines) or (weights and not lines)
 
@@ -192,10 +242,9 @@ class Record:
         """curves.png: bits per byte in training and validation by step."""
         if self.quiet:
             return
-        from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure()
         axes = figure.subplots()
+        # Losses of training are of one batch each, and jump: they stand back behind the others.
         for kind, style in (
             ("train", {"alpha": 0.6, "linewidth": 1}),
             ("validation", {"marker": "o", "markersize": 3}),
@@ -209,10 +258,9 @@ class Record:
                 axes.plot(*zip(*points, strict=True), label=kind, **style)
         axes.set(xlabel="step", ylabel="bits per byte", title=plain(self.folder.name))
         axes.grid(alpha=0.3)
-        if axes.lines:
+        if axes.lines:  # matplotlib warns of an empty legend
             axes.legend()
-        with written_whole(self.folder / "curves.png") as beside:
-            figure.savefig(beside, format="png", dpi=120)
+        save_figure(figure, self.folder / "curves.png")
 
 
 def note(line: str) -> None:
@@ -225,6 +273,9 @@ def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+# ===== Reading metrics, of any run
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; none where there is no file. A last line without its end, of a
     run that is being written or was killed, is left out with a note. Raises `InputError`, naming
@@ -235,6 +286,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    # Lines end with "\n", so what follows the last one is a line that was not finished.
     *whole, torn = text.split("\n")
     if torn:
         note(f"{path}: the last line is half written, and left out")
@@ -242,6 +294,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole, 1):
         try:
             values = json.loads(line)
+        # ValueError is all of JSON's errors, and a number of too many digits
         except (ValueError, RecursionError):
             values = None
         if not (isinstance(values, dict) and isinstance(values.get("kind"), str)):
@@ -253,10 +306,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+# ===== Where a run was made
+
+
 def environment() -> dict[str, Any]:
     """What a figure depends on beside config and data: versions, machine, commit, command, date."""
     here = Path(__file__).parents[1]
     try:
+        # "-dirty" marks a tree with changes that no commit has.
         describe = ["git", "-C", here, "describe", "--always", "--dirty"]
         commit = (
             subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()

@@ -5,7 +5,6 @@ that was restored takes the very steps that the one that was saved would have ta
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, save_plain
-from common.command import InputError
+from common.command import InputError, shown
 from common.device import cpu_multiplies_bf16
 from config import Config
 from data.order import total_steps, training_order
@@ -28,8 +27,7 @@ from training.distributed import Shards, World, remove_other_shards, save_shards
 from training.optimizers import (
     LossScale,
     WeightAverage,
-    clipping_divisor,
-    guarded_step,
+    clipped_step,
     learning_rate,
     load_state_tensors,
     make_optimizers,
@@ -38,27 +36,58 @@ from training.optimizers import (
     set_rate,
     state_tensors,
 )
+from training.origin import Origin, begin_with
 from training.record import Record
+from training.writer import Writer
 
 # everything a run needs to go on; our own tensors and numbers, read with weights_only
 LATEST = "latest.pt"
 # before a step becomes a CUDA graph: optimizers have made their states by then, kernels have been
 # chosen
 EAGER_STEPS = 3
+# Keys that say how far a run goes and at which rate. They may change when it goes on: the data, the
+# dropout and the state of the optimizers are the same whatever they say.
+SCHEDULE_KEYS = (
+    "max_steps",
+    "epochs",
+    "lr",
+    "min_lr",
+    "muon_lr",
+    "warmup_fraction",
+    "cooldown_fraction",
+)
 PATIENCE = 10  # steps in a row without a finite gradient before a run gives up
+
+
+# ===== A step, and all that it changes
 
 
 class Trainer:
     """Everything that a step changes: weights, optimizers, scaler, carried state, best value; and
-    how to save it."""
+    how to save it. The weights begin with those of `origin`, else at random."""
 
-    def __init__(self, config: Config, record: Record, corpus: Corpus, world: World):
-        self.config, self.record, self.corpus, self.world = config, record, corpus, world
+    def __init__(
+        self,
+        config: Config,
+        record: Record,
+        corpus: Corpus,
+        world: World,
+        origin: Origin | None = None,
+    ):
+        self.config = config
+        self.record = record
+        self.corpus = corpus
+        self.world = world
         self.device = world.device
+        # Every process begins with the same weights: under DDP none are sent at the start.
         torch.manual_seed(config.seed)
         model = build_model(config, corpus.vocab_size)
         fill_features(model, corpus.tokenizer)
+        # Before it is placed in shards, and before a moving average begins with its weights.
+        if origin is not None:
+            begin_with(model, origin)
         self.model = world.place(model)
+        # Before the optimizers, which take the parameters: it exchanges the modules that have them.
         if config.amp_dtype == "fp8":
             multiply_in_fp8(
                 self.model, self.device, config.micro_batch_size // world.size * config.block_size
@@ -69,14 +98,21 @@ class Trainer:
         self.batches = training_order(corpus, config, batch)
         self.total_steps = total_steps(self.batches, config)
         self.tokens_per_step = batch * config.block_size
-        self.cast = autocast_type(config, self.device)
+        self.cast = training_type(config, self.device)
         self.scaler = LossScale(self.device, enabled=self.cast is torch.float16)
         # one lane of texts for each micro batch
         self.carried: list[State | None] = [None] * config.grad_accum
         # (step, names, norms, event) of steps whose gradients nobody has looked at yet
         self.unchecked: list[tuple] = []
-        self.step, self.best, self.seconds, self.skipped, self.bad_in_a_row = 0, math.inf, 0.0, 0, 0
-        self.best_average, self.evaluation_seconds, self.saved_step = math.inf, 0.0, -1
+        self.step = 0  # optimizer steps taken
+        self.best = math.inf  # lowest validation loss, in nats per token
+        self.best_average = math.inf  # of the average of the weights
+        self.seconds = 0.0  # that the run has taken, evaluations and earlier processes included
+        self.evaluation_seconds = 0.0
+        self.skipped = 0  # steps left out because a gradient was not finite
+        self.bad_in_a_row = 0
+        self.saved_step = -1  # the step of the last save; -1: none yet
+        self.schedule = schedule_of(config)  # that of the steps taken so far
         self.writer = Writer(self.device)
         self.loss = world.parallel_loss(
             self.model, compiled_loss(self) if config.compile else self.model.loss
@@ -115,13 +151,15 @@ class Trainer:
         """One optimizer step. Returns the mean loss in nats of this process's rows and the gradient
         norm, on the device; a step whose gradient is not finite is left out."""
         self.model.train()
-        # Dropout is a function of (seed, step), another one in each process.
+        # Dropout is a function of (seed, step), another one in each process. 1,000,003 is a prime
+        # above a million, so that the steps of one seed are not those of the next.
         torch.manual_seed(self.config.seed * 1_000_003 + self.step + (self.world.rank << 40))
         set_rate(self.optimizers, learning_rate(self.step, self.total_steps, self.config))
         parts = []
         for i in range(self.config.grad_accum):
             with record_function("data"):
                 parts.append(self.micro_batch(i))
+        # The step that becomes a graph is captured first and then replayed: it is taken once.
         if self.eager_steps == 0:
             self.make_graph(parts)
         self.eager_steps -= 1
@@ -130,6 +168,7 @@ class Trainer:
             self.average.update(self.step)
         self.note_gradients(norms)
         self.step += 1
+        # A GPU's step has only been launched: to look at its gradients now would wait for it.
         self.check_steps(late=1 if self.device == "cuda" else 0)
         return total, norm
 
@@ -148,11 +187,10 @@ class Trainer:
             with self.world.accumulating(self.loss, last=i == self.config.grad_accum - 1):
                 with record_function("forward"), self.autocast():
                     loss, state = self.loss(ids, targets, state)
+                # Gradients add up over the parts, so each has its share of the mean.
+                share = self.model.loss_weight / self.config.grad_accum
                 with record_function("backward"):
-                    (
-                        self.scaler.scale
-                        * (loss * (self.model.loss_weight / self.config.grad_accum))
-                    ).backward()
+                    (self.scaler.scale * (loss * share)).backward()
             total += loss.detach() / self.config.grad_accum
             if self.config.decompose_bypass_cross_window:
                 # a CUDA graph's output lives until the next step alone
@@ -162,6 +200,8 @@ class Trainer:
                 name: p for name, p in self.model.named_parameters() if p.grad is not None
             }
             self.named_gradients = list(with_gradients)
+            # Of the true gradients: the loss scale is divided out of the norms, which are few, and
+            # out of the gradients by the optimizers' own pass.
             norms = self.world.gradient_norms(list(with_gradients.values())) / self.scaler.scale
             norm = torch.linalg.vector_norm(norms)
         with record_function("optimizer"):
@@ -195,6 +235,7 @@ class Trainer:
             self.record.say(
                 f"no CUDA graph, training goes on without: {str(error).strip().splitlines()[0]}"
             )
+            # What was captured so far has left gradients that no step has computed.
             self.model.zero_grad(set_to_none=True)
 
     def note_gradients(self, norms: Tensor) -> None:
@@ -210,12 +251,11 @@ class Trainer:
     def apply(self, norm: Tensor) -> None:
         """The optimizers' step, with gradients of this `norm` clipped to grad_clip. Where it is not
         finite weights and optimizers stay, and carried texts start anew."""
-        good = norm.isfinite()
-        guarded_step(
-            self.optimizers, good, self.scaler.scale * clipping_divisor(norm, self.config.grad_clip)
+        good = clipped_step(
+            self.model, self.optimizers, norm, self.config.grad_clip, self.scaler.scale
         )
+        # After the step, whose gradients are divided by the scale that they were made with.
         self.scaler.update(good)
-        self.model.zero_grad(set_to_none=True)
         self.carried = [state and state.reset((~good).expand(state.rows)) for state in self.carried]
 
     def check_steps(self, late: int) -> None:
@@ -223,28 +263,26 @@ class Trainer:
         left out. On a GPU it is one step late, so that the host prepares a step while the device
         computes the one before."""
         while len(self.unchecked) > late:
+            # The oldest first, so that steps are counted and told in their order.
             step, names, norms, event = self.unchecked.pop(0)
             if event:
                 event.synchronize()
             if torch.linalg.vector_norm(norms).isfinite():
                 self.bad_in_a_row = 0
+            # Overflows are how fp16 finds its scale; below 1 it is no matter of the scale any more.
             elif self.scaler.enabled and self.scaler.scale >= 1:
                 self.record.say(
                     f"step {step} skipped: fp16 overflow, loss scale lowered to"
                     f" {self.scaler.scale.item():g}"
                 )
             else:
-                self.count_bad(
-                    step,
-                    next(
-                        (
-                            n
-                            for n, x in zip(names, norms.tolist(), strict=True)
-                            if not math.isfinite(x)
-                        ),
-                        "all",
-                    ),
+                bad = (
+                    name
+                    for name, norm in zip(names, norms.tolist(), strict=True)
+                    if not math.isfinite(norm)
                 )
+                # "all": each norm is finite, and the square of one is beyond all numbers
+                self.count_bad(step, next(bad, "all"))
 
     def count_bad(self, step: int, first: str) -> None:
         self.skipped += 1
@@ -262,14 +300,18 @@ class Trainer:
     def validation_nats(self, tokens: Tensor) -> float:
         """Mean nats per token of a fixed stretch, in whole windows, the way training sees text."""
         self.model.eval()
-        block, batch = self.config.block_size, self.config.micro_batch_size
+        block = self.config.block_size
         windows = max(1, (len(tokens) - 1) // block)
-        length = min(block, len(tokens) - 1)
+        length = min(block, len(tokens) - 1)  # a text shorter than a window is one window
         ids = tokens[: windows * length].view(windows, length)
         targets = tokens[1 : windows * length + 1].view(windows, length)
-        parts, (rank, size) = torch.arange(windows).split(batch), (self.world.rank, self.world.size)
+        parts = torch.arange(windows).split(self.config.micro_batch_size)
+        rank = self.world.rank
+        size = self.world.size
+        # float64: a sum of thousands of losses would lose digits that a best checkpoint turns on
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        # as many passes in each process
+        # As many passes in each process, since FSDP's gather their weights together: what is beyond
+        # the last part is the last part again, and not counted.
         for i in range(rank, math.ceil(len(parts) / size) * size, size):
             rows = parts[min(i, len(parts) - 1)]
             with self.autocast():
@@ -278,6 +320,9 @@ class Trainer:
         self.world.forget_gathered(self.model)
         return self.world.sum(total).item() / windows
 
+    # ===== Saving and restoring
+
+    # numbers of the run that a save holds beside its tensors, by their names here
     COUNTERS = (
         "step",
         "best",
@@ -297,12 +342,15 @@ class Trainer:
             "average": dict(self.average.average) if self.average else {},
         }
 
-    def save(self) -> None:
-        """Writes the whole state; a kill at any moment leaves the last whole one."""
+    def save(self, again: bool = False) -> None:
+        """Writes the whole state; a kill at any moment leaves the last whole one. A step that is
+        saved already is saved `again` only where that is asked for."""
         self.check_steps(late=0)
-        if self.saved_step == self.step:
+        if self.saved_step == self.step and not again:
             return
-        path, world = self.record.folder / LATEST, self.world
+        path = self.record.folder / LATEST
+        world = self.world
+        # of all processes together, so that another number of them can go on
         carried = [
             state and [{k: world.rows_of_all(t) for k, t in b.items()} for b in state.saved()]
             for state in self.carried
@@ -311,6 +359,8 @@ class Trainer:
         values |= {
             "scaler": self.scaler.state_dict(),
             "carried": carried,
+            "schedule": self.schedule,
+            # Lines that are appended after this save are cut off when the run goes on from it.
             "lengths": self.record.lengths(),
         }
         shards = path.with_name(f"shards-{self.step}")
@@ -329,14 +379,17 @@ class Trainer:
 
     def write_save(self, values: dict[str, Any], path: Path, shards: Path) -> None:
         save_plain(values, path)
+        # Only now: until latest.pt is whole, the one before it and its shards are the save.
         if self.config.parallel == "fsdp":
             remove_other_shards(shards)
 
-    def restore(self) -> None:
-        """Goes back to the state last saved, and cuts the logs back to it, unless they hold the
-        run's result: it has ended, and no step is done again. Without a save a run that was stopped
+    def restore(self, before: dict[str, float | None] | None = None) -> None:
+        """Goes back to the state last saved, and cuts the logs back to it, unless the run has ended
+        there and they hold its result: no step is done again. Without a save a run that was stopped
         before its first one starts from the beginning; of any other it is missing, which raises
-        `InputError`."""
+        `InputError`. before: the schedule that the run's config.json had when this process began;
+        None for that of the config."""
+        before = before or self.schedule
         path = self.record.folder / LATEST
         if not path.exists():
             if self.record.has_lost_its_save(self.config.save_interval):
@@ -344,9 +397,18 @@ class Trainer:
                     f"resume: {path.parent} has results, but no {LATEST} to go on from; start a"
                     " new run"
                 )
+            if origin := self.record.origin():
+                raise InputError(
+                    f"resume: {path.parent} was stopped before it had the weights that it begins"
+                    f" with; start a new run with --init_from {origin}"
+                )
             self.record.cut_back({})
+            self.schedule = before
             return
         values = load_plain(path)
+        # Saves of before the schedule could change have none: it is config.json's.
+        if "schedule" not in values:
+            values["schedule"] = before
         self.check_saved(values, path)
         own = self.tensors()
         if self.config.parallel == "fsdp":
@@ -379,9 +441,36 @@ class Trainer:
         ]
         for name in self.COUNTERS:
             setattr(self, name, values[name])
+        self.schedule = values["schedule"]
         self.saved_step = self.step
-        if not self.record.metrics("result"):
+        if not self.record.ends_with_result(self.step):
             self.record.cut_back(values["lengths"])
+
+    def change_schedule(self) -> None:
+        """Where the config has another schedule than the steps so far had: says so, and makes it
+        that of the run. Killed at any moment, it leaves a run that goes on with the old schedule or
+        with the new one, and that has said so."""
+        new = schedule_of(self.config)
+        old = self.schedule
+        if new == old:
+            return
+        changed = [key for key in SCHEDULE_KEYS if new[key] != old[key]]
+        # Now the logs, with the result of a run that had ended, are what this save counts on, and
+        # whatever is appended until the next one would be cut off.
+        self.save(again=True)
+        if not self.record.quiet:
+            self.record.write_config(self.config)
+        words = ", ".join(f"{key} {shown(old[key])} -> {shown(new[key])}" for key in changed)
+        self.record.say(f"schedule changed after step {self.step}: {words}")
+        self.record.metric(
+            kind="schedule",
+            step=self.step,
+            before={key: old[key] for key in changed},
+            now={key: new[key] for key in changed},
+        )
+        self.schedule = new
+        self.save(again=True)
+        self.writer.finish()
 
     def check_saved(self, values: dict[str, Any], path: Path) -> None:
         """Raises `InputError` unless `values`, read from `path`, are what `save` writes in a run of
@@ -389,16 +478,19 @@ class Trainer:
         out or stretched to fit."""
         fsdp = self.config.parallel == "fsdp"
         kinds: dict[str, type | tuple] = dict.fromkeys(self.COUNTERS, (int, float))
-        kinds |= {"step": int, "scaler": dict, "carried": list, "lengths": dict}
+        kinds |= {"step": int, "scaler": dict, "carried": list, "lengths": dict, "schedule": dict}
         kinds |= {"shards": int} if fsdp else {"model": dict, "optimizer": dict, "average": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
-        wrong += values.keys() - kinds.keys()
+        wrong += values.keys() - kinds.keys()  # more than we wrote is not ours
         if not wrong:
             wrong += ["scaler"] * (not self.scaler.takes(values["scaler"]))
             wrong += ["carried"] * (not self.fits(values["carried"]))
             wrong += ["lengths"] * (
                 not all(isinstance(n, int) and n >= 0 for n in values["lengths"].values())
             )
+            wrong += ["schedule"] * (not is_schedule(values["schedule"]))
+        if not wrong:
+            self.check_end(values)
             wrong += ["step"] * (not 0 <= values["step"] <= self.total_steps)
         if wrong:
             hint = (
@@ -410,7 +502,7 @@ class Trainer:
                 f"{path}: was not saved by a run with this config.json: {wrong[0]} is not as it"
                 f" should be{hint}"
             )
-        if not fsdp:
+        if not fsdp:  # shards are checked one by one, as they are read
             own = self.tensors()
             check_tensors(values["model"], own["model"], path)
             check_tensors(values["average"], own["average"], path)
@@ -424,6 +516,15 @@ class Trainer:
                     )
                 number = isinstance(tensor, Tensor) and not tensor.dim()
                 check_tensor(key, tensor, torch.Size([]) if number else p.shape, p.dtype, path)
+
+    def check_end(self, values: dict[str, Any]) -> None:
+        """Raises `InputError` where the schedule has changed and leaves no step to take."""
+        changed = values["schedule"] != schedule_of(self.config)
+        if changed and values["step"] >= self.total_steps:
+            raise InputError(
+                f"resume: {values['step']:,} steps are taken, and the run would end after"
+                f" {self.total_steps:,}; give more max_steps or epochs"
+            )
 
     def fits(self, carried: list) -> bool:
         """Whether these are states to go on from, one for each micro batch of all processes, or
@@ -444,55 +545,19 @@ class Trainer:
         return len(found) == self.config.grad_accum and all(own in (None, shapes) for own in found)
 
 
-class Writer:
-    """Writes files of tensors, one at a time: from a GPU out of a copy in pinned memory, on a
-    thread of its own, since training can go on while some gigabytes go to a disk. A CPU's tensors
-    change under a thread, so there it writes at once."""
-
-    def __init__(self, device: str):
-        self.behind = device == "cuda"
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
-
-    def write(self, save: Callable[[Any], None], values: Any) -> None:
-        """Calls `save` with `values`, tensors in dicts and lists, as they are now. What goes wrong
-        on the thread is raised by the next call."""
-        self.finish()
-        if not self.behind:
-            save(values)
-            return
-        ready = on_host(values)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def work() -> None:
-            copied.synchronize()
-            try:
-                save(ready)
-            except Exception as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=work)
-        self.thread.start()
-
-    def finish(self) -> None:
-        """Waits until all is written."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+def schedule_of(config: Config) -> dict[str, float | None]:
+    """The keys of the schedule, with their values."""
+    return {key: getattr(config, key) for key in SCHEDULE_KEYS}
 
 
-def on_host(values: Any) -> Any:
-    """Tensors of a GPU as copies in pinned memory, in the same dicts and lists; they are whole once
-    the device got there."""
-    if isinstance(values, dict):
-        return {key: on_host(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [on_host(value) for value in values]
-    return values.to("cpu", non_blocking=True, copy=True) if isinstance(values, Tensor) else values
+def is_schedule(saved: dict[str, Any]) -> bool:
+    """Whether a save's schedule is what `schedule_of` makes."""
+    return saved.keys() == set(SCHEDULE_KEYS) and all(
+        value is None or isinstance(value, int | float) for value in saved.values()
+    )
+
+
+# ===== What a step runs as
 
 
 class StepGraph:
@@ -503,6 +568,7 @@ class StepGraph:
     def __init__(self, trainer: Trainer, parts: list[tuple[Tensor, Tensor, State | None]]):
         """Captures the step that `trainer.compute` makes of parts like these; nothing is computed
         yet."""
+        # A graph reads where it was captured: each step's tokens are copied to these.
         self.parts = [(ids.clone(), targets.clone(), None) for ids, targets, _ in parts]
         torch.cuda.synchronize()
         # the graph has memory of its own, and what steps left behind is not for it
@@ -521,7 +587,7 @@ class StepGraph:
         return tuple(result.clone() for result in self.results)  # the next step writes over them
 
 
-def autocast_type(config: Config, device: str) -> torch.dtype | None:
+def training_type(config: Config, device: str) -> torch.dtype | None:
     """The type of autocast: on a CPU bf16 where it has instructions for it (elsewhere it would only
     be slow)."""
     if not config.use_amp:
@@ -571,6 +637,7 @@ def compiled_loss(trainer: Trainer) -> Callable:
         trainer.record.say("not compiled: parallel fsdp gathers its weights block by block")
         return trainer.model.loss
     started = time.perf_counter()
+    # torch.compile itself only wraps; what fails does so in the first pass, so one is made here.
     compiled = torch.compile(trainer.model.loss, mode=trainer.config.compile_mode)
     try:
         trainer.model.train()
@@ -586,5 +653,5 @@ def compiled_loss(trainer: Trainer) -> Callable:
             f"not compiled, training goes on without: {str(error).strip().splitlines()[0]}"
         )
         compiled = trainer.model.loss
-    trainer.model.zero_grad(set_to_none=True)
+    trainer.model.zero_grad(set_to_none=True)  # the trial was no step
     return compiled

@@ -162,6 +162,7 @@ TEXTS += ["nan", "-inf", "1e400", "9" * 5000, "[" * 2000, "\n", "train", "cuda",
 COMMANDS = {
     "train": (train.main, ["--config", "run.json"]),
     "resume": (train.main, ["--resume", "folder"]),
+    "init_from": (train.main, ["--init_from", "folder", "--max_steps", "2"]),
     "generate": (generate.main, ["--checkpoint", "folder", "--num_tokens", "3"]),
     "evaluate": (evaluate.main, ["--checkpoint", "folder"]),
     "quantize": (quantize.main, ["--checkpoint", "folder", "--bits", "8", "--out", "new"]),

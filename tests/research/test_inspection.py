@@ -90,26 +90,66 @@ def test_the_command_writes_a_page_and_a_picture(overrides, tmp_path, monkeypatc
     assert (tmp_path / "inspection.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_curves_of_several_runs_are_overlaid(tmp_path, monkeypatch, capsys):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
+@pytest.fixture
+def runs(tmp_path):
+    """Two folders with the metrics of a run: steps 4 and 8 of 64 tokens, ten seconds each."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
         lines = [
-            {"kind": kind, "step": step, "bits_per_byte": 3.0 - step / 10, "tokens": 64 * step}
+            {
+                "kind": kind,
+                "step": step,
+                "bits_per_byte": 3.0 - step / 10,
+                "tokens": 64 * step,
+                "seconds": 10.0 * step,
+            }
             for step in (4, 8)
             for kind in ("train", "validation")
         ]
-        (tmp_path / name / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines)
-        )
-    assert curves.points(tmp_path / "one", "tokens") == [(256, 2.6), (512, pytest.approx(2.2))]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("against", "places"), [("step", (4, 8)), ("tokens", (256, 512)), ("seconds", (40, 80))]
+)
+def test_curves_of_several_runs_are_overlaid(tmp_path, runs, monkeypatch, capsys, against, places):
+    assert curves.points(runs[0], against) == [
+        (places[0], pytest.approx(2.6)),
+        (places[1], pytest.approx(2.2)),
+    ]
     out = tmp_path / "curves.png"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["research/curves.py", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out)],
-    )
+    options = ["--out", out, "--against", against, "--labels", "ours $x$", "theirs"]
+    monkeypatch.setattr(sys, "argv", ["curves", *map(str, runs), *map(str, options)])
     curves.main()
     assert out.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == str(out)
+
+
+def test_a_legend_names_every_curve_and_hides_none(runs):
+    labels = [f"run {i} of a long name" for i in range(24)]
+    figure = curves.picture(runs * 12, labels, "step")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == labels
+    box = legend.get_window_extent()
+    (axes,) = figure.axes
+    assert not box.overlaps(axes.get_window_extent())
+    assert box.y0 >= 0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().height > 0.5 * 4.5 * figure.dpi  # curves keep their room
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path, runs, monkeypatch):
     with pytest.raises(InputError, match="no run directory"):
         curves.points(tmp_path, "step")
-    assert np.isfinite(curves.points(tmp_path / "two", "step")).all()
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    old = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert np.isfinite(curves.points(runs[1], "step")).all()
+    with pytest.raises(InputError, match="take --against tokens"):
+        curves.points(runs[1], "seconds")
+    monkeypatch.setattr(sys, "argv", ["curves", *map(str, runs), "--labels", "one"])
+    with pytest.raises(InputError, match="labels: 1 for 2 runs"):
+        curves.main()

@@ -17,12 +17,14 @@ from training.optimizers import (
     check_groups,
     clipped_step,
     clipping_divisor,
+    gradient_norm,
     guarded_step,
     is_decayed,
     learning_rate,
     make_optimizers,
     orthogonal,
     put_rates_on,
+    set_rate,
 )
 
 SHAPES = [(8, 8), (24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
@@ -173,7 +175,8 @@ def steps_of(
         put_rates_on(torch.device("cpu"), optimizers)
     for left, times in zip(range(len(losses_times), 0, -1), losses_times, strict=True):
         (times * model.loss(random_ids(2, 16), random_ids(2, 16, 1))[0]).backward()
-        clipped_step(model, optimizers, 0.01 * left, 1.0)
+        set_rate(optimizers, 0.01 * left)
+        clipped_step(model, optimizers, gradient_norm(model), 1.0)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
