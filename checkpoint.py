@@ -45,7 +45,8 @@ PACKED_FORMAT = "waveletlm-packed"  # of quantised checkpoints, in the file's me
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters and buffers by name, a tensor with several names (tied, shared)
     once."""
-    tensors, seen = {}, set()
+    tensors = {}
+    seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             tensors[name] = tensor
@@ -364,7 +365,8 @@ def read_packed(
     """The model of a quantised checkpoint: its tensors as quantize.py wrote them, and the bits of
     each component."""
     try:
-        widths, vocab_size = Widths(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
+        widths = Widths(**json.loads(metadata["bits"]))
+        vocab_size = int(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: its metadata does not name the bits of each component; quantise the run again"
@@ -397,7 +399,8 @@ def original_names(name: str, model: WaveletLM) -> list[str]:
     name = re.sub(r"\.parametrizations\.weight\.original$", ".weight_orig", name)
     name = re.sub(r"\.parametrizations\.weight\.0\._([uv])$", r".weight_\1", name)
     if match := re.match(r"wavelets\.(\d+)\.(.+)", name):
-        index, rest = int(match[1]), match[2]
+        index = int(match[1])
+        rest = match[2]
         layers = [
             f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index
         ]
@@ -594,15 +597,21 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
     }  # fmt: skip
     inner = [shape(mixers + rf"\.{s}\.mixer\.mixer\.weight(?:_orig)?") for s in range(levels + 1)]
     values["per_scale_mixer_widths"] = [s[0] / padded for s in inner] if all(inner) else None
-    for memory in ("pkm", "fwpkm"):
-        keys = shape(rf"layers\.0\.{memory}\.keys_a")
-        values[f"{memory}_enabled"] = keys is not None
-        if keys:
-            values |= {f"{memory}_heads": keys[0], f"{memory}_num_keys": keys[1] ** 2}
     if "lm_head.weight" in tensors:
         values["tie_embedding_to_lm_head"] = torch.equal(
             tensors["lm_head.weight"], tensors["token_embedding.weight"]
         )
+    return values | _memories_shown(tensors)
+
+
+def _memories_shown(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What an old state dict shows of the product-key memories."""
+    values = {}
+    for memory in ("pkm", "fwpkm"):
+        keys = tensors.get(f"layers.0.{memory}.keys_a")  # (heads, keys of a half, width of a half)
+        values[f"{memory}_enabled"] = keys is not None
+        if keys is not None:
+            values |= {f"{memory}_heads": len(keys), f"{memory}_num_keys": keys.size(1) ** 2}
     return values
 
 
@@ -617,7 +626,8 @@ def from_original(old: dict[str, Tensor], model: nn.Module, path: Path) -> dict[
         raise InputError(
             f"{path}: multinodal_enabled: only single networks are read from the old format"
         )
-    unused, tensors = set(old), {}
+    unused = set(old)
+    tensors = {}
     for name in own_tensors(model):
         copies = [alias for alias in original_names(name, model) if alias in old]
         if not copies:

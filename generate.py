@@ -517,7 +517,8 @@ class Session:
 
 def new_session(loaded: Loaded, args: argparse.Namespace, device: str) -> Session:
     """All that the options ask for, of a checkpoint that is loaded."""
-    model, config, tokenizer = loaded.model, loaded.config, loaded.tokenizer
+    model = loaded.model
+    config = loaded.config
     settings = read_settings(args, config)
     if settings.lookahead_k > 1 and settings.rows > 1:
         print(
@@ -535,7 +536,7 @@ def new_session(loaded: Loaded, args: argparse.Namespace, device: str) -> Sessio
         embedding = decoder.cells[0].embedding(torch.arange(model.vocab_size, device=device))
     return Session(
         decoder,
-        tokenizer,
+        loaded.tokenizer,
         settings,
         config.num_new_tokens if args.num_tokens is None else args.num_tokens,
         args.stop,

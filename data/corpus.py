@@ -25,15 +25,11 @@ is an error, what is of another kind is named by `unread`: nothing is passed ove
 `config.dataset_mix` names more data sets, from whose train splits too windows are drawn;
 `components` lists them all."""
 
-import ast
 import difflib
 import hashlib
-import inspect
 import os
 import platform
 import re
-import sysconfig
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +37,7 @@ from typing import NamedTuple
 
 from common.command import InputError
 from config import Config
+from data.library import library_documents, library_files, unit
 from data.readers import (
     ADVICE,
     TABLE,
@@ -105,7 +102,7 @@ def documents(
     kind = source_kind(config)
     skipped = skipped or Skipped()
     if kind == "pydoc":
-        pieces = _pydoc_documents(split)
+        pieces = library_documents(split)
     elif kind == "hub":
         pieces = _hub_documents(config, split, skipped)
     else:
@@ -221,7 +218,7 @@ def described(config: Config) -> str:
         return " + ".join(described(component) for component in components(config))
     kind = source_kind(config)
     if kind == "pydoc":
-        return f"pydoc of Python {platform.python_version()} ({len(_library_files()):,} files)"
+        return f"pydoc of Python {platform.python_version()} ({len(library_files()):,} files)"
     if kind == "files":
         return f"{os.path.abspath(config.dataset)} ({_amount(_files_read(Path(config.dataset)))})"
     identity, name, revision = _hub_source(config)
@@ -249,7 +246,7 @@ def source_fingerprint(config: Config) -> str:
         return hashlib.sha256("\0".join([RULES, "mix", *parts]).encode()).hexdigest()[:16]
     kind = source_kind(config)
     if kind == "pydoc":
-        parts = [platform.python_version(), *(path.as_posix() for path in _library_files())]
+        parts = [platform.python_version(), *(path.as_posix() for path in library_files())]
     else:
         parts = [*map(str, config.split_fractions)]
         if kind == "hub":
@@ -301,7 +298,8 @@ def files_below(root: Path) -> list[Path]:
 
     if not root.is_dir():
         return [root]
-    found, seen = [], set()
+    found = []
+    seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=stop):
         if os.path.realpath(folder) in seen:
             folders.clear()
@@ -477,74 +475,6 @@ def _row_cut(_files: list[Path], sizes: list[int], share: float, index: int) -> 
     return min(max(round(share * rows), index + 1), max(rows - len(SPLITS) + index + 1, 0))
 
 
-# ===== The standard library's documentation
-
-
-def _unit(key: str) -> float:
-    """A number in [0, 1) that depends on `key` alone: the same split in every run and Python
-    version."""
-    # of the first 30 salts the one whose pydoc shares are nearest to 90, 5 and 5% of the bytes
-    salted = f"19{key}"
-    return int.from_bytes(hashlib.sha256(salted.encode()).digest()[:8], "big") / 2**64
-
-
-def _share(unit: float) -> str:
-    return "train" if unit < 0.9 else "validation" if unit < 0.95 else "test"
-
-
-def _library_files() -> list[Path]:
-    """Paths of the standard library's modules, relative to it, sorted; tests are no
-    documentation."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return sorted(path for path in files if not skipped & set(path.parts))
-
-
-def _pydoc_documents(split: str) -> Iterator[tuple[bool, str]]:
-    from pydoc_data.topics import topics  # half a megabyte that no other source needs
-
-    for name in sorted(topics):
-        if _share(_unit(f"topic {name}")) == split:
-            yield True, f"topic {name}\n\n{inspect.cleandoc(topics[name])}\n\n\n"
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in _library_files():
-        if _share(_unit(path.as_posix())) != split:
-            continue
-        try:
-            tree = ast.parse((root / path).read_bytes())
-        except (SyntaxError, ValueError):
-            # templates and samples of other versions: not Python, so they have no docstrings
-            continue
-        parts = path.with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        text = "".join(_entries(tree, name))
-        if text:
-            # A docstring may hold half a surrogate pair, which no UTF-8 file can.
-            yield True, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
-
-
-def _entries(node: ast.AST, name: str) -> Iterator[str]:
-    """Yields heading and indented docstring of a module, class or function and of all inside it, in
-    source order."""
-    heading = ""
-    if isinstance(node, ast.Module):
-        heading = f"module {name}"
-    elif isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
-        heading = f"class {name}({bases})" if bases else f"class {name}"
-    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        heading = f"{name}({ast.unparse(node.args)})"
-    docstring = ast.get_docstring(node, clean=False) if heading else None
-    if docstring and docstring.strip():
-        yield f"{heading}\n{textwrap.indent(inspect.cleandoc(docstring), '    ')}\n\n"
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.expr):
-            continue  # no expression defines a name
-        inner = isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        yield from _entries(child, f"{name}.{child.name}" if inner else name)
-
-
 # ===== The Hugging Face hub
 
 
@@ -552,7 +482,8 @@ def _hub_source(config: Config) -> tuple[str, str, str]:
     """Hub id or local folder, configuration and revision ("" = the default one)."""
     identity, name = HUB.get(config.dataset, (config.dataset, ""))
     if config.dataset_path:
-        identity, name = config.dataset_path, ""
+        identity = config.dataset_path
+        name = ""
     revision = ""
     if not Path(identity).exists():
         identity, _, revision = identity.partition("@")
@@ -613,7 +544,7 @@ def _hub_rows(config: Config, split: str) -> Iterator[str | None]:
         )
     rows = _column(stream, config.text_column, identity)
     if held_out and (split == "train" or split in held_out):
-        return (text for index, text in enumerate(rows) if low <= _unit(f"row {index}") < high)
+        return (text for index, text in enumerate(rows) if low <= unit(f"row {index}") < high)
     return rows
 
 
@@ -667,10 +598,13 @@ def _wikitext_articles(rows: Iterator[str]) -> Iterator[tuple[bool, str]]:
     = `, after a blank line. The hub stores the original's blank lines, ` \\n`, as empty rows: they
     are put back, so that the text is byte for byte the published one (raw WikiText-103 test:
     1,290,590 bytes, 245,569 words with line ends)."""
-    first, blank, title_seen = True, True, False
+    first = True
+    blank = True
+    title_seen = False
     for text in rows:
         title = blank and re.fullmatch(r" = [^=].*[^=] = \n| = [^=] = \n", text) is not None
         # the blank line before the first title is its article's
         yield first or (title and title_seen), text or " \n"
         title_seen = title_seen or title
-        first, blank = False, not text.strip()
+        first = False
+        blank = not text.strip()

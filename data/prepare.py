@@ -194,7 +194,8 @@ def run_corpus(
 
     A run of before runs kept digests goes on with its text as it is now, and with nothing between
     the documents, as then."""
-    tokenizer, kept = load_tokenizer(folder), read_data_file(folder)
+    tokenizer = load_tokenizer(folder)
+    kept = read_data_file(folder)
     if begun and tokenizer is None:
         raise InputError(
             f"resume: {folder} has lost its tokenizer (tokenizer.json), which alone encodes as it"
@@ -273,7 +274,8 @@ def differences(kept: dict[str, Any], corpus: Corpus) -> list[str]:
         ]
     found = []
     for split in SPLITS:
-        file, before = getattr(corpus, split), kept["splits"][split]
+        file = getattr(corpus, split)
+        before = kept["splits"][split]
         if file.digest != before["sha256"]:
             same_size = file.n_bytes == before["bytes"]
             sizes = f"{file.n_bytes:,} bytes" + (

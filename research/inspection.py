@@ -275,7 +275,9 @@ def main() -> None:
     if args.tokens < 1:
         raise InputError(f"tokens: {args.tokens} must be at least 1")
     loaded = load_asked(args.checkpoint, args.tokenizer)
-    model, config, tokenizer = loaded.model, loaded.config, loaded.tokenizer
+    model = loaded.model
+    config = loaded.config
+    tokenizer = loaded.tokenizer
     if isinstance(model, PackedModel):
         raise InputError(
             f"checkpoint: {args.checkpoint} is quantised; inspect the run that it was made from"

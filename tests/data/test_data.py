@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from common.command import InputError
 from config import Config
-from data import corpus, encoding, readers
+from data import corpus, encoding, library, readers
 from data import prepare as prepare_module
 from data.corpus import SPLITS, documents, source_fingerprint
 from data.encoding import encode_documents
@@ -85,7 +85,7 @@ def token_file(path, lengths, tokenizer=None):
     return TokenFile(path, "key")
 
 
-# The corpus
+# ===== The corpus
 
 
 def test_pydoc_is_the_same_every_time_and_its_splits_are_disjoint():
@@ -112,7 +112,7 @@ def test_pydoc_reads_like_documentation():
     )
     tree = ast.parse(source)
     assert (
-        "".join(corpus._entries(tree, "m"))
+        "".join(library._entries(tree, "m"))
         == "class m.A(B)\n    About A.\n\nm.A.f(self, x: int=1, *, y)\n    Does f.\n\n    More.\n\n"
     )
 
@@ -269,7 +269,7 @@ def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
         text_of(config, "train")
 
 
-# Data sets in the hub's layout
+# ===== Data sets in the hub's layout
 
 
 @pytest.fixture
@@ -375,7 +375,7 @@ def test_wikitext_rows_become_the_published_text_and_articles():
     assert sum(starts for starts, _ in pieces) == 60
 
 
-# Token files
+# ===== Token files
 
 
 def test_wikitext_test_has_its_published_number_of_words(tmp_path):
@@ -714,7 +714,7 @@ def test_only_what_the_dead_left_behind_is_removed(config, tmp_path):
     }
 
 
-# Between documents
+# ===== Between documents
 
 
 @pytest.mark.parametrize("make", [ByteTokenizer, trained])
@@ -794,7 +794,7 @@ def test_one_document_and_wikitext_are_left_as_they_are(hub, tmp_path):
     assert texts[2] == ("no line end", "a blank line")
 
 
-# What is scored
+# ===== What is scored
 
 
 @pytest.mark.parametrize("make", [ByteTokenizer, trained, gpt2])
@@ -814,7 +814,7 @@ def cached_tokenizer(make):
     return make()
 
 
-# What a run was trained on
+# ===== What a run was trained on
 
 
 @pytest.fixture
@@ -951,7 +951,7 @@ def test_the_evaluation_slice_is_the_first_tokens(tmp_path):
     )
 
 
-# Training order
+# ===== Training order
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000, 4097])
