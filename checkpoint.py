@@ -42,6 +42,9 @@ PUBLISHED = {"wikitext-103": "wikitext-103", "pg-19": "pg19"}
 PACKED_FORMAT = "waveletlm-packed"  # of quantised checkpoints, in the file's metadata
 
 
+# ===== Tensors on disk
+
+
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters and buffers by name, a tensor with several names (tied, shared)
     once."""
@@ -679,6 +682,9 @@ def save_original(model: WaveletLM, folder: Path) -> None:
         beside.write_text(
             json.dumps(model.config.model_dump(mode="json"), indent=1), encoding="utf-8"
         )
+
+
+# ===== States
 
 
 def save_state(state: State, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files of the Hugging Face hub, by name."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -34,9 +35,11 @@ def download(name: str, choose: Callable[[Sequence[str], str], str], beside: Seq
             f"checkpoint: {name} would come from the Hugging Face hub, for which the package"
             " huggingface_hub is missing: pip install huggingface_hub"
         ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it logs it raises too
     identity, _, file = name.partition(":")
     try:
-        files = huggingface_hub.list_repo_files(identity)
+        # unlike a listing of files, it does not try for half a minute where there is no network
+        files = [file.rfilename for file in huggingface_hub.model_info(identity).siblings or []]
         file = file or choose(files, identity)
         if file not in files:
             held = ", ".join(sorted(files)[:20]) or "none"

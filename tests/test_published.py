@@ -245,11 +245,12 @@ class Hub:
         self.folder = folder
         self.fetched: list[str] = []
 
-    def list_repo_files(self, identity: str) -> list[str]:
+    def model_info(self, identity: str) -> SimpleNamespace:
         root = self.folder / identity
         if not root.is_dir():
             raise OSError(f"404 Client Error.\nRepository Not Found for url: {identity}")
-        return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+        files = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
 
     def hf_hub_download(self, identity: str, name: str) -> str:
         self.fetched.append(name)
@@ -261,9 +262,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     hub = Hub(tmp_path / "hub")
-    module = SimpleNamespace(
-        list_repo_files=hub.list_repo_files, hf_hub_download=hub.hf_hub_download
-    )
+    module = SimpleNamespace(model_info=hub.model_info, hf_hub_download=hub.hf_hub_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return hub
 

@@ -1,10 +1,13 @@
 """Which tokens may be drawn, by top_k and min_p; and where a text ends."""
 
+import copy
+
 import pytest
 import torch
 from helpers import random_ids, random_model, tiny
 
 from data.tokenizer import ByteTokenizer
+from inference.decode import Decoder
 from inference.endings import Ending, Endings, ended_text
 from inference.sampling import (
     Sample,
@@ -77,16 +80,35 @@ def test_a_rows_text_does_not_depend_on_the_rows_beside_it(model, rules, lookahe
     assert torch.equal(several[:1], alone)
 
 
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",  # where the rules are a part of the step's CUDA graph
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+            ],
+        ),
+    ],
+)
+
+
+@on_each_device
 @pytest.mark.parametrize("rules", [{"top_k": 3}, {"min_p": 0.4}])
-def test_every_token_of_a_text_is_among_those_that_are_left(model, rules):
+def test_every_token_of_a_text_is_among_those_that_are_left(model, rules, device):
     settings = Settings(repetition_penalty=1, top_p=1.0, **rules)
-    text = generate(model, random_ids(1, 9), 40, settings).ids
-    probs = model(text[:, :-1])[0][0, 8:].softmax(-1)
+    decoder = Decoder(copy.deepcopy(model).to(device))
+    text = generate(decoder, random_ids(1, 9).to(device), 20, settings).ids.cpu()
+    with torch.no_grad():
+        probs = model(text[:, :-1])[0][0, 8:].softmax(-1)
     own = probs.gather(1, text[0, 9:, None])
     if "top_k" in rules:
-        assert ((probs > own).sum(1) < 3).all()
+        # another order of summation may swap two that are as good as equal
+        assert ((probs > own * 1.001).sum(1) < 3).all()
     else:
-        assert (own >= 0.4 * probs.amax(1, keepdim=True) - 1e-6).all()
+        assert (own >= 0.399 * probs.amax(1, keepdim=True)).all()
 
 
 def test_lookahead_takes_no_candidate_that_could_not_be_drawn(model):
