@@ -121,6 +121,15 @@ def test_null_and_empty_rows_are_left_out_and_counted(name, tmp_path):
     assert text.separator == "a blank line"
 
 
+def test_null_rows_of_a_data_set_in_the_hubs_layout_are_left_out_too(tmp_path):
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / f"{split}.parquet", ["one", None, "", "two"])
+    skipped = Skipped()
+    config = config_of(tmp_path)
+    assert [text for _, text in documents(config, "train", skipped)] == ["one", "two"]
+    assert skipped.rows == 2
+
+
 def test_blank_lines_among_rows_are_empty_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n  \n{"text": "b"}')
     assert list(read_rows(tmp_path / "a.jsonl", "text")) == ["a", "", "", "b"]
