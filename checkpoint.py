@@ -1,16 +1,21 @@
 """Checkpoints: safetensors beside config.json and the tokenizer; strict loading; the first
 implementation's files too.
 
-A checkpoint PATH is a run directory, a `.safetensors` file in one, or a `.pt` of the first
-implementation with its `config.json` beside it. Loading fills every parameter and uses every
+A checkpoint PATH is a run directory, a `.safetensors` file in one, a `.pt` of the first
+implementation, with or without a `config.json` beside it, or `owner/name[:file]` of the Hugging
+Face hub. Loading fills every parameter and uses every
 tensor, or it is an error that names them. Files are written beside their name and renamed, so a
 kill leaves the old file or the new one. Nothing is ever unpickled."""
 
+import argparse
 import json
+import os
 import re
+import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -19,8 +24,11 @@ from torch import Tensor, nn
 
 from common.command import InputError
 from common.files import check_regular, read_json, written_whole
+from common.hub import download, names_a_repository
 from config import Config, load_config, make_config, without_removed
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.corpus import HUB
+from data.prepare import UNKNOWN_DATASET, run_folder
+from data.tokenizer import GPT2_TOKENS, Tokenizer, load_tokenizer, named_tokenizer
 from inference.decode import Decoder, PackedModel
 from inference.packed import Bits, PackedWeights
 from layers.state import State
@@ -28,13 +36,21 @@ from layers.variants import MultinodalLM
 from model import WaveletLM, build_model
 
 MODEL_FILE = "best_model.safetensors"
+# what a checkpoint's folder has beside it, for the commands that load it
+BESIDE = ("config.json", "tokenizer.json", "tokenizer.model", "data.json")
+# in the names of the published files of the first implementation: what they were trained on
+PUBLISHED = {"wikitext-103": "wikitext-103", "pg-19": "pg19"}
 PACKED_FORMAT = "waveletlm-packed"  # of quantised checkpoints, in the file's metadata
+
+
+# ===== Tensors on disk
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters and buffers by name, a tensor with several names (tied, shared)
     once."""
-    tensors, seen = {}, set()
+    tensors = {}
+    seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             tensors[name] = tensor
@@ -192,28 +208,115 @@ def _some(names: set[str]) -> str:
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
-def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config, Tokenizer | None]:
-    """The model (in eval mode, on `device`), its config and its tokenizer (None where the run has
-    none). Of a quantised checkpoint the model is a `PackedModel`, which reads text and has no
-    parameters."""
+# ===== What commands load
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that a command works with. `folder` holds its config and what the run kept;
+    `own_folder` is where something may be written beside it, None for a file of the hub's cache."""
+
+    model: nn.Module
+    config: Config
+    tokenizer: Tokenizer | None
+    folder: Path
+    own_folder: Path | None
+
+
+DATA_HELP = (
+    "a split of the run's data, or a file or folder of text: .txt, .jsonl, .parquet, packed ones"
+    " (default test)"
+)
+
+
+def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = True) -> None:
+    """Adds --checkpoint and --tokenizer, which `load_asked` reads."""
+    parser.add_argument(
+        "--checkpoint",
+        required=required,
+        metavar="PATH",
+        help="run directory, .safetensors file, an old .pt, or owner/name[:file] of the Hugging"
+        " Face hub where no such path is here",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        metavar="NAME",
+        help="bytes, gpt2 or a SentencePiece .model file, for a checkpoint that has none beside it"
+        " (default: the one beside it; GPT-2's for a vocabulary of 50,257)",
+    )
+
+
+def load_asked(
+    checkpoint: str, tokenizer: str = "", device: str = "cpu", needs_text: bool = True
+) -> Loaded:
+    """What --checkpoint and --tokenizer ask for. Raises `InputError` where there is no such, or no
+    tokenizer though the command `needs_text`."""
+    path = Path(checkpoint)
+    from_hub = names_a_repository(checkpoint)
+    if from_hub:
+        path = download(checkpoint, chosen_file, BESIDE)
+        say_on_stderr(f"note: {checkpoint} is kept at {path}")
+    model, config, own = load_model(path, device, tokenizer)
+    if own is None and needs_text:
+        raise InputError(
+            f"checkpoint: {checkpoint} has no tokenizer beside it (tokenizer.json), so no text can"
+            f" be read or written; give --tokenizer, one of {model.vocab_size:,} tokens: a"
+            " SentencePiece .model file, gpt2 or bytes"
+        )
+    folder = run_folder(path)
+    return Loaded(model, config, own, folder, None if from_hub else folder)
+
+
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def chosen_file(names: Sequence[str], place: str | Path) -> str:
+    """Which of the files `names` in a folder or repository is its checkpoint. Raises `InputError`,
+    naming the `place`, where none is, or one of several may be."""
+    for name in (MODEL_FILE, "best_model.pt"):
+        if name in names:
+            return name
+    # as the first implementation's are published
+    found = sorted(name for name in names if re.fullmatch(r"best_model[^/]*\.pt", name))
+    if len(found) > 1:
+        raise InputError(
+            f"checkpoint: {place} has several, {', '.join(found)}; name one of these files"
+        )
+    if not found:
+        raise InputError(
+            f"{place}: no such checkpoint; give a run directory, a .safetensors file or an old .pt"
+        )
+    return found[0]
+
+
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    tokenizer: str = "",
+    say: Callable[[str], None] = say_on_stderr,
+) -> tuple[nn.Module, Config, Tokenizer | None]:
+    """The model (in eval mode, on `device`), its config and its tokenizer. Of a quantised
+    checkpoint the model is a `PackedModel`, which reads text and has no parameters.
+
+    The tokenizer is the one that `tokenizer` names (bytes, gpt2, a .model file), else the one
+    beside the checkpoint, else GPT-2's where the vocabulary is its; else None. `say` gets a line
+    for what was taken and nothing tells: a tokenizer, and values of a missing config.json."""
     path = Path(path)
-    file = path / MODEL_FILE if path.is_dir() else path
-    if not file.is_file():
-        pt = path / "best_model.pt"
-        if not (path.is_dir() and pt.is_file()):
-            raise InputError(
-                f"{file}: no such checkpoint; give a run directory, a .safetensors file or an"
-                " old .pt"
-            )
-        file = pt
+    file = path / chosen_file(os.listdir(path), path) if path.is_dir() else path
+    if not file.is_file() and not file.exists():
+        raise InputError(
+            f"{file}: no such checkpoint; give a run directory, a .safetensors file or an old .pt"
+        )
     if file.suffix == ".pt":
-        tensors, config, vocab_size = read_original(file)
+        tensors, config, vocab_size = read_original(file, say)
     elif file.suffix == ".safetensors":
-        tensors, config = load_tensors(file), load_config(file.parent / "config.json")
+        tensors = load_tensors(file)
+        config = load_config(file.parent / "config.json")
         metadata = open_tensors(file).metadata() or {}
         if metadata.get("format") == PACKED_FORMAT:
             packed = read_packed(tensors, metadata, config, file, device)
-            return packed, config, matching_tokenizer(file, packed.vocab_size)
+            return packed, config, found_tokenizer(file, packed.vocab_size, tokenizer, say)
         vocab_size = _vocab_size(tensors, file)
     else:
         raise InputError(
@@ -225,13 +328,33 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Config
     if file.suffix == ".pt":
         tensors = from_original(tensors, model, file)
     fill(model, tensors, file)
-    return model.eval().to(device), config, matching_tokenizer(file, vocab_size)
+    found = found_tokenizer(file, vocab_size, tokenizer, say)
+    return model.eval().to(device), config, found
 
 
-def matching_tokenizer(file: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer beside a checkpoint. Raises `InputError` where it has not the vocabulary of the
-    checkpoint's network."""
+def found_tokenizer(
+    file: Path, vocab_size: int, asked: str, say: Callable[[str], None]
+) -> Tokenizer | None:
+    """The tokenizer of the checkpoint `file`, see `load_model`. Raises `InputError` where it has
+    not the vocabulary of the checkpoint's network."""
+    if asked:
+        tokenizer = named_tokenizer(asked)
+        if tokenizer.vocab_size != vocab_size:
+            raise InputError(
+                f"tokenizer: {asked} has {tokenizer.vocab_size:,} tokens, but {file} knows"
+                f" {vocab_size:,}; give the one that it was trained with"
+            )
+        if (changes := getattr(tokenizer, "changes", None)) is not None:
+            say(
+                f"note: {asked} changes text ({changes!r} becomes"
+                f" {tokenizer.decode(tokenizer.encode(changes))!r}), so figures per byte are not"
+                " comparable with others"
+            )
+        return tokenizer
     tokenizer = load_tokenizer(file.parent)
+    if tokenizer is None and vocab_size == GPT2_TOKENS:
+        say(f"note: no tokenizer lies beside {file}; GPT-2's has its vocabulary and is taken")
+        return named_tokenizer("gpt2")
     if tokenizer is not None and tokenizer.vocab_size != vocab_size:
         raise InputError(
             f"{file}: knows {vocab_size} tokens, but {tokenizer.name} beside it has"
@@ -246,7 +369,8 @@ def read_packed(
     """The model of a quantised checkpoint: its tensors as quantize.py wrote them, and the bits of
     each component."""
     try:
-        widths, vocab_size = Bits(**json.loads(metadata["bits"])), int(metadata["vocab_size"])
+        widths = Bits(**json.loads(metadata["bits"]))
+        vocab_size = int(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: its metadata does not name the bits of each component; quantise the run again"
@@ -268,8 +392,8 @@ def _vocab_size(tensors: dict[str, Tensor], path: Path) -> int:
     raise InputError(f"{path}: has no token_embedding.weight, so it is not a WaveletLM checkpoint")
 
 
-# The first implementation's layout: one flat state dict, shared tensors under each layer that uses
-# them
+# ===== The first implementation's layout
+# One flat state dict, shared tensors under each layer that uses them.
 
 
 def original_names(name: str, model: WaveletLM) -> list[str]:
@@ -279,7 +403,8 @@ def original_names(name: str, model: WaveletLM) -> list[str]:
     name = re.sub(r"\.parametrizations\.weight\.original$", ".weight_orig", name)
     name = re.sub(r"\.parametrizations\.weight\.0\._([uv])$", r".weight_\1", name)
     if match := re.match(r"wavelets\.(\d+)\.(.+)", name):
-        index, rest = int(match[1]), match[2]
+        index = int(match[1])
+        rest = match[2]
         layers = [
             f"layers.{i}." for i in range(len(model.layers)) if i % len(model.wavelets) == index
         ]
@@ -329,9 +454,12 @@ def _original_wavelet_names(rest: str, config: Config) -> list[str]:
     return names if rest == "basis_weights" else [*names, f"lifting_reconstruct.decompose.{rest}"]
 
 
-def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
+def read_original(
+    path: Path, say: Callable[[str], None] = say_on_stderr
+) -> tuple[dict[str, Tensor], Config, int]:
     """Reads a `.pt` and the config.json beside it. Returns the tensors by their old names, the
-    config, and V."""
+    config, and V. Where there is no config.json, `say` gets a line with all that was taken because
+    the tensors cannot show it."""
     raw = load_plain(path)
     if not (
         raw and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in raw.items())
@@ -349,9 +477,18 @@ def read_original(path: Path) -> tuple[dict[str, Tensor], Config, int]:
             f"{path}: has no token_embedding.weight or layers.0.scale_weights, so it is not a"
             " WaveletLM"
         )
-    config = original_config(
-        read_json(path.parent / "config.json"), tensors, path.parent / "config.json"
-    )
+    source = path.parent / "config.json"
+    has_config = os.path.lexists(source)
+    config = original_config(read_json(source) if has_config else {}, tensors, source)
+    if config.dataset == UNKNOWN_DATASET:
+        named = [dataset for words, dataset in PUBLISHED.items() if words in path.name]
+        config = config.model_copy(update={"dataset": named[0] if named else UNKNOWN_DATASET})
+    if not has_config:
+        taken = ", ".join(f"{key} {json.dumps(value)}" for key, value in not_shown(config).items())
+        say(
+            f"note: no config.json lies beside {path}; what its tensors cannot show is taken to be"
+            f" {taken}; a config.json with these keys beside it may say otherwise"
+        )
     return tensors, config, tensors["token_embedding.weight"].size(0)
 
 
@@ -374,7 +511,7 @@ def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Pat
             )
     values = {
         "per_scale_mixer_widths": None,
-        "dataset": "original",
+        "dataset": _trained_on(old.get("dataset")) or UNKNOWN_DATASET,
         "wavelet_crawl": False,
         "multi_basis_lifting": False,
     }
@@ -388,6 +525,29 @@ def original_config(old: dict[str, Any], tensors: dict[str, Tensor], source: Pat
         known.pop("untied_reconstruction", None)
     values |= shown | known
     return make_config(values, str(source))
+
+
+def _trained_on(name: Any) -> str | None:
+    """The data set that an old config.json names, where it is one that everybody can have."""
+    name = PUBLISHED.get(name, name) if isinstance(name, str) else ""
+    return name if name in HUB else None
+
+
+def not_shown(config: Config) -> dict[str, Any]:
+    """The keys and values of `config` that decide what an old network computes and leave no trace
+    in its tensors."""
+    keys = ["block_size", "loop_iterations", "stab_embed_scaling"]
+    if config.layers == 1:
+        keys.append("looped_blocks")
+    if config.use_mixer_gate:
+        keys.append("mixer_gate_activation")
+    if config.mixer_depth > 1:
+        keys.append("mixer_depth_residuals")
+    if config.pkm_enabled:
+        keys.append("pkm_top_k")
+    if config.fwpkm_enabled:
+        keys += ["fwpkm_top_k", "fwpkm_chunk_size", "fwpkm_update_lr"]
+    return {key: getattr(config, key) for key in keys}
 
 
 def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -441,15 +601,21 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
     }  # fmt: skip
     inner = [shape(mixers + rf"\.{s}\.mixer\.mixer\.weight(?:_orig)?") for s in range(levels + 1)]
     values["per_scale_mixer_widths"] = [s[0] / padded for s in inner] if all(inner) else None
-    for memory in ("pkm", "fwpkm"):
-        keys = shape(rf"layers\.0\.{memory}\.keys_a")
-        values[f"{memory}_enabled"] = keys is not None
-        if keys:
-            values |= {f"{memory}_heads": keys[0], f"{memory}_num_keys": keys[1] ** 2}
     if "lm_head.weight" in tensors:
         values["tie_embedding_to_lm_head"] = torch.equal(
             tensors["lm_head.weight"], tensors["token_embedding.weight"]
         )
+    return values | _memories_shown(tensors)
+
+
+def _memories_shown(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What an old state dict shows of the product-key memories."""
+    values = {}
+    for memory in ("pkm", "fwpkm"):
+        keys = tensors.get(f"layers.0.{memory}.keys_a")  # (heads, keys of a half, width of a half)
+        values[f"{memory}_enabled"] = keys is not None
+        if keys is not None:
+            values |= {f"{memory}_heads": len(keys), f"{memory}_num_keys": keys.size(1) ** 2}
     return values
 
 
@@ -464,7 +630,8 @@ def from_original(old: dict[str, Tensor], model: nn.Module, path: Path) -> dict[
         raise InputError(
             f"{path}: multinodal_enabled: only single networks are read from the old format"
         )
-    unused, tensors = set(old), {}
+    unused = set(old)
+    tensors = {}
     for name in own_tensors(model):
         copies = [alias for alias in original_names(name, model) if alias in old]
         if not copies:
@@ -516,6 +683,9 @@ def save_original(model: WaveletLM, folder: Path) -> None:
         beside.write_text(
             json.dumps(model.config.model_dump(mode="json"), indent=1), encoding="utf-8"
         )
+
+
+# ===== States
 
 
 def save_state(state: State, path: Path) -> None:

@@ -103,7 +103,8 @@ class Config(BaseModel):
     # Data
     dataset: str = option(
         "wikitext-103",
-        "built-in corpus `pydoc`, a data set's name, or a .txt file or folder",
+        "built-in corpus `pydoc`, a data set's name, or a file or folder of text (.txt, .jsonl,"
+        " .parquet, packed ones)",
         min_length=1,
     )
     dataset_path: str = option(
@@ -112,7 +113,9 @@ class Config(BaseModel):
     dataset_name: str = option(
         "", "configuration inside the hub data set, such as wikitext-103-raw-v1"
     )
-    text_column: str = option("text", "column of the hub data set that holds the text")
+    text_column: str = option(
+        "text", "column of a table, or key of a row of .jsonl, that holds the text"
+    )
     dataset_mix: Mixture = option(
         (),
         "more data sets to draw training windows from, name -> weight; `dataset`, which alone is"

@@ -17,28 +17,27 @@ compared: window 256, stride 128, on a text with an extra blank line after every
 test: 1,296,370 bytes, 287,644 GPT-2 tokens). Its figures belong to that text and are reported under
 that name; they are not comparable with any others."""
 
+import argparse
 import json
-import sys
 
-from checkpoint import load_model
+from checkpoint import DATA_HELP, add_checkpoint_options, load_asked, say_on_stderr
 from common.command import InputError, Parser, run_command
-from common.device import chosen_device
-from data.prepare import read_tokens, run_folder
+from common.device import DEVICE_HELP, chosen_device
+from config import Config
+from data.prepare import read_tokens
 from inference.scoring import figures, score
 
 ORIGINAL = (256, 128, "window")  # window, stride and context of the first implementation
 
 
-def main() -> None:
+def build_parser() -> Parser:
     parser = Parser(__doc__.split("\n", 1)[0])
+    add_checkpoint_options(parser)
+    parser.add_argument("--data", default="test", help=DATA_HELP)
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="run directory, .safetensors file, or an old .pt",
-    )
-    parser.add_argument(
-        "--data", default="test", help="a split of the run's data, or a text file (default test)"
+        "--text_column",
+        metavar="NAME",
+        help="of --data in rows: the key or column of the text (default: the run's, text mostly)",
     )
     parser.add_argument(
         "--window", type=int, help="tokens in a window (default: the run's block_size)"
@@ -58,56 +57,51 @@ def main() -> None:
             " and stride; run: as in training (default run)"
         ),
     )
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto takes a GPU where there is one (default auto)",
-    )
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object in place of lines"
     )
-    args = parser.parse_args()
-    device = chosen_device(args.device)
-    model, config, tokenizer = load_model(args.checkpoint, device)
-    if tokenizer is None:
-        raise InputError(
-            f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text"
-            " can be read"
-        )
-    original = args.protocol == "original"
-    if original and (args.window or args.stride or args.context):
-        raise InputError(
-            "protocol: original has window 256, stride 128 and context window; leave those"
-            " options out"
-        )
-    window, stride, context = (
-        ORIGINAL if original else (args.window, args.stride, args.context or config.eval_context)
-    )
-    window = config.block_size if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
+    return parser
+
+
+def read_windows(args: argparse.Namespace, config: Config) -> tuple[int, int, str]:
+    """Window, stride and context. Raises `InputError` for those that cannot be."""
+    if args.protocol == "original":
+        if args.window or args.stride or args.context:
+            raise InputError(
+                "protocol: original has window 256, stride 128 and context window; leave those"
+                " options out"
+            )
+        return ORIGINAL
+    window = config.block_size if args.window is None else args.window
+    stride = max(1, window // 2) if args.stride is None else args.stride
     if window < 1:
         raise InputError(f"window: {window} must be at least 1")
     if not 1 <= stride <= window:
         raise InputError(
             f"stride: {stride} must be from 1 to the window, {window}, or tokens would be left out"
         )
-    folder = run_folder(args.checkpoint)
-    text = read_tokens(
-        args.data,
-        config,
-        tokenizer,
-        lambda line: print(line, file=sys.stderr),
-        folder,
-        args.protocol,
-    )
+    return window, stride, args.context or config.eval_context
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    device = chosen_device(args.device)
+    model, config, tokenizer, folder, _ = load_asked(args.checkpoint, args.tokenizer, device)
+    window, stride, context = read_windows(args, config)
+    if args.text_column is not None:
+        config = config.model_copy(update={"text_column": args.text_column})
+    text = read_tokens(args.data, config, tokenizer, say_on_stderr, folder, args.protocol)
     nats = score(model, text.tokens, window, stride, context, device)
+    protocol = "separated"
+    if args.protocol == "original":
+        protocol = "original"
+    elif text.separator == "nothing":
+        protocol = "verbatim"
     result = {"nats": nats, "tokens": len(text.tokens) - 1, "bytes": text.size, "words": text.words}
     result |= figures(nats, len(text.tokens), text.size, text.words)
     result |= {
-        "protocol": (
-            "original" if original else "verbatim" if text.separator == "nothing" else "separated"
-        ),
+        "protocol": protocol,
         "context": context,
         "window": window,
         "stride": stride,
@@ -117,11 +111,8 @@ def main() -> None:
         "text_of_the_run": text.of_run,
         "between_documents": text.separator,
     }
-    print(
-        json.dumps(result)
-        if args.json
-        else "\n".join(f"{key}: {value}" for key, value in result.items())
-    )
+    lines = [f"{key}: {value}" for key, value in result.items()]
+    print(json.dumps(result) if args.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model
+from checkpoint import Loaded, add_checkpoint_options, load_asked
 from common.command import InputError, Parser, run_command
-from common.device import chosen_device
-from common.files import check_regular
+from common.device import DEVICE_HELP, chosen_device
+from common.files import check_regular, read_utf8
 from config import Config
-from data.tokenizer import TextStream, Tokenizer
+from data.tokenizer import Tokenizer
 from inference import kernels
 from inference.decode import Decoder, PackedModel
+from inference.endings import Ending, Endings, ended_text
 from inference.graphs import can_be_captured, graphed
 from inference.sampling import Settings, bare_prompt, generate, measure, settings_of
 from inference.spacing import _clean_line, clean_spacing
@@ -42,11 +43,13 @@ STRATEGIES_TEMPERATURE = 0.9  # the highest under --strategies
 
 
 class Printer:
-    """Prints text as it comes, in whole characters; with `clean`, in whole lines, whose quotes are
-    paired."""
+    """Prints text as it comes, in whole characters, up to where it ends; with `clean`, in whole
+    lines, whose quotes are paired."""
 
-    def __init__(self, tokenizer: Tokenizer, clean: bool):
-        self.stream, self.clean, self.line = TextStream(tokenizer), clean, ""
+    def __init__(self, ending: Ending, clean: bool):
+        self.ending = ending
+        self.clean = clean
+        self.line = ""  # with `clean`: what has no line end yet
 
     def text(self, text: str) -> None:
         if self.clean:
@@ -56,34 +59,55 @@ class Printer:
             print(text, end="", flush=True)
 
     def token(self, token: int) -> None:
-        self.text(self.stream.push(token))
+        self.text(self.ending.push(token))
 
     def end(self) -> None:
-        self.text(self.stream.flush())
+        self.text(self.ending.flush())
         print(_clean_line(self.line) if self.clean else "", flush=True)
 
 
-# ===== The command
+# ===== The command's options
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    given = "(default: the checkpoint's %s)"
-    add = parser.add_argument_group("Text").add_argument
-    add(
-        "--checkpoint",
-        metavar="PATH",
-        required=True,
-        help="run directory, .safetensors file, or an old .pt",
-    )
+    add_text_options(parser)
+    add_choice_options(parser)
+    add_strategy_options(parser)
+    add_output_options(parser)
+    return parser
+
+
+GIVEN = "(default: the checkpoint's %s)"
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Text")
+    add = group.add_argument
+    add_checkpoint_options(group)
     add(
         "--prompt",
         metavar="TEXT",
-        help="text to go on from, without spaces at its end " + given % "generation_prompt",
+        help="text to go on from, without spaces at its end; - is all that stdin has "
+        + GIVEN % "generation_prompt",
     )
     add(
-        "--num_tokens", type=int, metavar="N", help="tokens to generate " + given % "num_new_tokens"
+        "--prompt_file",
+        metavar="FILE",
+        help="the same from a file in UTF-8; of a file and of stdin the last line end is left out",
     )
+    add(
+        "--interactive",
+        action="store_true",
+        help="read a prompt per line from stdin until it ends, and continue each",
+    )
+    add(
+        "--num_tokens",
+        type=int,
+        metavar="N",
+        help="most tokens to generate " + GIVEN % "num_new_tokens",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help=STOP_HELP)
     add(
         "--n",
         type=int,
@@ -96,32 +120,48 @@ def build_parser() -> argparse.ArgumentParser:
         default=1337,
         help="the same seed gives the same text, whatever the batch (default 1337)",
     )
-    add(
-        "--interactive",
-        action="store_true",
-        help="read a prompt per line from stdin until it ends, and continue each",
-    )
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Choosing a token").add_argument
     add(
         "--temperature",
         type=float,
         metavar="T",
-        help="divides the logits; 0 = most probable token " + given % "temperature",
+        help="divides the logits; 0 = most probable token " + GIVEN % "temperature",
+    )
+    add(
+        "--top_k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw from the N most probable tokens; 0 = from all (default 0)",
     )
     add(
         "--top_p",
         type=float,
         metavar="P",
-        help="nucleus: the smallest set of this probability " + given % "top_p",
+        help="nucleus: the smallest set of this probability, of those that top_k leaves "
+        + GIVEN % "top_p",
+    )
+    add(
+        "--min_p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out tokens below P times the highest probability; 0 = none (default 0)",
     )
     add(
         "--repetition_penalty",
         type=float,
         metavar="R",
         help="divides positive and multiplies negative logits of tokens in the text so far "
-        + given % "repetition_penalty",
+        + GIVEN % "repetition_penalty",
     )
     add("--context", choices=["stream", "window"], help=CONTEXT_HELP)
+
+
+def add_strategy_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Strategies").add_argument
     add("--strategies", action="store_true", help=STRATEGIES_HELP)
     add("--entropy_adaptive", action="store_true", help=ADAPTIVE_HELP)
@@ -140,19 +180,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="D",
         help="tokens of each candidate's greedy text (default 4)",
     )
-    add(
-        "--best_of_n",
-        type=int,
-        default=1,
-        metavar="N",
-        help=BEST_HELP,
-    )
+    add("--best_of_n", type=int, default=1, metavar="N", help=BEST_HELP)
     add("--wavelet_coherence", action="store_true", help=COHERENCE_HELP)
     add(
         "--fwpkm_inference_updates",
         action="store_true",
         help="let the text rewrite the fast-weight memory as it goes",
     )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("Output and speed").add_argument
     add(
         "--clean_spacing",
@@ -173,15 +210,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--ptq4", action="store_const", dest="bits", const=4, help="the same as --bits 4"
     )
     add("--compile", action="store_true", help=COMPILE_HELP)
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto takes a GPU where there is one (default auto)",
-    )
-    return parser
+    add("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
 
 
+STOP_HELP = (
+    "end a text where TEXT comes, which is not printed; may be given several times. A text also"
+    " ends at the tokenizer's end of text, where it has one"
+)
 BITS_HELP = (
     "width of the weights: 32 = fp32, 16 = bf16, 8 or 4 = quantised while loading (default: as they"
     " lie in the checkpoint on a CPU, 16 on a GPU, where the time for a token is that of reading"
@@ -219,6 +254,9 @@ COHERENCE_HELP = (
     " the last 128 tokens; where their cosine c is under 0.5, top_p is multiplied by max(0.5,"
     " c/0.5)"
 )
+
+
+# ===== What the options ask for
 
 
 def read_settings(args: argparse.Namespace, config: Config) -> Settings:
@@ -304,10 +342,24 @@ def say_what_is_slower(decoder: Decoder) -> None:
         )
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raises `InputError` for what options say that no checkpoint could do."""
+    given = [args.prompt is not None, args.prompt_file is not None, args.interactive]
+    if sum(given) > 1:
+        raise InputError(
+            "prompt: comes from --prompt, from --prompt_file or, with --interactive, line by line"
+            " from stdin; give one of the three"
+        )
+    if args.num_tokens is not None and args.num_tokens < 0:
+        raise InputError(f"num_tokens: {args.num_tokens} is out of range; it must be 0 or more")
+    if "" in args.stop:
+        raise InputError("stop: a text of no characters is everywhere; give some")
+
+
 def read_prompts(args: argparse.Namespace, config: Config) -> Iterator[str]:
     """The one prompt, or with --interactive each line of stdin that has any text."""
     if not args.interactive:
-        yield config.generation_prompt if args.prompt is None else args.prompt
+        yield read_prompt(args, config)
         return
     print("> ", end="", file=sys.stderr, flush=True)
     for line in sys.stdin:
@@ -315,6 +367,18 @@ def read_prompts(args: argparse.Namespace, config: Config) -> Iterator[str]:
             yield line.rstrip("\r\n")
         print("> ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+
+
+def read_prompt(args: argparse.Namespace, config: Config) -> str:
+    """The prompt of the options, or the checkpoint's own. An editor and `echo` end every text with
+    a line end, so the last one is no part of it."""
+    if args.prompt_file is not None:
+        text = read_utf8(Path(args.prompt_file))
+    elif args.prompt == "-":
+        text = sys.stdin.read()
+    else:
+        return config.generation_prompt if args.prompt is None else args.prompt
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
@@ -331,6 +395,9 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, vocab_size: int) -> list[in
             " do not match"
         )
     return ids
+
+
+# ===== Writing text
 
 
 def say_figures(values: dict[str, float]) -> None:
@@ -377,6 +444,7 @@ class Session:
     tokenizer: Tokenizer
     settings: Settings
     num_tokens: int
+    stops: list[str]
     vocab_size: int
     device: str
     embedding: Tensor | None  # (V, C), for wavelet_coherence
@@ -387,18 +455,17 @@ class Session:
         """Generates, prints and measures, and gives the texts to `keep`. A single text is printed
         as it comes; several, or the best of several, when they are done and kept. Of what is
         stopped on the way, by Ctrl-C say, all that was made by then is kept."""
-        asked, prompt = prompt, bare_prompt(prompt, self.tokenizer)
-        if asked != prompt:
-            print(
-                "note: spaces at the prompt's end are left out, for tokens begin with their space",
-                file=sys.stderr,
-            )
+        prompt = self.checked(prompt)
         ids = torch.tensor(
             [encode_prompt(prompt, self.tokenizer, self.vocab_size)],
             dtype=torch.int64,
             device=self.device,
         )
-        printer = Printer(self.tokenizer, self.clean) if self.settings.rows == 1 else None
+        rows = self.settings.rows
+        endings = Endings(self.tokenizer, rows, self.stops)
+        printer = None
+        if rows == 1:
+            printer = Printer(Ending(self.tokenizer, self.stops), self.clean)
         moments: list[float] = []
         made: list[Tensor] = []  # each step's tokens, of all texts
 
@@ -413,21 +480,15 @@ class Session:
             if printer is not None:
                 printer.text(prompt)
             sample = generate(
-                self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding
+                self.decoder, ids, self.num_tokens, self.settings, on_token, self.embedding, endings
             )
         except (KeyboardInterrupt, BrokenPipeError):
             if made:
-                keep(
-                    self.texts(
-                        torch.cat(
-                            [ids.cpu().expand(len(made[0]), -1), torch.stack(made, dim=1)], dim=1
-                        )
-                    )
-                )
+                keep(self.texts(prompt, torch.stack(made, dim=1)))
             with contextlib.suppress(BrokenPipeError):
                 print(flush=True)  # what is said next begins a line
             raise
-        texts = self.texts(sample.ids)
+        texts = self.texts(prompt, sample.ids[:, ids.size(1) :])
         keep(texts)
         if printer is not None:
             printer.end()
@@ -436,31 +497,29 @@ class Session:
                 print(f"{heading(i, len(texts))}{text}", flush=True)
         if self.metrics and self.num_tokens:
             say_figures(measure(sample, ids.size(1)))
-        say_figures(speed(moments, start, self.settings.rows))
+        say_figures(speed(moments, start, rows))
 
-    def texts(self, ids: Tensor) -> list[str]:
-        """The text of each row of ids (n, T)."""
-        texts = [self.tokenizer.decode(row) for row in ids.tolist()]
+    def checked(self, prompt: str) -> str:
+        """The prompt as it is read; says so where that is not as it was given."""
+        bare = bare_prompt(prompt, self.tokenizer)
+        if bare != prompt:
+            print(
+                "note: spaces at the prompt's end are left out, for tokens begin with their space",
+                file=sys.stderr,
+            )
+        return bare
+
+    def texts(self, prompt: str, tokens: Tensor) -> list[str]:
+        """The prompt and what follows it, of each row of tokens (n, N)."""
+        texts = [prompt + ended_text(row, self.tokenizer, self.stops) for row in tokens.tolist()]
         return [clean_spacing(text) for text in texts] if self.clean else texts
 
 
-def main() -> None:
-    args = build_parser().parse_args()
-    if args.interactive and args.prompt is not None:
-        raise InputError(
-            "prompt: --interactive reads its prompts from stdin; leave one of the two out"
-        )
-    device = chosen_device(args.device)
-    model, config, tokenizer = load_model(args.checkpoint, device)
-    if tokenizer is None:
-        raise InputError(
-            f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so it can"
-            " write no text"
-        )
+def new_session(loaded: Loaded, args: argparse.Namespace, device: str) -> Session:
+    """All that the options ask for, of a checkpoint that is loaded."""
+    model = loaded.model
+    config = loaded.config
     settings = read_settings(args, config)
-    num_tokens = config.num_new_tokens if args.num_tokens is None else args.num_tokens
-    if num_tokens < 0:
-        raise InputError(f"num_tokens: {num_tokens} is out of range; it must be 0 or more")
     if settings.lookahead_k > 1 and settings.rows > 1:
         print(
             "note: chance has no part in lookahead, so all samples will be the same",
@@ -468,26 +527,42 @@ def main() -> None:
         )
     if args.fwpkm_inference_updates:
         allow_writes(model)
-    decoder, vocab_size = build_decoder(model, args.bits), model.vocab_size
+    decoder = build_decoder(model, args.bits)
     say_what_is_slower(decoder)
     if args.compile:
         compile_step(decoder, settings)
-    embedding = (
-        decoder.cells[0].embedding(torch.arange(vocab_size, device=device))
-        if settings.wavelet_coherence
-        else None
-    )
-    del model  # what the decoder has packed is not needed twice
-    clean, metrics = args.clean_spacing, args.metrics
-    session = Session(
-        decoder, tokenizer, settings, num_tokens, vocab_size, device, embedding, clean, metrics
-    )
-    folder = (
-        Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
+    embedding = None
+    if settings.wavelet_coherence:
+        embedding = decoder.cells[0].embedding(torch.arange(model.vocab_size, device=device))
+    return Session(
+        decoder,
+        loaded.tokenizer,
+        settings,
+        config.num_new_tokens if args.num_tokens is None else args.num_tokens,
+        args.stop,
+        model.vocab_size,
+        device,
+        embedding,
+        args.clean_spacing,
+        args.metrics,
     )
 
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_options(args)
+    device = chosen_device(args.device)
+    loaded = load_asked(args.checkpoint, args.tokenizer, device)
+    session = new_session(loaded, args, device)
+    config = loaded.config
+    folder = loaded.own_folder
+    del loaded  # what the decoder has packed is not needed twice
+
     def keep(texts: list[str]) -> None:
-        keep_samples(folder, settings, texts, f"num_tokens={num_tokens} bits={args.bits}")
+        # of a file of the hub the folder is a cache
+        if folder is not None:
+            more = f"num_tokens={session.num_tokens} bits={args.bits}"
+            keep_samples(folder, session.settings, texts, more)
 
     for prompt in read_prompts(args, config):
         session.continue_prompt(prompt, keep)

@@ -12,11 +12,17 @@ import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model, save_tensors
+from checkpoint import (
+    MODEL_FILE,
+    PACKED_FORMAT,
+    add_checkpoint_options,
+    load_asked,
+    save_tensors,
+)
 from common.command import InputError, Parser, run_command
 from common.files import check_regular, write_whole
 from config import Config, save_config
-from data.prepare import DATA_FILE, run_folder
+from data.prepare import DATA_FILE
 from data.tokenizer import Tokenizer
 from inference.decode import Decoder, PackedModel, head_is_embedding
 from inference.packed import Bits, PackedWeights
@@ -76,14 +82,9 @@ def quantise(
     return (folder / MODEL_FILE).stat().st_size
 
 
-def main() -> None:
+def build_parser() -> Parser:
     parser = Parser(__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="run directory, .safetensors file, or an old .pt",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--bits",
         type=int,
@@ -100,31 +101,35 @@ def main() -> None:
         group.add_argument(
             f"--{field.name}", type=int, choices=[4, 8, 16, 32], help=COMPONENTS[field.name]
         )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(
             f"out: {out} is there already; give a new folder, so that nothing in it is written over"
             " or hidden"
         )
-    model, config, tokenizer = load_model(args.checkpoint)
-    if isinstance(model, PackedModel):
+    # without a tokenizer there are weights to quantise all the same
+    loaded = load_asked(args.checkpoint, args.tokenizer, needs_text=False)
+    if isinstance(loaded.model, PackedModel):
         raise InputError(
             f"checkpoint: {args.checkpoint} is quantised already; give the run that it was made"
             " from"
         )
-    if head_is_embedding(config) and args.head is not None:
+    if head_is_embedding(loaded.config) and args.head is not None:
         raise InputError("head: its weight is the embedding's in this run; give --embedding")
     own = {field.name: getattr(args, field.name) for field in fields(Bits)}
     widths = replace(
         Bits.of(args.bits), **{name: bits for name, bits in own.items() if bits is not None}
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    kept = run_folder(args.checkpoint) / DATA_FILE
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    kept = loaded.folder / DATA_FILE
     check_regular(kept)
-    size = quantise(
-        model, config, tokenizer, widths, out, kept.read_bytes() if kept.exists() else None
-    )
+    data = kept.read_bytes() if kept.exists() else None
+    size = quantise(loaded.model, loaded.config, loaded.tokenizer, widths, out, data)
     print(f"checkpoint: {out}\nbytes: {size}\nshare_of_fp32: {size / (4 * parameters):.4f}")
 
 

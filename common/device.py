@@ -1,19 +1,38 @@
 """Which device to use, and what this one multiplies fast."""
 
 import gc
+import re
 
 import torch
 from torch import Tensor
 
 from common.command import InputError
 
+DEVICE_HELP = (
+    "auto, cpu, cuda, cuda:N or mps; auto takes a CUDA GPU where there is one (default auto)"
+)
+
 
 def chosen_device(device: str) -> str:
-    """What the commands' --device names: "auto" is a GPU where there is one. Raises `InputError`
-    where there is no such."""
+    """What the commands' --device names: "auto" is a CUDA GPU where there is one; "cuda:1" becomes
+    the one that kernels are launched on. Raises `InputError` where there is no such."""
+    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,4}))?", device)
+    if not match:
+        raise InputError(f"device: {device} is none; take auto, cpu, cuda, cuda:N or mps")
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise InputError("device: there is no Apple GPU (mps) that torch can use; take cpu")
+        return device
     has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
+    if device.startswith("cuda") and not has_gpu:
         raise InputError("device: there is no CUDA GPU that torch can use; take cpu")
+    if match[1] is not None:
+        count = torch.cuda.device_count()
+        if int(match[1]) >= count:
+            raise InputError(f"device: {device} is not there; the last is cuda:{count - 1}")
+        # graphs and kernels of our own go to the current device, wherever their tensors are
+        torch.cuda.set_device(int(match[1]))
+        return f"cuda:{int(match[1])}"
     return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 

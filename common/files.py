@@ -105,7 +105,9 @@ def parse_json(text: str | bytes, source: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{source}: not JSON, line {error.lineno}: {error.msg}") from None
+        # of a text of one line, which a row of a file is, its source says all
+        line = f", line {error.lineno}" if error.doc.strip().count("\n") else ""
+        raise InputError(f"{source}: not JSON{line}: {error.msg}") from None
     except RecursionError:
         raise InputError(
             f"{source}: its JSON is nested too deep; no value of ours has more than two levels"

@@ -20,7 +20,7 @@ def evaluation_slice(tokens: TokenFile, n: int) -> torch.Tensor:
     return torch.from_numpy(tokens.tokens[:n].astype(np.int64))
 
 
-# Training order
+# ===== Training order
 
 
 def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -32,7 +32,8 @@ def permuted(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     range(n). So nothing of size n is ever stored, and unlike numpy's generators the order will not
     change with numpy's version."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
     keys = np.frombuffer(hashlib.sha512(f"{seed} {epoch}".encode()).digest(), "<u8")  # eight rounds
     out = index.astype(np.uint64)
     walking = np.ones(out.shape, bool)
@@ -80,12 +81,10 @@ class Windows:
         seed: int,
         part: tuple[int, int] | None = None,
     ):
-        self.tokens, self.block_size, self.batch_size, self.seed = (
-            tokens,
-            block_size,
-            batch_size,
-            seed,
-        )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.seed = seed
         self.first, self.end = part or (0, len(tokens))
         length = self.end - self.first
         self.n_windows = (length - 1) // block_size
@@ -145,12 +144,10 @@ class Blend:
         batch_size: int,
         seed: int,
     ):
-        self.tokens, self.block_size, self.batch_size, self.seed = (
-            tokens,
-            block_size,
-            batch_size,
-            seed,
-        )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.seed = seed
         ends = np.cumsum([0, *tokens.parts]).tolist()
         self.parts = [
             Windows(tokens, block_size, batch_size, seed, part) for part in itertools.pairwise(ends)
@@ -206,15 +203,14 @@ class Lanes:
     that no lane of equal length holds (others in each epoch)."""
 
     def __init__(self, tokens: TokenFile, block_size: int, batch_size: int, seed: int):
-        self.tokens, self.block_size, self.batch_size, self.seed = (
-            tokens,
-            block_size,
-            batch_size,
-            seed,
-        )
+        self.tokens = tokens
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.seed = seed
         starts = np.asarray(tokens.document_starts)
         counts = (np.diff(starts, append=len(tokens)) - 1) // block_size  # windows of each document
-        self._starts, self._counts = starts[counts > 0], counts[counts > 0]
+        self._starts = starts[counts > 0]
+        self._counts = counts[counts > 0]
         self.n_windows = int(self._counts.sum())
         self.lane_length = self.n_windows // batch_size
         # the last used epoch's number, order, ends

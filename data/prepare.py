@@ -15,25 +15,22 @@ from common.files import read_json, remove_abandoned, write_whole
 from config import Config
 from data.corpus import (
     SPLITS,
-    check_is_text,
+    Skipped,
     components,
     described,
     documents,
+    file_documents,
     is_verbatim,
-    read_text,
     source_fingerprint,
     unread,
 )
+from data.encoding import all_encoded
 from data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_choice
-from data.tokens import (
-    TokenFile,
-    encode_documents,
-    unscored,
-    word_count,
-    write_token_file,
-)
+from data.tokens import TokenFile, write_token_file
 
 DATA_FILE = "data.json"  # in a run's folder: what the run was trained on
+# `dataset` of a checkpoint that does not say what it was trained on
+UNKNOWN_DATASET = "original"
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,21 @@ def prepare(
     say: Callable[[str], None] = print,
     tokenizer: Tokenizer | None = None,
     separate: bool = True,
+    processes: int | None = None,
 ) -> Corpus:
     """The corpus of `config`, from `config.cache_dir` where it is whole there, else made now; `say`
     gets a line for each thing made. Several processes may prepare the same corpus at once.
 
     A run's own `tokenizer` is given, so that its text is encoded as it was; else it is the one that
-    `config` asks for. `separate` false puts nothing between documents. Raises `InputError` for a
-    split in which there is nothing to predict."""
+    `config` asks for. `separate` false puts nothing between documents. As many `processes` encode
+    as there are cores (None); the files do not depend on it. Raises `InputError` for a split in
+    which there is nothing to predict."""
     if lost := unread(config):
         say(f"note: {lost}")
     tokenizer = tokenizer or _prepared_tokenizer(config, say)
-    files = {split: prepare_split(config, split, tokenizer, say, separate) for split in SPLITS}
+    files = {
+        split: prepare_split(config, split, tokenizer, say, separate, processes) for split in SPLITS
+    }
     return Corpus(
         config.dataset,
         described(config),
@@ -85,6 +86,7 @@ def prepare_split(
     tokenizer: Tokenizer,
     say: Callable[[str], None] = print,
     separate: bool = True,
+    processes: int | None = None,
 ) -> TokenFile:
     """One split of what `prepare` makes. Only training reads `config.dataset_mix`."""
     sources = components(config) if split == "train" else components(config)[:1]
@@ -99,16 +101,17 @@ def prepare_split(
         except InputError as error:
             say(f"rebuilding: {error}")
     if file is None:
-        write_token_file(
-            path, [documents(source, split) for source in sources], tokenizer, key, apart
-        )
+        skipped = Skipped()
+        texts = [documents(source, split, skipped) for source in sources]
+        write_token_file(path, texts, tokenizer, key, apart, processes)
         file = TokenFile(path, key)
-        documents_read = f"{len(file.document_starts):,} document" + "s" * (
-            len(file.document_starts) != 1
-        )
+        count = len(file.document_starts)
+        said = f"{count:,} document{'s' * (count != 1)}"
+        if skipped.rows:
+            said += f" ({skipped.said()})"
         say(
-            f"{split}: {documents_read}, {file.n_bytes:,} bytes, {file.n_tokens:,} {tokenizer.name}"
-            f" tokens -> {path}"
+            f"{split}: {said}, {file.n_bytes:,} bytes, {file.n_tokens:,} {tokenizer.name} tokens"
+            f" -> {path}"
         )
     if file.n_tokens < 2:
         raise InputError(
@@ -122,6 +125,10 @@ def separator(config: Config, tokenizer: Tokenizer, separate: bool = True) -> st
     """What stands between two documents of `config`, in words."""
     if not separate or is_verbatim(components(config)[0]):
         return "nothing"
+    return _separator(tokenizer)
+
+
+def _separator(tokenizer: Tokenizer) -> str:
     return "a blank line" if tokenizer.end_of_text is None else "an end of text"
 
 
@@ -164,7 +171,7 @@ def _prepared_tokenizer(config: Config, say: Callable[[str], None]) -> Tokenizer
     return tokenizer
 
 
-# What a run was trained on
+# ===== What a run was trained on
 
 
 def run_folder(checkpoint: str | Path) -> Path:
@@ -187,7 +194,8 @@ def run_corpus(
 
     A run of before runs kept digests goes on with its text as it is now, and with nothing between
     the documents, as then."""
-    tokenizer, kept = load_tokenizer(folder), read_data_file(folder)
+    tokenizer = load_tokenizer(folder)
+    kept = read_data_file(folder)
     if begun and tokenizer is None:
         raise InputError(
             f"resume: {folder} has lost its tokenizer (tokenizer.json), which alone encodes as it"
@@ -266,7 +274,8 @@ def differences(kept: dict[str, Any], corpus: Corpus) -> list[str]:
         ]
     found = []
     for split in SPLITS:
-        file, before = getattr(corpus, split), kept["splits"][split]
+        file = getattr(corpus, split)
+        before = kept["splits"][split]
         if file.digest != before["sha256"]:
             same_size = file.n_bytes == before["bytes"]
             sizes = f"{file.n_bytes:,} bytes" + (
@@ -276,6 +285,9 @@ def differences(kept: dict[str, Any], corpus: Corpus) -> list[str]:
     if found and kept.get("source") != corpus.source:
         found.append(f"it is from {corpus.source}, and was from {kept.get('source')}")
     return found
+
+
+# ===== What is scored
 
 
 def original_text(text: str) -> str:
@@ -302,10 +314,8 @@ class Text:
 
 def encoded(text: str, tokenizer: Tokenizer, source: str) -> Text:
     """One document, verbatim."""
-    pieces = list(encode_documents(iter([(True, text)]), tokenizer))
-    size, words = unscored(*pieces[0][1:], tokenizer) if pieces else (0, 0)
-    ids = np.array([i for _, _, piece in pieces for i in piece], np.int64)
-    return Text(ids, len(text.encode()) - size, word_count(text) - words, source)
+    tokens, _, size, words = all_encoded(iter([(True, text)]), tokenizer)
+    return Text(tokens, size, words, source)
 
 
 def read_tokens(
@@ -316,35 +326,61 @@ def read_tokens(
     folder: Path | None = None,
     protocol: str = "run",
 ) -> Text:
-    """A split of the run's own data set, or a text file; by protocol "original" its
-    `original_text`. `folder` is the run's: with what it keeps of its text, protocol "run" reads a
-    split as in training, and `say` gets a line where it is another text by now."""
+    """The text to score that `data` names: a split of the run's own data set, or a file or folder
+    of any kind that training reads, whose rows are under `config.text_column`.
+
+    By protocol "original" it is the `original_text` of that. `folder` is the run's: with what it
+    keeps of its text, protocol "run" reads a split as in training, and `say` gets a line where it
+    is another text by now."""
+    if data not in SPLITS:
+        return _read_file(Path(data), config, tokenizer, say, protocol)
     own = components(config)[0]  # what training mixes in has no part in the other splits
-    if data in SPLITS and protocol == "original":
-        source = f"{described(own)}, {data}, with the first implementation's blank lines"
-        return encoded(
-            original_text("".join(text for _, text in documents(config, data))), tokenizer, source
+    if own.dataset == UNKNOWN_DATASET:
+        raise InputError(
+            f"data: {data} is a split, but this checkpoint does not say of which data set; give a"
+            " file of text, or a folder of them"
         )
-    if data in SPLITS:
-        kept = read_data_file(folder) if folder else None
-        separate = kept is not None and kept["separated"] and protocol == "run"
-        file = prepare_split(config, data, tokenizer, say, separate)
-        same = None
-        if kept is not None and separate == kept["separated"]:
-            same = kept["splits"][data]["sha256"] == file.digest
-        source = f"{described(own)}, {data}"
-        if same is False:
-            say(
-                f"note: the {data} split is not the one that this run was made with, from"
-                f" {kept.get('source')}"
-            )
-        between = separator(config, tokenizer, separate)
-        return Text(file.tokens, file.scored_bytes, file.scored_words, source, between, same)
-    path = Path(data)
-    if not path.is_file():
-        raise InputError(f"data: {data} is neither one of {', '.join(SPLITS)} nor a file")
-    check_is_text(path)
-    text = "".join(read_text(path))
-    return encoded(
-        original_text(text) if protocol == "original" else text, tokenizer, str(path.absolute())
-    )
+    if protocol == "original":
+        source = f"{described(own)}, {data}, with the first implementation's blank lines"
+        text = "".join(text for _, text in documents(config, data))
+        return encoded(original_text(text), tokenizer, source)
+    kept = read_data_file(folder) if folder else None
+    separate = kept is not None and kept["separated"] and protocol == "run"
+    file = prepare_split(config, data, tokenizer, say, separate)
+    same = None
+    if kept is not None and separate == kept["separated"]:
+        same = kept["splits"][data]["sha256"] == file.digest
+    if same is False:
+        say(
+            f"note: the {data} split is not the one that this run was made with, from"
+            f" {kept.get('source')}"
+        )
+    between = separator(config, tokenizer, separate)
+    source = f"{described(own)}, {data}"
+    return Text(file.tokens, file.scored_bytes, file.scored_words, source, between, same)
+
+
+def _read_file(
+    path: Path, config: Config, tokenizer: Tokenizer, say: Callable, protocol: str
+) -> Text:
+    """All text of a file or folder. Where it has several documents they are separated by protocol
+    "run", as a new run's would be."""
+    if not path.exists():
+        raise InputError(
+            f"data: {path} is neither one of {', '.join(SPLITS)} nor a file or folder of text"
+        )
+    skipped = Skipped()
+    pieces = file_documents(path, config.text_column, skipped)
+    source = str(path.absolute())
+    between = "nothing"
+    if protocol == "original":
+        text = encoded(original_text("".join(piece for _, piece in pieces)), tokenizer, source)
+    else:
+        separate = protocol == "run"
+        tokens, count, size, words = all_encoded(pieces, tokenizer, separate)
+        if separate and count > 1:
+            between = _separator(tokenizer)
+        text = Text(tokens, size, words, source, between)
+    if skipped.rows:
+        say(f"note: {skipped.said()}")
+    return text

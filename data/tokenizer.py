@@ -82,14 +82,15 @@ class GPT2Tokenizer:
 
 class SentencePieceTokenizer:
     """A SentencePiece model that can write any text: byte fallback, no normalisation, no added or
-    removed spaces.
+    removed spaces. `exact` false takes one that changes text, too, for weights that were trained
+    with it; `changes` is then such a text, else None.
 
     SentencePiece itself reads the character ▁ as a space. Here ▁ in a text becomes its three byte
     pieces instead."""
 
     spaced = True
 
-    def __init__(self, model: bytes, source: str = "tokenizer"):
+    def __init__(self, model: bytes, source: str = "tokenizer", exact: bool = True):
         import sentencepiece
 
         try:
@@ -112,18 +113,15 @@ class SentencePieceTokenizer:
                 self._bytes.append(b"" if special else piece.replace(SPACE, " ").encode())
         byte_ids = {self._bytes[i]: i for i in range(self.vocab_size) if self._processor.is_byte(i)}
         self._space_ids = [byte_ids.get(bytes([byte]), 0) for byte in SPACE.encode()]
-        for probe in (
-            "a  b\n\n\tc\r\n ",
-            " d",
-            "é\u2028ﬁ Å 中\0",
-            f"{SPACE}{SPACE} {SPACE}<unk></s>",
-        ):
-            if self.decode_bytes(self.encode(probe)) != probe.encode():
-                raise InputError(
-                    f"{source}: does not keep {probe!r} as it is; give a model trained with"
-                    " byte_fallback, normalization_rule_name=identity, add_dummy_prefix=false and"
-                    " remove_extra_whitespaces=false"
-                )
+        probes = ("a  b\n\n\tc\r\n ", " d", "é\u2028ﬁ Å 中\0", f"{SPACE}{SPACE} {SPACE}<unk></s>")
+        changed = [text for text in probes if self.decode_bytes(self.encode(text)) != text.encode()]
+        self.changes = changed[0] if changed else None
+        if exact and changed:
+            raise InputError(
+                f"{source}: does not keep {changed[0]!r} as it is; give a model trained with"
+                " byte_fallback, normalization_rule_name=identity, add_dummy_prefix=false and"
+                " remove_extra_whitespaces=false"
+            )
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -147,9 +145,12 @@ class SentencePieceTokenizer:
             "vocab_size": self.vocab_size,
             "sha256": self.fingerprint,
         }
+        if self.changes is not None:
+            values["exact"] = False
         write_whole(folder / "tokenizer.json", json.dumps(values).encode())
 
 
+GPT2_TOKENS = 50257
 Tokenizer = ByteTokenizer | GPT2Tokenizer | SentencePieceTokenizer
 
 
@@ -179,7 +180,11 @@ def planned_vocab_size(config: Config) -> int:
     """The vocabulary that the tokenizer of `config` will have, worked out without making it where
     that takes data."""
     choice = tokenizer_choice(config)
-    known = {"bytes": ByteTokenizer.vocab_size, "gpt2": 50257, "sentencepiece": config.vocab_size}
+    known = {
+        "bytes": ByteTokenizer.vocab_size,
+        "gpt2": GPT2_TOKENS,
+        "sentencepiece": config.vocab_size,
+    }
     return (
         known[choice]
         if choice in known
@@ -205,6 +210,22 @@ def make_tokenizer(config: Config, texts: Callable[[], Iterator[str]]) -> Tokeni
         ) from None
 
 
+def named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a command's --tokenizer names: bytes, gpt2, or a SentencePiece .model
+    file, which may change text. Raises `InputError` for any other name."""
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return GPT2Tokenizer()
+    path = Path(name)
+    if not path.exists():
+        near = difflib.get_close_matches(name, ["bytes", "gpt2"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "give bytes, gpt2 or a .model file"
+        raise InputError(f"tokenizer: there is no {name}; {hint}")
+    check_regular(path)
+    return SentencePieceTokenizer(path.read_bytes(), name, exact=False)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer saved in `folder`; None where there is no tokenizer.json. Raises `InputError`
     for a broken one."""
@@ -223,7 +244,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     model = path.with_suffix(".model")
     check_regular(model)
     try:
-        tokenizer = SentencePieceTokenizer(model.read_bytes(), str(model))
+        exact = values.get("exact", True) is not False
+        tokenizer = SentencePieceTokenizer(model.read_bytes(), str(model), exact)
     except OSError as error:
         raise InputError(
             f"{model}: cannot be read ({error.strerror}); it belongs beside {path.name}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from common.command import InputError
 from config import LOWEST_TEMPERATURE, MOST, Config
 from data.tokenizer import Tokenizer
+from inference.endings import Endings
 from inference.graphs import GraphedStep, graphed
 
 # of probabilities as whole numbers: fp64, in which random numbers come, holds the sum of them
@@ -40,6 +41,8 @@ class Settings:
     temperature: float = 1.0
     top_p: float = 0.95
     repetition_penalty: float = 1.1
+    top_k: int = 0  # the most probable tokens that may be drawn; 0 = all
+    min_p: float = 0.0  # the least probability of a token, in units of the highest
     seed: int = 1337
     n: int = 1  # samples of each prompt, all in one batch
     best_of_n: int = 1  # texts tried for each sample; the most probable one stays
@@ -62,6 +65,8 @@ class Settings:
                 1 <= self.repetition_penalty <= MOST,
                 f"from 1 (none) to {MOST}",
             ),
+            "top_k": (0 <= self.top_k <= MOST, f"from 0 (all) to {MOST}"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 (all) to 1"),
             "seed": (self.seed >= 0, "0 or more"),
             "n": (1 <= self.n <= MOST, f"from 1 to {MOST}"),
             "best_of_n": (1 <= self.best_of_n <= MOST, f"from 1 to {MOST}"),
@@ -85,11 +90,13 @@ class Settings:
 class Sample(NamedTuple):
     """Generated texts: ids (rows, T + N), the prompt's T tokens first; for each of the N new tokens
     its log-probability (rows, N) and the entropy of the distribution it came from (rows, N), in
-    nats, both under the model's own softmax."""
+    nats, both under the model's own softmax. `lengths` (rows,) are the new tokens up to where each
+    text ended; None = all N."""
 
     ids: Tensor
     log_probs: Tensor
     entropy: Tensor
+    lengths: Tensor | None = None
 
 
 # ===== Rules
@@ -113,18 +120,43 @@ def adaptive_temperature(entropy: Tensor, vocab_size: int, lowest: float, highes
     return highest - entropy / math.log(vocab_size) * (highest - lowest)
 
 
+def in_units(probs: Tensor) -> Tensor:
+    """Probabilities as whole numbers of 1 / UNIT, whose sums are the same in whatever order a
+    device adds them."""
+    return (probs * UNIT).long().clamp(min=0)  # what is not a number becomes one below 0
+
+
+def highest(probs: Tensor, top_k: int, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The top_k highest probabilities, equals by id, with 0 for all others (R, V); and top_p (R, 1)
+    of what they hold together, as a share of the whole. All shapes are fixed, and nothing asks the
+    device."""
+    if not 0 < top_k < probs.size(1):
+        return probs, top_p
+    least = probs.topk(top_k, sorted=False).values.amin(1, keepdim=True)
+    above = probs > least
+    equal = probs == least
+    room = top_k - above.sum(1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(1) <= room))
+    probs = probs * taken
+    return probs, top_p * (in_units(probs).sum(1, keepdim=True).double() / UNIT)
+
+
+def far_below(probs: Tensor, min_p: float) -> Tensor:
+    """Where a probability is below min_p times the row's highest: (R, V) bool."""
+    return probs < min_p * probs.amax(1, keepdim=True)
+
+
 def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
     """The probabilities of the smallest set of tokens that reach top_p, 0 for all others: (R, V) in
     units of 1 / UNIT.
 
     Tokens are taken in falling order, equals by id: one is in the set where those before it hold
     less than top_p. Nothing is sorted: the last token's probability is found digit by digit, from
-    the highest, by adding up the tokens that have each digit. They are added as whole numbers,
-    whose sums are the same in whatever order a device adds them.
+    the highest, by adding up the tokens that have each digit, in whole numbers (`in_units`).
 
     probs (R, V) fp32, top_p (R, 1).
     """
-    mass = (probs * UNIT).long().clamp(min=0)  # what is not a number becomes one below 0
+    mass = in_units(probs)
     # At least one token, and no more than there are: rounding may leave a little less than 1 in
     # all.
     missing = torch.minimum((top_p * UNIT).long(), mass.sum(1, keepdim=True)).clamp(min=1)
@@ -147,15 +179,22 @@ def nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
     return mass * (keys < last) + equal * (equal.cumsum(1) - equal < missing)
 
 
-def draw(probs: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+def draw(
+    probs: Tensor, top_p: Tensor, uniform: Tensor, top_k: int = 0, min_p: float = 0.0
+) -> Tensor:
     """Draws a token (R,) from each row's nucleus (Holtzman et al., "The curious case of neural text
-    degeneration", 2020).
+    degeneration", 2020) among its top_k most probable tokens, without those far below the highest
+    (Nguyen et al., "Turning up the heat: min-p sampling", 2024).
 
     probs (R, V) fp32, top_p (R, 1), uniform (R, 1) fp64 in [0, 1). It is a fixed amount of work,
     for which the host need not wait. Tokens are drawn by the inverse of the cumulative distribution
     in order of id: unlike falling order, it hardly moves when rounding (another batch size, another
     kernel) swaps two tokens of nearly the same probability."""
-    cumulative = nucleus(probs, top_p).cumsum(1)
+    probs, top_p = highest(probs, top_k, top_p)
+    mass = nucleus(probs, top_p)
+    if min_p > 0:
+        mass = mass.masked_fill(far_below(probs, min_p), 0)
+    cumulative = mass.cumsum(1)
     target = (uniform * cumulative[:, -1:]).long()
     token = torch.searchsorted(cumulative, target, right=True)
     # where probabilities are not finite there may be no such token
@@ -276,11 +315,14 @@ def look_ahead(
     All R·k forks are one batch, so it costs lookahead_depth calls. logits (R, V) are penalised.
     Returns the tokens (R,); the reader has read them, and the logits after them (R, V), as from
     `Reader.read`, come second."""
-    k, depth = min(settings.lookahead_k, logits.size(1)), settings.lookahead_depth
+    k = min(settings.lookahead_k, logits.size(1))
+    depth = settings.lookahead_depth
+    probs, top_p = highest(probs, settings.top_k, top_p)
     best, candidates = probs.topk(k)
     score = logits.log_softmax(-1).gather(1, candidates)
-    # outside the nucleus
-    score = score.masked_fill(best.cumsum(1) - best >= top_p, -math.inf).flatten()
+    # what could not be drawn is no candidate; the first always is one
+    outside = (best.cumsum(1) - best >= top_p) | far_below(best, settings.min_p)
+    score = score.masked_fill(outside, -math.inf).flatten()
 
     rows = torch.arange(len(logits), device=logits.device).repeat_interleave(k)
     token = candidates.flatten()[:, None]  # (R·k, 1)
@@ -328,7 +370,9 @@ class Rules:
         self.settings, self.kind = settings, kind_of(settings, room)
         self.text = like.new_zeros(rows, room, dtype=torch.int64)
         self.log_probs, self.entropy = like.new_zeros(rows, room), like.new_zeros(rows, room)
-        self.numbers = like.new_zeros(rows, room, dtype=torch.float64)  # random ones, in [0, 1)
+        # Random numbers, in [0, 1). Apple's GPUs have no fp64, so there the CPU draws a token.
+        self.draws_on = torch.device("cpu") if like.device.type == "mps" else like.device
+        self.numbers = torch.zeros(rows, room, dtype=torch.float64, device=self.draws_on)
         self.at = like.new_zeros(1, dtype=torch.int64)  # the column of the next token
         self.token = like.new_zeros(rows, 1, dtype=torch.int64)  # the last that was chosen
         self.top_p = like.new_zeros(rows, 1)
@@ -394,10 +438,12 @@ class Rules:
             token = logits.argmax(-1)
         else:
             token = draw(
-                self.probabilities(logits, entropy),
-                self.top_p,
-                self.numbers.index_select(1, self.at),
-            )
+                self.probabilities(logits, entropy).to(self.draws_on),
+                self.top_p.to(self.draws_on),
+                self.numbers.index_select(1, self.at.to(self.draws_on)),
+                self.settings.top_k,
+                self.settings.min_p,
+            ).to(logits.device)
         self.take(token, log_p, entropy)
 
     def choose_ahead(self, logits: Tensor, reader: Reader, text: Tensor) -> Tensor:
@@ -458,15 +504,18 @@ class Post:
     """Hands tokens to a function of the host's. From a GPU they come one step late: those of a step
     are read while the next is at work, so that neither waits for the other."""
 
-    def __init__(self, on_token: Callable[[Tensor], None] | None):
-        self.on_token, self.coming = on_token, None
+    def __init__(self, on_token: Callable[[Tensor], None] | None, endings: Endings | None):
+        self.on_token = on_token
+        self.endings = endings
+        self.coming = None
+        self.over = False  # whether all texts have ended
 
     def send(self, tokens: Tensor) -> None:
         """tokens (R, 1), which may be overwritten after this."""
-        if self.on_token is None:
+        if self.on_token is None and self.endings is None:
             return
         if tokens.device.type == "cpu":
-            self.on_token(tokens.flatten().clone())
+            self.take(tokens.flatten().clone())
             return
         coming = tokens.flatten().to("cpu", non_blocking=True)
         there = torch.cuda.Event()
@@ -478,6 +527,12 @@ class Post:
         if coming is not None:
             tokens, there = coming
             there.synchronize()
+            self.take(tokens)
+
+    def take(self, tokens: Tensor) -> None:
+        if self.endings is not None:
+            self.over = self.endings.add(tokens)
+        if self.on_token is not None:
             self.on_token(tokens)
 
     def end(self) -> None:
@@ -495,13 +550,15 @@ def generate(
     settings: Settings,
     on_token: Callable[[Tensor], None] | None = None,
     embedding: Tensor | None = None,
+    endings: Endings | None = None,
 ) -> Sample:
     """Continues each of the prompts ids (B, T) by `num_tokens` tokens, settings.n times: B·n texts.
 
     decoder: a `Decoder` or the network itself. on_token(tokens) is called with each step's new
     tokens (B·n·best_of_n,), on the CPU; on a GPU a step later than they are chosen. embedding (V,
-    C): the token embedding, for wavelet_coherence. Raises `InputError` for an empty prompt,
-    num_tokens < 0 and logits that are not finite."""
+    C): the token embedding, for wavelet_coherence. endings: of these texts; when all have ended no
+    more tokens are made, and the sample has as many as were made by then. Raises `InputError` for
+    an empty prompt, num_tokens < 0 and logits that are not finite."""
     if ids.size(1) == 0:
         raise InputError("prompt: has no tokens; give some text to go on from")
     if num_tokens < 0:
@@ -513,7 +570,8 @@ def generate(
         ids, logits, reader.state = ids[rows], logits[rows], reader.state.select(rows)
     rules = rules_for(reader, settings, ids, num_tokens, logits)
     rules.begin(settings, ids, num_tokens, decoder.config.levels, embedding)
-    post = Post(on_token)
+    post = Post(on_token, endings)
+    made = num_tokens
 
     try:
         for i in range(num_tokens):
@@ -528,36 +586,56 @@ def generate(
                 reader.make_room(so_far[:, :-1])
                 rules.read_and_choose(reader)
             post.send(rules.token)
+            if post.over:
+                made = i + 1
+                break
     finally:
         post.end()  # when it is stopped on the way, too
 
-    new = slice(length, length + num_tokens)
-    text, log_probs, entropy = (
-        rules.text[:, : new.stop].clone(),
-        rules.log_probs[:, new].clone(),
-        rules.entropy[:, new].clone(),
-    )
+    new = slice(length, length + made)
+    text = rules.text[:, : new.stop].clone()
+    log_probs = rules.log_probs[:, new].clone()
+    entropy = rules.entropy[:, new].clone()
+    lengths = None if endings is None else torch.tensor(endings.counts, device=ids.device)
     if rules.turn is not None:
         rules.turn[0].kept = rules
     if not log_probs.isfinite().all():
         raise InputError(
             "checkpoint: gives logits that are not finite, so no text can be sampled; train it anew"
         )
-    if settings.best_of_n > 1:  # all texts are of one length, so sums order them as means do
-        tries = log_probs.sum(1).view(-1, settings.best_of_n)
-        best = tries.argmax(1) + settings.best_of_n * torch.arange(len(tries), device=ids.device)
-        text, log_probs, entropy = text[best], log_probs[best], entropy[best]
-    return Sample(text, log_probs, entropy)
+    sample = Sample(text, log_probs, entropy, lengths)
+    return best_of(sample, settings.best_of_n) if settings.best_of_n > 1 else sample
+
+
+def best_of(sample: Sample, n: int) -> Sample:
+    """Of each n texts in a row the one whose mean log-probability is highest."""
+    means = (sample.log_probs * own_tokens(sample)).sum(1)
+    if sample.lengths is not None:  # else all are of one length, and sums order them as means do
+        means = means / sample.lengths.clamp(min=1)
+    tries = means.view(-1, n)
+    best = tries.argmax(1) + n * torch.arange(len(tries), device=tries.device)
+    return Sample(*(None if part is None else part[best] for part in sample))
+
+
+def own_tokens(sample: Sample) -> Tensor:
+    """Which of its new tokens each text has, up to where it ended: (rows, N) bool."""
+    places = torch.arange(sample.log_probs.size(1), device=sample.ids.device)
+    if sample.lengths is None:
+        return torch.ones_like(sample.log_probs, dtype=torch.bool)
+    return places < sample.lengths[:, None]
 
 
 def measure(sample: Sample, prompt_length: int) -> dict[str, float]:
     """Means over the texts of a sample: log-probability and entropy per new token in nats, and of
     the new tokens Distinct-n, the share of different n-grams (Li et al., 2016), and Rep-4 = 1 −
     Distinct-4 (Welleck et al., 2020)."""
-    texts = sample.ids[:, prompt_length:].tolist()
+    own = own_tokens(sample)
+    texts = [
+        row[kept].tolist() for row, kept in zip(sample.ids[:, prompt_length:], own, strict=True)
+    ]
     values = {
-        "mean_log_probability": sample.log_probs.mean().item(),
-        "entropy": sample.entropy.mean().item(),
+        "mean_log_probability": sample.log_probs[own].mean().item(),
+        "entropy": sample.entropy[own].mean().item(),
     }
     for n in (1, 2, 3):
         values[f"distinct_{n}"] = sum(distinct(text, n) for text in texts) / len(texts)

@@ -18,7 +18,8 @@ def _nats(model: nn.Module, ids: np.ndarray, skip: int, state, device: str):
     nats = F.cross_entropy(
         logits[:, skip:].float().flatten(0, 1), rows[:, 1 + skip :].flatten(), reduction="none"
     )
-    return nats.double().sum().item(), state
+    # an Apple GPU has no fp64
+    return (nats.cpu() if nats.device.type == "mps" else nats).double().sum().item(), state
 
 
 @torch.inference_mode()

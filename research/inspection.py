@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model
+from checkpoint import DATA_HELP, add_checkpoint_options, load_asked
 from common.command import InputError, Parser, run_command
 from common.figures import new_figure, save_figure
 from common.files import written_whole
-from data.prepare import read_tokens, run_folder
+from data.prepare import read_tokens
 from inference.decode import PackedModel
 from layers.features import NAMES
 from layers.memory import NgramEmbedding, read_slots
@@ -264,15 +264,8 @@ def draw(model: nn.Module, activity: Activity, path: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="run directory, .safetensors file, or an old .pt",
-    )
-    parser.add_argument(
-        "--data", default="test", help="a split of the run's data, or a text file (default test)"
-    )
+    add_checkpoint_options(parser)
+    parser.add_argument("--data", default="test", help=DATA_HELP)
     parser.add_argument(
         "--tokens", type=int, default=16384, help="tokens of it to read (default 16384)"
     )
@@ -282,20 +275,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens < 1:
         raise InputError(f"tokens: {args.tokens} must be at least 1")
-    model, config, tokenizer = load_model(args.checkpoint)
+    loaded = load_asked(args.checkpoint, args.tokenizer)
+    model = loaded.model
+    config = loaded.config
+    tokenizer = loaded.tokenizer
     if isinstance(model, PackedModel):
         raise InputError(
             f"checkpoint: {args.checkpoint} is quantised; inspect the run that it was made from"
         )
-    if tokenizer is None:
-        raise InputError(
-            f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json), so no text"
-            " can be read"
-        )
-    checkpoint = Path(args.checkpoint)
-    out = Path(args.out) if args.out else checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if args.out is None and loaded.own_folder is None:
+        raise InputError("out: give a folder; a checkpoint of the hub lies in a cache")
+    out = Path(args.out) if args.out else loaded.own_folder
     out.mkdir(parents=True, exist_ok=True)
-    text = read_tokens(args.data, config, tokenizer, print, run_folder(args.checkpoint))
+    text = read_tokens(args.data, config, tokenizer, print, loaded.folder)
     activity = watch(model.eval(), text.tokens[: args.tokens], config.block_size)
     about = f"`{args.checkpoint}`, {activity.tokens:,} {tokenizer.name} tokens of {text.source}"
     with written_whole(out / "inspection.md") as beside:

@@ -19,7 +19,6 @@
 import itertools
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -28,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import load_model
+from checkpoint import DATA_HELP, add_checkpoint_options, load_asked, say_on_stderr
 from common.command import InputError, Parser, run_command
 from config import Config, load_config, make_config
-from data.prepare import read_tokens, run_folder
+from data.prepare import read_tokens
 from model import build_model
 from training.optimizers import (
     clipped_step,
@@ -217,12 +216,8 @@ def recall_config(path: Path, lr: float | None = None, seed: int | None = None) 
 
 def main() -> None:
     parser = Parser(__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--checkpoint", metavar="PATH", help="run directory, .safetensors file, or an old .pt"
-    )
-    parser.add_argument(
-        "--data", default="test", help="a split of the run's data, or a text file (default test)"
-    )
+    add_checkpoint_options(parser, required=False)
+    parser.add_argument("--data", default="test", help=DATA_HELP)
     parser.add_argument(
         "--windows", type=int, default=256, help="windows of each probe at the most (default 256)"
     )
@@ -246,15 +241,8 @@ def main() -> None:
         raise InputError("windows must be at least 2, steps at least 1")
     result: dict = {}
     if args.checkpoint:
-        model, config, tokenizer = load_model(args.checkpoint)
-        if tokenizer is None:
-            raise InputError(
-                f"checkpoint: {args.checkpoint} has no tokenizer beside it (tokenizer.json)"
-            )
-        folder = run_folder(args.checkpoint)
-        text = read_tokens(
-            args.data, config, tokenizer, lambda line: print(line, file=sys.stderr), folder
-        )
+        model, config, tokenizer, folder, _ = load_asked(args.checkpoint, args.tokenizer)
+        text = read_tokens(args.data, config, tokenizer, say_on_stderr, folder)
         probes = {
             "nats_by_position": loss_by_position, "repetition_lift_nats": repetition_lift,
             "needle_by_distance": needle_by_distance,

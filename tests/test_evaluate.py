@@ -193,9 +193,9 @@ def test_the_command_prints_the_promised_json(tmp_path, monkeypatch, capsys):
     assert (result["text"], result["between_documents"]) == (str(tmp_path / "text.txt"), "nothing")
     assert result["tokenizer"] == "bytes"
     assert {"token_perplexity", "word_perplexity", "window", "stride"} <= result.keys()
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}')
-    monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "text.jsonl")])
-    with pytest.raises(InputError, match=r"text\.jsonl: .*unknown kind"):
+    (tmp_path / "text.html").write_text("<p>a</p>")
+    monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "text.html")])
+    with pytest.raises(InputError, match=r"text\.html: .*unknown kind"):
         evaluate.main()
     for extra in (["--window", "0"], ["--stride", "33"], ["--data", "nowhere"]):
         monkeypatch.setattr(sys, "argv", command + extra)

@@ -673,6 +673,40 @@ def test_interactive_continues_every_line_until_the_end(run):
     assert out.startswith(alone)
 
 
+def test_a_text_ends_before_a_stop_which_is_not_printed(run, run_folder):
+    whole = run("--num_tokens", 60).out
+    stop = whole[20:23]
+    (run_folder / "generations.txt").unlink()
+    short = run("--num_tokens", 60, "--stop", "not in it", "--stop", stop)
+    assert short.out == whole[: whole.index(stop, 5)] + "\n"
+    kept = (run_folder / "generations.txt").read_text(encoding="utf-8")
+    assert kept.split("\n", 1)[1] == short.out + "\n"
+    several = run("--num_tokens", 60, "--stop", stop, "--n", 3).out
+    assert several.startswith(f"--- sample 1 of 3\n{short.out}--- sample 2 of 3\n")
+
+
+def test_a_text_ends_at_the_tokenizers_end_of_text(run, monkeypatch):
+    plain = run("--num_tokens", 60).out
+    byte = next(char for char in plain[15:] if char.isascii())
+    monkeypatch.setattr(ByteTokenizer, "end_of_text", ord(byte))
+    assert run("--num_tokens", 60).out == plain[: plain.index(byte, 5)] + "\n"
+
+
+def test_a_prompt_of_several_lines_comes_from_a_file_or_stdin(run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("one\n\n  naïve\n", encoding="utf-8")
+    expected = run("--prompt", "one\n\n  naïve", "--num_tokens", 9).out
+    assert run("--prompt_file", tmp_path / "prompt.txt", "--num_tokens", 9).out == expected
+    assert run("--prompt", "-", "--num_tokens", 9, stdin="one\n\n  naïve\n").out == expected
+
+
+def test_fewer_tokens_to_draw_from_make_a_greedy_text_at_last(run):
+    """With temperature, chance has no part where one token is left."""
+    greedy = run("--num_tokens", 30, "--temperature", 0).out
+    assert run("--num_tokens", 30, "--top_k", 1).out == greedy
+    assert run("--num_tokens", 30, "--min_p", 1).out == greedy
+    assert run("--num_tokens", 30, "--top_p", 1).out != greedy
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -697,6 +731,15 @@ def test_interactive_continues_every_line_until_the_end(run):
         (["--interactive", "--prompt", "a"], "prompt"),
         (["--fwpkm_inference_updates"], "fwpkm_inference_updates"),
         (["--topp", "0.5"], "--topp"),
+        (["--top_k", "-1"], "top_k"),
+        (["--min_p", "1.5"], "min_p"),
+        (["--stop", ""], "stop"),
+        (["--prompt", "a", "--prompt_file", "b"], "prompt"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "-"], "prompt"),  # nothing is on stdin
+        (["--device", "gpu"], "device"),
+        (["--device", "cuda:99"], "device"),
+        (["--tokenizer", "gtp2"], "did you mean gpt2?"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run, capsys, arguments, name):
@@ -735,6 +778,8 @@ def test_steps_in_place_write_the_same_texts(model, monkeypatch):
     window = {"context": "window"}
     several = [
         {},
+        {"top_k": 5},
+        {"top_k": 9, "min_p": 0.2, "n": 2},
         {"n": 3},
         {"temperature": 0},
         {"lookahead_k": 3},

@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 
 from common.command import InputError
 from config import Config
-from data import corpus
+from data import corpus, encoding, library, readers
 from data import prepare as prepare_module
-from data import tokens as token_files
 from data.corpus import SPLITS, documents, source_fingerprint
+from data.encoding import encode_documents
 from data.order import Blend, Lanes, Windows, evaluation_slice, permuted, training_order
 from data.prepare import prepare, prepare_split, run_corpus
 from data.tokenizer import (
@@ -41,7 +41,7 @@ from data.tokenizer import (
     text_bytes,
     train_sentencepiece,
 )
-from data.tokens import FORMAT, HEADER_BYTES, TokenFile, encode_documents, write_token_file
+from data.tokens import FORMAT, HEADER_BYTES, TokenFile, write_token_file
 
 LINES = "Äpfel und Birnen: été 中文 𝄞\r\nsecond  line\n\n\ttabbed ▁ line\n"
 
@@ -86,13 +86,13 @@ def token_file(path, lengths, tokenizer=None):
     return TokenFile(path, "key")
 
 
-# The corpus
+# ===== The corpus
 
 
 def test_pydoc_is_the_same_every_time_and_its_splits_are_disjoint(monkeypatch):
     # every fourth file: to parse them all takes ten seconds
-    some = corpus._library_files()[::4]
-    monkeypatch.setattr(corpus, "_library_files", lambda: some)
+    some = library._library_files()[::4]
+    monkeypatch.setattr(library, "_library_files", lambda: some)
     config = Config(dataset="pydoc")
     seen, sizes = {}, {}
     for split in SPLITS:
@@ -119,7 +119,7 @@ class A(B):
         More.'''
 """
     assert (
-        "".join(corpus._entries(ast.parse(source), "m"))
+        "".join(library._entries(ast.parse(source), "m"))
         == """\
 class m.A(B)
     About A.
@@ -165,9 +165,9 @@ def test_text_without_splits_is_cut_at_line_ends_and_nothing_is_lost(tmp_path, f
 
 
 def test_pieces_never_cut_a_character(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 7)
+    monkeypatch.setattr(readers, "READ_BYTES", 7)
     (tmp_path / "a.txt").write_bytes(LINES.encode() * 3)
-    assert "".join(corpus.read_text(tmp_path / "a.txt")) == LINES * 3
+    assert "".join(readers.read_text(tmp_path / "a.txt")) == LINES * 3
 
 
 def test_the_fingerprint_changes_with_the_files(config, folder):
@@ -192,14 +192,14 @@ def test_bad_sources_are_one_clear_error(tmp_path, monkeypatch):
     assert "empty.txt: is empty" in error(dataset=str(tmp_path / "empty.txt"))
     (tmp_path / "line.txt").write_bytes(b"one line without an end")
     assert "split_fractions" in error(dataset=str(tmp_path / "line.txt"))
-    monkeypatch.setattr(corpus, "READ_BYTES", 8)
+    monkeypatch.setattr(readers, "READ_BYTES", 8)
     latin = b"good \xc3\xa9 lines\n" * 3 + b"caf\xe9 bad\n"
     (tmp_path / "latin.txt").write_bytes(latin)
     assert f"latin.txt: not UTF-8 at byte {latin.index(0xE9)};" in error(
         dataset=str(tmp_path / "latin.txt")
     )
     (tmp_path / "none").mkdir()
-    assert "no .txt files" in error(dataset=str(tmp_path / "none"))
+    assert "no files of text" in error(dataset=str(tmp_path / "none"))
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "train.txt").write_text("a\n")
     (tmp_path / "part" / "valid.txt").write_text("a\n")
@@ -209,14 +209,12 @@ def test_bad_sources_are_one_clear_error(tmp_path, monkeypatch):
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
-    for name in ("d.jsonl", "page.html", "notes.md", "table.parquet", "none"):
+    for name in ("rows.json", "page.html", "notes.md", "t.parquet.gz", "book.gz", "none"):
         (tmp_path / name).write_text('{"text": "a"}\n' * 30)
         with pytest.raises(InputError, match=rf"{name}: .*unknown kind.*\.txt"):
             text_of(Config(dataset=str(tmp_path / name)), "train")
-    with pytest.raises(
-        InputError, match=r"no \.txt files, only 1 \.html, 1 \.jsonl, 1 \.md, 1 without a suffix"
-    ):
-        (tmp_path / "table.parquet").unlink()
+    kinds = r"only 2 \.gz, 1 \.html, 1 \.json, 1 \.md, 1 without a suffix"
+    with pytest.raises(InputError, match=rf"no files of text, {kinds};"):
         text_of(Config(dataset=str(tmp_path)), "train")
 
 
@@ -272,7 +270,7 @@ def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
                 read(config)
         (tmp_path / "text" / name).unlink()
     os.mkfifo(tmp_path / "text" / "pipe.txt")
-    with pytest.raises(InputError, match=r"pipe\.txt: is no regular file"):
+    with pytest.raises(InputError, match=r"pipe\.txt: is a FIFO; give a file"):
         text_of(config, "train")
     (tmp_path / "text" / "pipe.txt").unlink()
     scandir = os.scandir
@@ -287,7 +285,7 @@ def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path, monkeypatch):
         text_of(config, "train")
 
 
-# Data sets in the hub's layout
+# ===== Data sets in the hub's layout
 
 
 @pytest.fixture
@@ -393,14 +391,14 @@ def test_wikitext_rows_become_the_published_text_and_articles():
     assert sum(starts for starts, _ in pieces) == 60
 
 
-# Token files
+# ===== Token files
 
 
 def test_wikitext_test_has_its_published_number_of_words(tmp_path):
     path = SHARED / "data" / "wikitext" / "test.txt"
     if not path.exists():
         pytest.skip("no WikiText-103 test split beside the repository")
-    pieces = ((index == 0, text) for index, text in enumerate(corpus.read_text(path)))
+    pieces = ((index == 0, text) for index, text in enumerate(readers.read_text(path)))
     write_token_file(tmp_path / "t", [pieces], ByteTokenizer(), "key")
     assert TokenFile(tmp_path / "t").n_words == 245_569
     assert TokenFile(tmp_path / "t").n_bytes == path.stat().st_size
@@ -473,7 +471,7 @@ def test_tokens_depend_on_the_text_alone_and_cuts_change_none(make, monkeypatch)
     ]
     text = "".join(rng.choice(vocabulary) for _ in range(5000))
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(token_files, "ENCODE_CHARACTERS", 500)
+    monkeypatch.setattr(encoding, "ENCODE_CHARACTERS", 500)
 
     def tokens(sizes):
         pieces, start = [], 0
@@ -489,7 +487,7 @@ def test_tokens_depend_on_the_text_alone_and_cuts_change_none(make, monkeypatch)
 
 
 def test_words_are_counted_once_where_a_long_one_is_cut(monkeypatch, tmp_path):
-    monkeypatch.setattr(token_files, "ENCODE_CHARACTERS", 10)
+    monkeypatch.setattr(encoding, "ENCODE_CHARACTERS", 10)
     text = "a" * 35 + " " + "b" * 25 + "\n" + "中" * 40
     write_token_file(tmp_path / "t", [iter([(True, text), (True, "c")])], ByteTokenizer(), "key")
     assert TokenFile(tmp_path / "t").n_words == 5
@@ -552,7 +550,7 @@ def test_a_damaged_file_is_rebuilt_and_said_so(config, damage):
 
 
 def test_an_error_in_the_middle_leaves_no_file(config, tmp_path, monkeypatch):
-    def broken(config, split):
+    def broken(config, split, skipped):
         yield True, LINES
         raise InputError("stop")
 
@@ -564,8 +562,8 @@ def test_an_error_in_the_middle_leaves_no_file(config, tmp_path, monkeypatch):
 
 def test_a_killed_prepare_leaves_nothing_that_is_trusted(config, tmp_path):
     def killed():
-        def read_and_die(config, split):
-            yield from documents(config, split)
+        def read_and_die(config, split, skipped=None):
+            yield from documents(config, split, skipped)
             if split == "validation":
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -742,7 +740,7 @@ def test_only_what_the_dead_left_behind_is_removed(config, tmp_path):
     }
 
 
-# Between documents
+# ===== Between documents
 
 
 @pytest.mark.parametrize("make", [ByteTokenizer, trained])
@@ -822,7 +820,7 @@ def test_one_document_and_wikitext_are_left_as_they_are(hub, tmp_path):
     assert texts[2] == ("no line end", "a blank line")
 
 
-# What is scored
+# ===== What is scored
 
 
 @pytest.mark.parametrize("make", [ByteTokenizer, trained, gpt2])
@@ -834,7 +832,7 @@ def test_the_first_token_is_in_no_count_of_what_is_scored(make, text):
         file = TokenFile(Path(folder) / "t")
         rest = tokenizer.decode_bytes(file.tokens[1:].tolist())
         assert file.scored_bytes == len(rest) == text_bytes(tokenizer, file.tokens[1:].tolist())
-        assert file.scored_words == token_files.word_count(rest.decode("utf-8", errors="replace"))
+        assert file.scored_words == encoding.word_count(rest.decode("utf-8", errors="replace"))
 
 
 @functools.cache
@@ -842,7 +840,7 @@ def cached_tokenizer(make):
     return make()
 
 
-# What a run was trained on
+# ===== What a run was trained on
 
 
 @pytest.fixture
@@ -979,7 +977,7 @@ def test_the_evaluation_slice_is_the_first_tokens(tmp_path):
     )
 
 
-# Training order
+# ===== Training order
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000, 4097])
