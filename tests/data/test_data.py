@@ -91,8 +91,8 @@ def token_file(path, lengths, tokenizer=None):
 
 def test_pydoc_is_the_same_every_time_and_its_splits_are_disjoint(monkeypatch):
     # every fourth file: to parse them all takes ten seconds
-    some = library._library_files()[::4]
-    monkeypatch.setattr(library, "_library_files", lambda: some)
+    some = library.library_files()[::4]
+    monkeypatch.setattr(library, "library_files", lambda: some)
     config = Config(dataset="pydoc")
     seen, sizes = {}, {}
     for split in SPLITS:
