@@ -559,10 +559,7 @@ def generate(
     C): the token embedding, for wavelet_coherence. endings: of these texts; when all have ended no
     more tokens are made, and the sample has as many as were made by then. Raises `InputError` for
     an empty prompt, num_tokens < 0 and logits that are not finite."""
-    if ids.size(1) == 0:
-        raise InputError("prompt: has no tokens; give some text to go on from")
-    if num_tokens < 0:
-        raise InputError(f"num_tokens: {num_tokens} is out of range; it must be 0 or more")
+    check_request(ids, num_tokens)
     reader = Reader(decoder, settings.context)
     logits, length = reader.start(ids), ids.size(1)
     if settings.rows > 1:
@@ -605,6 +602,14 @@ def generate(
         )
     sample = Sample(text, log_probs, entropy, lengths)
     return best_of(sample, settings.best_of_n) if settings.best_of_n > 1 else sample
+
+
+def check_request(ids: Tensor, num_tokens: int) -> None:
+    """Raises `InputError` where there is nothing to continue, or fewer than no tokens to make."""
+    if ids.size(1) == 0:
+        raise InputError("prompt: has no tokens; give some text to go on from")
+    if num_tokens < 0:
+        raise InputError(f"num_tokens: {num_tokens} is out of range; it must be 0 or more")
 
 
 def best_of(sample: Sample, n: int) -> Sample:

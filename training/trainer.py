@@ -392,16 +392,7 @@ class Trainer:
         before = before or self.schedule
         path = self.record.folder / LATEST
         if not path.exists():
-            if self.record.has_lost_its_save(self.config.save_interval):
-                raise InputError(
-                    f"resume: {path.parent} has results, but no {LATEST} to go on from; start a"
-                    " new run"
-                )
-            if origin := self.record.origin():
-                raise InputError(
-                    f"resume: {path.parent} was stopped before it had the weights that it begins"
-                    f" with; start a new run with --init_from {origin}"
-                )
+            self.check_nothing_is_lost()
             self.record.cut_back({})
             self.schedule = before
             return
@@ -429,22 +420,31 @@ class Trainer:
             own["optimizer"] = values["optimizer"]
         load_state_tensors(self.model, self.optimizers, own["optimizer"])
         self.scaler.load_state_dict(values["scaler"])
-        self.carried = [
-            (
-                State.of_saved(
-                    [{k: self.world.own_rows(t) for k, t in b.items()} for b in blocks]
-                ).to(self.device)
-                if blocks
-                else None
-            )
-            for blocks in values["carried"]
-        ]
+        self.carried = [self.own_part(parts) if parts else None for parts in values["carried"]]
         for name in self.COUNTERS:
             setattr(self, name, values[name])
         self.schedule = values["schedule"]
         self.saved_step = self.step
         if not self.record.ends_with_result(self.step):
             self.record.cut_back(values["lengths"])
+
+    def check_nothing_is_lost(self) -> None:
+        """Raises `InputError` where a run without a save had something to go on from."""
+        folder = self.record.folder
+        if self.record.has_lost_its_save(self.config.save_interval):
+            raise InputError(
+                f"resume: {folder} has results, but no {LATEST} to go on from; start a new run"
+            )
+        if origin := self.record.origin():
+            raise InputError(
+                f"resume: {folder} was stopped before it had the weights that it begins with;"
+                f" start a new run with --init_from {origin}"
+            )
+
+    def own_part(self, parts: list[dict[str, Tensor]]) -> State:
+        """Of a saved state of all processes' rows, this process's."""
+        own = [{name: self.world.own_rows(t) for name, t in part.items()} for part in parts]
+        return State.of_saved(own).to(self.device)
 
     def change_schedule(self) -> None:
         """Where the config has another schedule than the steps so far had: says so, and makes it
