@@ -22,7 +22,7 @@ from common.files import check_regular, read_json, written_whole
 from config import Config, load_config, make_config, without_removed
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.decode import Decoder, PackedModel
-from inference.packed import Bits, PackedWeights
+from inference.weights import Bits, PackedWeights
 from layers.state import State
 from layers.variants import MultinodalLM
 from model import WaveletLM, build_model

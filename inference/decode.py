@@ -39,8 +39,8 @@ from inference.folded import (
     Recall,
     WrittenMemory,
 )
-from inference.packed import Bits, PackedWeights
 from inference.tape import DecoderState, Tape, plain
+from inference.weights import Bits, PackedWeights
 from layers import variants
 from layers.state import State, ids_name
 from model import Block, Haar, LanguageModel, Lifting, Mixers, RunningMean, WaveletLM, parts_of

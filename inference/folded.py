@@ -15,7 +15,7 @@ a dict by name, as in the model's state, but with what looks back far on a `Tape
 parts are given what `look_back` finds in it, and give one new entry for each tape.
 
 Letters as in model.py; N = B·T positions, w a mixer's width. Weights come from and go to a
-`packed.PackedWeights` by name, so that a file can hold them prepared.
+`weights.PackedWeights` by name, so that a file can hold them prepared.
 """
 
 import math
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference import fused
-from inference.packed import GROUP, PackedWeights, product_gelu, product_sum, round_up
+from inference.packed import GROUP, product_gelu, product_sum, round_up
 from inference.tape import Tape
+from inference.weights import PackedWeights
 from layers.memory import AssociativeMemory, NgramEmbedding, read_slots, recall
 from model import Block, FastWeightMemory, Haar, Lifting, ProductKeyMemory, RunningMean, best_slots
 
@@ -81,7 +82,7 @@ class FoldedLifting:
             for i, net in enumerate(wavelet.update_nets)
         ]
         self.predict_bias = torch.stack([net.bias for net in self.predict])  # (J, P)
-        self.has_kernels = self.predict[0].last.one is not None  # our own, for one row
+        self.has_kernels = self.predict[0].last.row_kernel is not None  # our own, for one row
         self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # indices, by rows and size
 
     def lagged(self, tape: Tape) -> Tensor:
@@ -180,9 +181,10 @@ class FoldedLifting:
             after = level + 1
             detail = 2 * self.levels - level
             cur = rows[level]
-            rows[detail] = predict.last.one(predict.inside(cur), odd[:, level], y=rows[detail])
+            inside = predict.inside(cur)
+            rows[detail] = predict.last.row_kernel(inside, odd[:, level], y=rows[detail])
             inside = update.inside(rows[detail])
-            rows[after] = update.last.one(
+            rows[after] = update.last.row_kernel(
                 inside, cur, math.sqrt(0.5), y=rows[after], bias=update.bias
             )
         if torch.compiler.is_compiling():

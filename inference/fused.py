@@ -205,15 +205,15 @@ class MemoryReads:
         for memory in self.memories:
             values = memory.values
             heads, side = memory.keys_a.shape[:2]
-            kind = next(iter(values.tensors))
-            steps = values.tensors.get("scale", values.tensors.get("steps", values.floating))
+            kind = values.kind
+            steps = values.tensors.get("scale", values.tensors.get("steps", values.held))
             per_byte = 2 if kind == "int4" else 1
             block = self.CHANNELS // per_byte
             y = torch.empty_like(x)
             _memory_kernel[(triton.cdiv(values.width // per_byte, block),)](
-                scores[at:], memory.pairs, values.floating, steps, x, y, side, memory.pairs.size(1),
+                scores[at:], memory.pairs, values.held, steps, x, y, side, memory.pairs.size(1),
                 memory.top_k, memory.slots,
-                values.width, values.floating.stride(0), steps.size(1) if kind == "int4" else 0,
+                values.width, values.held.stride(0), steps.size(1) if kind == "int4" else 0,
                 memory.alpha,
                 HEADS=heads, SIDE=triton.next_power_of_2(side),
                 PAIRS=triton.next_power_of_2(memory.pairs.size(1)),

@@ -23,8 +23,9 @@ from config import load_config
 from inference import kernels
 from inference.decode import Decoder
 from inference.graphs import GraphedStep, can_be_captured
-from inference.packed import MATRICES, Bits, PackedWeights, quantised
+from inference.packed import MATRICES, quantised
 from inference.sampling import Settings, generate
+from inference.weights import Bits, PackedWeights
 from model import build_model
 from research.timing import mean_ms, median_ms
 
@@ -274,7 +275,7 @@ def one_product(sizes, bits, row, device, budget, sweep) -> None:
     ]
     for each in matrices:
         for matrix in each:
-            matrix.one = None
+            matrix.row_kernel = None
     rows = [x[s : s + 1, :k] for s, (_, k) in enumerate(sizes)]
     if bits == 16:
         calls = [lambda e=each: [m(r) for m, r in zip(e, rows, strict=True)] for each in matrices]

@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from common.command import Parser
 from config import Config, load_config
 from inference.decode import Decoder
-from inference.packed import MATRICES, Bits, PackedWeights, quantised
+from inference.packed import MATRICES, quantised
+from inference.weights import Bits, PackedWeights
 from layers.features import FeatureEmbedding
 from model import LanguageModel, WaveletLM, build_model
 from research.timing import interleaved
