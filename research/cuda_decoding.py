@@ -295,7 +295,7 @@ class Product:
             return
         for shape in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)):
             rows, wide, warps = shape
-            per_thread = rows * wide / (warps * 32)  # bytes: fewer are idle threads, more spill
+            per_thread = rows * wide / (warps * 32)  # bytes at a time: one to eight loads of 16
             if shape == used or not 16 <= per_thread <= 128 or not budget.has(1, "sweep"):
                 continue
             kernels.Stack.SHAPES = kernels.Stack.SHAPES | {kind: shape}
