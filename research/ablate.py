@@ -44,7 +44,8 @@ from training.record import Record
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 BASELINE = "baseline"
-SIGNIFICANCE = 0.05
+SIGNIFICANCE = 0.05  # of all verdicts together
+# Keys that don't belong to a variant: runs of one differ in them, or they change no figure.
 NOT_OF_A_VARIANT = {"seed", "out_dir", "cache_dir", "max_steps"}
 
 
@@ -104,7 +105,8 @@ def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[
 
 
 def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
-    """max_steps by variant."""
+    """How many steps each variant gets, by name: as many as --tokens fill, or as it makes in
+    --minutes."""
     batches = {v.name: v.config.micro_batch_size * v.config.grad_accum for v in variants}
     if args.tokens:
         return {
@@ -116,7 +118,7 @@ def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -
     return {v.name: steps_in(args.minutes, each[v.key]) for v in variants}
 
 
-# Runs
+# ===== Runs
 
 
 def run_folder(parent: Path) -> Path | None:
@@ -176,7 +178,7 @@ def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, An
     return result
 
 
-# Verdicts
+# ===== Verdicts
 
 
 def chances(results: dict[str, list[float]]) -> dict[str, float]:
@@ -197,10 +199,9 @@ def chances(results: dict[str, list[float]]) -> dict[str, float]:
     means = bits.mean(1)
     left = bits - means[:, None] - bits.mean(0) + bits.mean()
     degrees = (k - 1) * (n - 1)
-    differences, noise = (
-        np.abs(means[1:] - means[0]),
-        np.sqrt(2 / n * np.square(left).sum() / degrees),
-    )
+    differences = np.abs(means[1:] - means[0])
+    noise = np.sqrt(2 / n * np.square(left).sum() / degrees)
+    # Without any noise (s = 0) t of a difference is infinite, and t of no difference is 0.
     t = np.divide(differences, noise, out=np.where(differences > 0, np.inf, 0.0), where=noise > 0)
     together = multivariate_t(shape=(np.eye(k - 1) + 1) / 2, df=degrees, seed=0)
     within = [together.cdf(np.full(k - 1, x), lower_limit=np.full(k - 1, -x)) for x in t]
@@ -208,6 +209,8 @@ def chances(results: dict[str, list[float]]) -> dict[str, float]:
 
 
 def verdict(difference: float, chance: float | None) -> str:
+    """What a difference from the baseline in bits per byte is called, with its probability by
+    chance alone; None: there is none, for want of runs."""
     if chance is None:
         return "too few runs"
     if chance >= SIGNIFICANCE:
@@ -215,12 +218,13 @@ def verdict(difference: float, chance: float | None) -> str:
     return f"{'better' if difference < 0 else 'worse'} (p {chance:.3f})"
 
 
-def describe(
+def section_of(
     runs: dict[str, list[dict[str, Any]]], variants: Sequence[Variant], budget: str
 ) -> str:
     """The section for runs.md, the best variant first."""
     bits = {name: [r["val_bits_per_byte"] for r in group] for name, group in runs.items()}
-    chance, base = chances(bits), statistics.mean(bits[BASELINE]) if BASELINE in bits else None
+    chance = chances(bits)
+    base = statistics.mean(bits[BASELINE]) if BASELINE in bits else None
     config = variants[0].config
     rows = []
     for name in sorted(bits, key=lambda name: statistics.mean(bits[name])):
@@ -228,11 +232,9 @@ def describe(
         environment = read_json(Path(group[0]["run_dir"]) / "env.json")
         difference = statistics.mean(bits[name]) - base if base is not None else 0.0
         memory = max(r.get("peak_memory_mib", math.nan) for r in group)  # Windows does not say
-        called = (
-            ""
-            if name == BASELINE
-            else f"{difference:+.4f}: {verdict(difference, chance.get(name))}"
-        )
+        called = ""
+        if name != BASELINE:
+            called = f"{difference:+.4f}: {verdict(difference, chance.get(name))}"
         rows.append([
             environment["date"][:10], environment["commit"] or "-", name, config.dataset,
             group[0]["tokenizer"],
@@ -241,19 +243,9 @@ def describe(
             mean_deviation(bits[name]), called, str(Path(group[0]["run_dir"]).parent.parent.name),
         ])  # fmt: skip
     header = [
-        "date",
-        "commit",
-        "config difference",
-        "data",
-        "tokenizer",
-        "parameters",
-        "tokens",
-        "time",
-        "memory",
-        "bits/byte ± deviation (runs)",
-        "verdict",
-        "folder",
-    ]
+        "date", "commit", "config difference", "data", "tokenizer", "parameters", "tokens", "time",
+        "memory", "bits/byte ± deviation (runs)", "verdict", "folder",
+    ]  # fmt: skip
     return (
         f"## Ablation of {Path(config.dataset).name}, {budget}\n\n`python -m research.ablate"
         f" {' '.join(sys.argv[1:])}`\n\nBits per byte of the whole validation split. Verdicts by"
@@ -263,7 +255,7 @@ def describe(
     )
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Each run's bits per byte, a line for each variant, the best at the top."""
     from matplotlib.figure import Figure  # imported late: it is slow, and only this needs it
 
@@ -325,28 +317,24 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    if (
-        args.seeds < 1
-        or args.jobs < 1
-        or (args.minutes if args.tokens is None else args.tokens) <= 0
-    ):
+    size = args.minutes if args.tokens is None else args.tokens
+    if args.seeds < 1 or args.jobs < 1 or size <= 0:
         raise InputError("seeds, jobs, tokens and minutes must be above 0")
     if importlib.util.find_spec("scipy") is None:  # asked before the runs are made, not after
         raise InputError("ablate: the verdicts need the package scipy; pip install '.[research]'")
     base = load_config(args.config, **parse_overrides(" ".join(args.set)))
     if args.minutes is not None:
-        # steps are timed in fp32, so they are made in fp32
+        # Steps are timed in fp32, so they are made in fp32.
         base = base.model_copy(update={"use_amp": False})
     variants = read_variants(base, args.tries, args.file)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(base)  # once, before several processes want it
     steps = steps_of(variants, args, out)
-    budget = (
-        f"{args.tokens:,} tokens a run"
-        if args.tokens
-        else f"{args.minutes:g} minutes of CPU time a run"
-    )
+    if args.tokens is None:
+        budget = f"{args.minutes:g} minutes of CPU time a run"
+    else:
+        budget = f"{args.tokens:,} tokens a run"
     runs: dict[str, list[dict[str, Any]]] = {}
     section = ""
     for seed in range(1, args.seeds + 1):
@@ -354,9 +342,9 @@ def main() -> None:
             results = list(pool.map(lambda v: make_run(v, seed, steps[v.name], out), variants))  # noqa: B023
         for variant, result in zip(variants, results, strict=True):
             runs.setdefault(variant.name, []).append(result)
-        section = describe(runs, variants, budget)
+        section = section_of(runs, variants, budget)
         (out / "table.md").write_text(section, encoding="utf-8")
-        draw(runs, out / "ablation.png")
+        draw_runs(runs, out / "ablation.png")
     print(section)
     if args.runs:
         put_first(Path(args.runs), section)
