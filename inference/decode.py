@@ -56,7 +56,7 @@ Counts = tuple[Tensor, Tensor] | None
 def can_be_folded(block: Block, wavelet: nn.Module) -> bool:
     """Whether folded.py has every part of the block's wavelet branch."""
     plain_wavelet = isinstance(wavelet, Haar)
-    plain_wavelet |= isinstance(wavelet, Lifting) and wavelet.odd_gates is None
+    plain_wavelet |= isinstance(wavelet, Lifting) and wavelet.odd_gates is None  # not gated
     plain_mean = block.bypass is None or isinstance(block.bypass.average, RunningMean)
     extras = (block.scale_norm_in, block.scale_norm_out, block.coarse_modulation)
     plain_scales = all(part is None for part in extras)
@@ -86,9 +86,9 @@ class FoldedBranch:
             self.gamma = weights.keep(f"{name}.gamma", block.embedding_residual_gamma)  # (C,)
         if block.bypass is not None:
             self.average = Mean(block.bypass.average)
-            mix = block.bypass.cross_layer_mix.weight
+            mix = block.bypass.cross_layer_mix.weight  # (C, C)
             self.below = weights.matrix(f"{name}.below", mix, "bypass")
-            gains = F.pad(block.bypass.history_gains, (0, self.pad))
+            gains = F.pad(block.bypass.history_gains, (0, self.pad))  # of C channels → of P
             self.gains = weights.keep(f"{name}.gains", gains)[:, None]  # (S, 1, P)
         self.norm = weights.norm(f"{name}.ln1", block.ln1)
         self.mixers = FoldedMixers(block, f"{name}.mixers", weights)
@@ -120,6 +120,7 @@ class FoldedBranch:
             rows = self.wavelet.room(x)  # rows[0] becomes the wavelet's input
             window = 0 if self.average is None else self.average.window
             x, mean = fused.open_block(x, e, self.gamma, self.norm, part, window, rows[0])
+            # sum and ring were written in place; the count is one for all blocks
             if counts is not None:
                 new["count"] = counts[0]
             c, lags = self.wavelet.step_by_kernels(rows, part["odd"])  # (S, N, P)
@@ -127,7 +128,7 @@ class FoldedBranch:
             if self.average is not None:
                 mean, new = self.average(x, length, part, counts)  # (N, C)
             if self.gamma is not None:
-                x = torch.addcmul(x, e, self.gamma)
+                x = torch.addcmul(x, e, self.gamma)  # x + gamma·e, the embedding once more
             h = F.layer_norm(x, *self.norm)  # (N, C)
             c, lags = self.wavelet.decompose(self.padded(h), length, part)  # (S, N, P)
         new |= lags
@@ -141,6 +142,7 @@ class FoldedBranch:
             return self.mixers(c)
         context = mean if below is None else self.below(below, mean)  # mean + M·below, (N, C)
         if self.in_place and c.size(1) == 1:
+            # one kernel for the sum, and for what the gates read of it
             return self.mixers(*fused.join(c, context, self.gains, self.mixers.routing))
         return self.mixers(torch.addcmul(c, self.padded(context), self.gains))
 
@@ -165,6 +167,7 @@ class OwnBranch:
         with torch.device("meta"):  # without memory: the weights are those of `block`
             branch = Block(config, parts_of(config))
             variants.parametrise([branch], config)
+        # The branch's names are a part of the block's; `assign` takes the tensors themselves.
         own = block.state_dict()
         branch.load_state_dict({key: own[key] for key in branch.state_dict()}, assign=True)
         self.block = weights.module(f"{name}.branch", branch).eval()
@@ -191,7 +194,7 @@ class OwnBranch:
 
         x, mean, new = self.block.mix_positions(
             whole(x), whole(e), whole(below), self.wavelet, part
-        )
+        )  # (B, T, C) each
         return x.flatten(0, 1), None if mean is None else mean.flatten(0, 1), new
 
 
@@ -216,12 +219,13 @@ class DecoderBlock:
         self.memories: list[Memory | WrittenMemory | Recall] = []
         fusable = []  # memories that one row reads by our own GPU kernels
         score_rows = []  # of each of these, see `fused.MemoryReads`
+        # In the order in which the model adds them, which decides the rounding of the sum.
         for kind, module in (("pkm", block.pkm), ("fwpkm", block.fwpkm)):
             if module is None:
                 continue
             own = f"{name}.{kind}"
             alpha = block.alpha_pkm if kind == "pkm" else block.alpha_fwpkm
-            if kind == "fwpkm" and module.writes:
+            if kind == "fwpkm" and module.writes:  # it learns from the text that it reads
                 self.memories.append(WrittenMemory(module, alpha, own, weights))
                 continue
             memory = Memory(module, alpha, own, weights)
@@ -239,7 +243,7 @@ class DecoderBlock:
         """A model's state of this block as the decoder keeps it, with tapes."""
         part = self.branch.adopt(block)
         for memory in self.memories:
-            part |= memory.adopt(block)
+            part |= memory.adopt(block)  # their names differ
         return part
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
@@ -262,11 +266,12 @@ class DecoderBlock:
         x, mean, new = self.branch(x, e, below, length, part, counts)
         h = F.layer_norm(x, *self.norm)  # (N, C)
         x = self.alpha * x if self.mlp is None else self.mlp(h, x, self.alpha)
+        # Of one row our own kernels read all memories that they can, and add what they read to x.
         by_kernels = self.reads is not None and x.size(0) == 1
         if by_kernels:
             x = self.reads(h, x)
         for memory in self.other_memories if by_kernels else self.memories:
-            read, written = memory(h, length, part)
+            read, written = memory(h, length, part)  # read (N, C)
             x = x + read
             new |= written
         return x, mean, new
@@ -284,6 +289,7 @@ class DecoderCell:
         embedding = cell.token_embedding
         # A token's features have vectors of their own, which are added to the token's here.
         table = embedding.whole() if cell.config.token_features else embedding.weight  # (V, C)
+        # With stab_embed_scaling embeddings are multiplied by a constant: here once for all.
         self.embedding = weights.table(f"{name}embedding", table * cell.embed_scale, "embedding")
         self.ngrams = None
         if cell.ngrams is not None:
@@ -291,7 +297,7 @@ class DecoderCell:
         folds = can_be_folded(*cell.block(0))  # all blocks are of one kind
         wavelets = []
         for i, wavelet in enumerate(cell.wavelets):
-            if not folds:
+            if not folds:  # as it is, for `OwnBranch`
                 wavelets.append(weights.module(f"{name}wavelets.{i}", wavelet))
             elif isinstance(wavelet, Haar):
                 wavelets.append(FixedWavelet(weights.module(f"{name}wavelets.{i}", wavelet)))
@@ -313,7 +319,7 @@ class DecoderCell:
     def embed(self, ids: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """ids (B, T), the ids before them → their embedding (N, C), and the last ids, to be
         remembered where the network has a table of n-grams; else None."""
-        e = self.embedding(ids.flatten())
+        e = self.embedding(ids.flatten())  # (N, C)
         return (e, None) if self.ngrams is None else self.ngrams(ids, e, past)
 
 
@@ -376,9 +382,9 @@ class Decoder:
         self.config = model.config
         self.vocab_size = model.vocab_size
         weights = PackedWeights(Bits.of(bits)) if weights is None else weights
-        if weights.given is None:
+        if weights.given is None:  # made from the model's, so they go where it is
             weights.device = model.cells[0].token_embedding.weight.device
-        count = len(model.cells)
+        count = len(model.cells)  # 1, or several networks side by side (multinodal_enabled)
         names = [""] if count == 1 else [f"cells.{i}." for i in range(count)]
         named = zip(model.cells, names, strict=True)
         self.cells = [DecoderCell(cell, name, weights) for cell, name in named]
@@ -390,6 +396,7 @@ class Decoder:
             self.gates = weights.module("gates", model.gates)
         # A head that is the embedding has its name and its bits, so that a file holds it once.
         component = "embedding" if head_is_embedding(self.config) else "head"
+        # (V, C), or (V, cells·C) with each cell's share of the logits multiplied in
         head = model.head_weight() if count == 1 else model.head_weight() * model.share
         self.head = weights.matrix(component, head, component)
         self.device = self.cells[0].norm[1].device
@@ -423,6 +430,7 @@ class Decoder:
             # Kernels are then called from C++, which costs less than from Python.
             options["cpp_wrapper"] = True
         run = types.MethodType(own_code(Decoder.run), self)
+        # One program for exactly these shapes: no Python between its parts, no checks of sizes.
         self.program = torch.compile(run, fullgraph=True, dynamic=False, options=options)
         self.rows = rows
         # The first call compiles.
@@ -431,12 +439,13 @@ class Decoder:
 
     def start(self, rows: int, stream: bool = False) -> DecoderState:
         """The state at the start of `rows` texts; stream as in `WaveletLM.start`."""
-        return self.adopt(self.starts[stream].select([0] * rows))
+        return self.adopt(self.starts[stream].select([0] * rows))  # the one row, so many times
 
     def adopt(self, state: State) -> DecoderState:
         """A state of the model's as this decoder keeps it, with tapes."""
         pairs = zip(self.blocks, state.blocks, strict=True)
         parts = [block.adopt(shown) for block, shown in pairs]
+        # so that the state can be shown as the model's again
         lags = [list(block.branch.longest) for block in self.blocks]
         return DecoderState(parts, lags, state.embedding)
 
@@ -447,8 +456,10 @@ class Decoder:
         if "count" not in first:
             return None
         count = first["count"] + 1
+        # A stream's mean is over the last block_size positions: "oldest" is what leaves it next,
+        # "ring" all of them, where a kernel reads them.
         windowed = "oldest" in first or "ring" in first
-        n = count.clamp(max=self.config.block_size) if windowed else count
+        n = count.clamp(max=self.config.block_size) if windowed else count  # (B,)
         return count, n[:, None]
 
     @torch.no_grad()
@@ -462,12 +473,13 @@ class Decoder:
         """
         state = self.start(ids.size(0)) if state is None else state
         state = state if isinstance(state, DecoderState) else self.adopt(state)
-        if ids.size(1) > 1:
+        if ids.size(1) > 1:  # a chunk: the parts read whole tapes and give new ones
             logits, parts, past = self.run(ids, state.parts, state.embedding, last_only)
             return logits, DecoderState(parts, state.lags, past)
         pairs = zip(self.blocks, state.parts, strict=True)
         seen = [block.look_back(part) for block, part in pairs]
         if self.program is not None and ids.size(0) == self.rows:
+            # Views of tapes have strides that change from step to step.
             seen = [{name: with_fresh_strides(x) for name, x in part.items()} for part in seen]
             past = {name: with_fresh_strides(x) for name, x in state.embedding.items()}
             logits, written, past = self.program(with_fresh_strides(ids), seen, past)
@@ -489,19 +501,20 @@ class Decoder:
         remembers. Returns the logits, and both as they are afterwards.
         """
         rows, length = ids.shape
-        counts = self.counts(parts) if length == 1 else None
+        counts = self.counts(parts) if length == 1 else None  # a chunk counts in the model's mean
         if len(self.cells) == 1:
-            x, after, past = self.read(ids, parts, past, counts)
+            x, after, past = self.read(ids, parts, past, counts)  # x (N, C)
             xs = [x]
         else:
             xs, after, past = self.read_in_step(ids, parts, past, counts)
         if last_only and length > 1:
-            xs = [x.view(rows, length, -1)[:, -1] for x in xs]  # (B, C)
+            # The head is a large matrix: only the last position of each text, (B, C), goes on.
+            xs = [x.view(rows, length, -1)[:, -1] for x in xs]
         ends = zip(xs, self.cells, strict=True)
-        hs = [F.layer_norm(x, *cell.norm) for x, cell in ends]
+        hs = [F.layer_norm(x, *cell.norm) for x, cell in ends]  # (B or N, C) each
         # The cells' heads lie side by side in one matrix, which adds their logits up.
         logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
-        return logits.float().view(rows, -1, self.vocab_size), after, past
+        return logits.float().view(rows, -1, self.vocab_size), after, past  # (B, T or 1, V)
 
     def read(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], counts: Counts
@@ -510,7 +523,7 @@ class Decoder:
         states of blocks and embedding."""
         e, last_ids = self.cells[0].embed(ids, past.get("ids"))  # (N, C)
         x = e
-        below = None
+        below = None  # the running mean of the block before; the first block has none
         after = []
         for block, part in zip(self.blocks, parts, strict=True):
             x, below, new = block(x, e, below, ids.size(1), part, counts)
@@ -523,7 +536,7 @@ class Decoder:
         """What `read` gives, for several cells, which gate each other between blocks: a stream
         (N, C) of each."""
         cells = self.cells
-        each = len(self.blocks) // len(cells)
+        each = len(self.blocks) // len(cells)  # applications of blocks in a cell
         before = [iter(parts[c * each : (c + 1) * each]) for c in range(len(cells))]
         after: list[list[dict]] = [[] for _ in cells]
         es = []  # the embedding of each cell, (N, C)
@@ -535,6 +548,7 @@ class Decoder:
                 new_past[ids_name(c)] = last_ids
         xs = list(es)
         below: list[Tensor | None] = [None] * len(cells)
+        # All cells make a step before any makes the next, since gates read all of their streams.
         interval = self.config.multinodal_cross_cell_gate_interval
         for _ in range(self.config.loop_iterations):
             for i in range(self.config.applications):
@@ -545,7 +559,7 @@ class Decoder:
                     after[c].append(new)
                 if self.gates is not None and i % interval == 0:
                     xs = self.gates[i // interval](xs)
-        return xs, [new for own in after for new in own], new_past
+        return xs, [new for own in after for new in own], new_past  # cell by cell, as they came
 
 
 class PackedModel(nn.Module):

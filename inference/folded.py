@@ -63,7 +63,7 @@ class FoldedNet:
         first, last = linears(net)
         self.hidden = None
         self.hidden_bias = None
-        if first is not None:
+        if first is not None:  # else the network is linear
             self.hidden = weights.matrix(f"{name}.hidden", first.weight, "lifting")
             self.hidden_bias = weights.bias(f"{name}.hidden.bias", first.bias, self.hidden)
         self.last = weights.matrix(f"{name}.last", last.weight * scale, "lifting")
@@ -86,10 +86,11 @@ class FoldedLifting:
     """
 
     def __init__(self, wavelet: Lifting, name: str, weights: PackedWeights):
-        self.longest = wavelet.longest_lag
-        self.width = wavelet.width
+        self.longest = wavelet.longest_lag  # of each level
+        self.width = wavelet.width  # P
         self.levels = len(wavelet.longest_lag)
         crawl = wavelet.dilation_logits
+        # Without a crawl each level has one lag, with it a learned mixture of k.
         shares = torch.ones(self.levels, 1) if crawl is None else crawl.float().softmax(1)
         # The share of each lag in a level's odd input, already divided by √2.
         self.shares = weights.keep(f"{name}.shares", shares / math.sqrt(2))  # (J, k)
@@ -190,6 +191,7 @@ class FoldedLifting:
             inputs = cur.view(-1, length, self.width)  # (B, T, P)
             joined = torch.cat([tape.window[:, :, level], inputs], dim=1)  # (B, longest + T, P)
             lags = zip(self.shares[level], self.offsets[level], strict=True)
+            # (B, T, P): of each lag the inputs so many positions before, weighted
             odd = sum(share * joined[:, first : first + length] for share, first in lags)
             joined_inputs.append(joined[:, length:])  # the last `longest` of them
             detail = predict.last(predict.inside(cur), odd.flatten(0, 1) + predict.bias)  # (N, P)
@@ -209,8 +211,9 @@ class FoldedLifting:
         details = []
         inputs = []
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
-            inputs.append(cur)
+            inputs.append(cur)  # what the level's lags will look back on
             detail = predict.last(predict.inside(cur), odd[:, level])
+            # approx = cur·√½ + Update(detail)/√2; the product's own sum has room for one addend
             cur = update.last(update.inside(detail), cur, math.sqrt(0.5)).add_(update.bias)
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": inputs}
@@ -241,6 +244,7 @@ class FoldedLifting:
                 predict.inside(cur), odd[:, level], y=rows[detail]
             )
             inside = update.inside(rows[detail])
+            # the kernel adds a bias too
             rows[after] = update.last.row_kernel(
                 inside, cur, math.sqrt(0.5), y=rows[after], bias=update.bias
             )
@@ -280,6 +284,7 @@ class FixedWavelet:
 
     def decompose(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         """h (N, P) → coefficients (S, N, P), and what to remember."""
+        # Haar works on (B, T, P): its lags reach over positions.
         c, lags = self.wavelet.decompose(h.view(-1, length, h.size(-1)), part)  # (S, B, T, P)
         return c.flatten(1, 2), lags
 
@@ -356,12 +361,13 @@ class FoldedMixers:
     def __call__(self, c: Tensor, routed: Tensor | None = None) -> Tensor:
         """c (S, N, P) → y (S, N, ·). routed (S, N, P): what the gates read, where a kernel has
         computed it already."""
-        y = self.first(c)
+        y = self.first(c)  # (S, N, head + w)
         if self.gate is not None:
             if routed is None:
                 routed = c
                 if self.routing is not None:
                     routed = (self.routing @ c.flatten(1)).view_as(c)  # sums over scales
+            # W's rows alone are gated, in place; those of Vᵀ above them are not.
             self.gate.gate(routed, y[..., self.head :], self.activation)
         return y
 
@@ -394,8 +400,10 @@ class FoldedReconstruction:
         self.hidden_bias = None
         if isinstance(wavelet, Haar):
             shares = wavelet.shares.tolist()
+            # The inverse is a sum over scales, each with a share.
             parts = [share * (matrix @ below) for share, below in zip(shares, after, strict=True)]
         else:
+            # A block's own networks for the way back, else those of the decomposition.
             nets = block.inverse_update_nets
             nets = wavelet.update_nets if nets is None else nets
             nets = [linears(net) for net in reversed(nets)]  # coarse to fine
@@ -447,7 +455,7 @@ class FoldedReconstruction:
             scales = [y[0], *self.hidden.gelu(y[1:], self.hidden_bias).unbind(0)]
         # Where mixers differ in width, their scales are filled up to one; the filler is cut off.
         joined = torch.cat([s[:, :n] for s, n in zip(scales, self.widths, strict=True)], dim=1)
-        return product_sum(self.last, joined, self.bias, x, alpha)
+        return product_sum(self.last, joined, self.bias, x, alpha)  # (N, C)
 
 
 # ===== Bypass
@@ -474,6 +482,7 @@ class Mean:
         mean is (B, 1). `Decoder` computes them once for all blocks.
         """
         if length > 1:
+            # The model's own mean, on the state as the model has it.
             before = {name: part[name] for name in ("count", "sum")}
             if "ring" in part:
                 before["ring"] = part["ring"].window
@@ -484,7 +493,7 @@ class Mean:
         total = part["sum"] + x  # in fp64 where entries also leave it: see `RunningMean`
         if "oldest" in part:
             total = total - part["oldest"]
-            new["ring"] = x
+            new["ring"] = x  # one entry, which the caller puts onto the tape
         new["sum"] = total
         return (total / n).float(), new
 
@@ -510,7 +519,7 @@ class MLP:
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
             self.inner.append((matrix, weights.bias(f"{name}.{i}.bias", layer.bias, matrix)))
-        last = layers[-1]
+        last = layers[-1]  # (C, ·)
         self.last = weights.matrix(f"{name}.last", last.weight * block.alpha_mlp, "mlp")
         self.bias = weights.keep(f"{name}.last.bias", last.bias * block.alpha_mlp)
 
@@ -545,6 +554,7 @@ class Memory:
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
         """h (N, C) → alpha · what it reads (N, C), and what to remember: nothing."""
         query = self.query(h).float()  # (N, heads·d)
+        # (N, heads·top_k) each: rows of the table, and their shares, which sum to 1 in each head
         slot, weight = best_slots(query, self.keys_a, self.keys_b, self.pairs, self.top_k)
         return self.alpha * self.values.weighted(slot, weight), {}
 
@@ -570,6 +580,7 @@ class Recall:
         """h (N, C) → alpha · what it reads (N, C), and what to remember."""
         inside = self.inside(h).float().view(-1, length, sum(self.sizes))  # (B, T, ·)
         query_key, value_gate, rates = inside.split(self.sizes, dim=2)
+        # read (B, T, ·)
         read, new = recall(query_key, value_gate, rates + self.rates_bias, self.taps, part)
         return self.output(read.flatten(0, 1)).float(), new
 
@@ -611,5 +622,5 @@ class Ngrams:
     def __call__(self, ids: Tensor, e: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, T) int64, their embedding e (N, C), the ids before them → e + what the table adds
         to it (N, C), and the last ids, for the next call."""
-        slots, past = read_slots(ids, past, self.n, self.size)
+        slots, past = read_slots(ids, past, self.n, self.size)  # slots (B, T)
         return self.up(self.values(slots.flatten()), e), past

@@ -151,7 +151,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         if x.size(0) >= FROM_ONEDNN and onednn_is_faster() and not torch.compiler.is_compiling():
             return onednn_product(x, weight)
         if x.size(0) <= FEW_FLOAT:
-            return (weight @ x.T).T
+            return (weight @ x.T).T  # (out, N) → (N, out)
     return F.linear(x, weight)
 
 
@@ -290,6 +290,7 @@ class Int8Matrix:
             return by_row_kernel(self.row_kernel, x, add, beta)[:, : self.outputs]
         if x.size(0) <= self.few:
             x = filled(x.to(torch.bfloat16), self.weight.size(1))
+            # int8 becomes bf16 in registers, on the way to the product
             y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
         else:
             x = filled(x.to(self.wide), self.weight.size(1))
@@ -320,6 +321,7 @@ class Int4Matrix:
         if self.row_kernel is not None:
             return  # many rows are then multiplied by `whole`, from the bytes of the file
         extra = -packed.size(0) % BLOCK
+        # The filler's scales and offsets are zero, and so are its weights.
         packed = F.pad(packed, (0, 0, 0, extra))
         steps = F.pad(steps, (0, 0, 0, 0, 0, extra))
         self.steps = steps.transpose(0, 1).contiguous()  # (groups, out, 2)
@@ -362,16 +364,17 @@ class Int4Matrix:
         q = q.view(-1, self.group, q.size(1) * self.block)  # (groups, group, outputs)
         steps = self.steps[:, None, first * self.block : last * self.block]
         scale, offset = steps.unbind(-1)  # (groups, 1, outputs) each
-        return torch.addcmul(offset, q, scale).flatten(0, 1)
+        return torch.addcmul(offset, q, scale).flatten(0, 1)  # (in, outputs)
 
     def product_by_blocks(self, x: Tensor) -> Tensor:
         """x Wᵀ (N, out with filler) of many rows x (N, in), some blocks unpacked at a time."""
         x = filled(x.to(self.wide), self.inputs)
         blocks = self.steps.size(1) // self.block
-        each = max(1, at_a_time(self.inputs) // self.block)
+        each = max(1, at_a_time(self.inputs) // self.block)  # blocks at a time
         parts = []
         for first in range(0, blocks, each):
-            parts.append(x @ self.unpacked(first, min(first + each, blocks)))
+            last = min(first + each, blocks)
+            parts.append(x @ self.unpacked(first, last))  # (N, (last − first)·block)
         return torch.cat(parts, dim=1)
 
     def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
@@ -395,7 +398,7 @@ MATRICES = {32: FloatMatrix, 16: HalfMatrix, 8: Int8Matrix, 4: Int4Matrix}  # by
 def product_gelu(matrix: Matrix, x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x Wᵀ + bias) of x (N, in) and bias (out,): (N, out)."""
     if matrix.row_kernel is not None and x.size(0) == 1:
-        return matrix.row_kernel(x, bias.view(1, -1), finish="gelu")
+        return matrix.row_kernel(x, bias.view(1, -1), finish="gelu")  # one launch, not three
     return F.gelu(matrix(x, bias))
 
 
@@ -403,6 +406,7 @@ def product_sum(matrix: Matrix, x: Tensor, bias: Tensor, add: Tensor, beta: floa
     """x Wᵀ + bias + beta·add of x (N, in), bias (out,) and add (N, out): (N, out)."""
     if matrix.row_kernel is not None and x.size(0) == 1:
         return matrix.row_kernel(x, add, beta, bias=bias)
+    # (out,) + (N, out): small beside the weights
     return matrix(x, torch.add(bias, add, alpha=beta))
 
 
@@ -432,7 +436,7 @@ class FloatStack:
             # as W xᵀ, which was measured to be faster for few rows
             if add is None:
                 return torch.bmm(self.weight, x.mT).mT
-            return torch.baddbmm(add[..., None], self.weight, x.mT).mT
+            return torch.baddbmm(add[..., None], self.weight, x.mT).mT  # (S, N, out)
         if add is None:
             return torch.bmm(x, self.weight.mT)
         return torch.baddbmm(add[:, None], x, self.weight.mT)

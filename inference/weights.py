@@ -101,11 +101,13 @@ class Table:
         }
         self.read = by_kind[self.kind]
 
+    # Each of these reads rows (…) → (…, width) in fp32, of a table of one kind.
+
     def floats(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.held).float()
 
     def int8(self, rows: Tensor) -> Tensor:
-        q = F.embedding(rows, self.held)[..., : self.width]
+        q = F.embedding(rows, self.held)[..., : self.width]  # (…, width)
         return q * F.embedding(rows, self.tensors["scale"][:, None].float())
 
     def int4(self, rows: Tensor) -> Tensor:
@@ -126,6 +128,7 @@ class Table:
         table[rows[n, k]], (N, width) in fp32."""
         if self.held.dtype == torch.float32:
             return F.embedding_bag(rows, self.held, mode="sum", per_sample_weights=shares)
+        # (N, 1, k) × (N, k, width): the k rows alone are unpacked
         return torch.bmm(shares[:, None], self.read(rows)).squeeze(1)
 
 
@@ -155,7 +158,7 @@ class PackedWeights:
         # name → kind → tensor; None where weights are made
         self.given: dict[str, dict[str, Tensor]] | None = None if tensors is None else {}
         for key, tensor in (tensors or {}).items():
-            name, _, kind = key.rpartition("/")
+            name, _, kind = key.rpartition("/")  # names have dots, and no "/"
             self.given.setdefault(name, {})[kind] = aligned(tensor)
         self.saved: dict[str, Tensor] | None = {} if saving else None
         # Where prepared weights go: where the file's tensors are; for a model's, `Decoder` sets it.
@@ -211,7 +214,7 @@ class PackedWeights:
 
     def number(self, name: str, value: Tensor | float) -> float:
         """One number, as a Python float."""
-        return float(self.keep(name, torch.as_tensor(value)))
+        return float(self.keep(name, torch.as_tensor(value)))  # known to the host, as a constant
 
     def norm(self, name: str, norm: nn.LayerNorm) -> tuple:
         """The arguments of F.layer_norm after its input: shape, weight (C,), bias (C,), eps."""
@@ -237,7 +240,7 @@ class PackedWeights:
             self._quantised(f"{name}.{s}", weight, width)
             for s, (weight, width) in enumerate(zip(matrices, bits, strict=True))
         ]
-        if set(bits) == {32}:
+        if set(bits) == {32}:  # one batched product
             return FloatStack([each["float32"] for each in tensors])
         outputs = [weight.size(0) for weight in matrices]
         inputs = [weight.size(1) for weight in matrices]
@@ -260,7 +263,7 @@ class PackedWeights:
         if self.given is not None:
             state = module.state_dict()
             tensors = {key: self.keep(f"{name}.{key}", tensor) for key, tensor in state.items()}
-            module.load_state_dict(tensors, assign=True)
+            module.load_state_dict(tensors, assign=True)  # also from the meta device
         elif self.saved is not None:
             for key, tensor in module.state_dict().items():
                 self.keep(f"{name}.{key}", tensor)

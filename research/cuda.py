@@ -57,6 +57,7 @@ class Results(dict):
         return self.setdefault(section, {}).setdefault(name, {})
 
     def save(self) -> None:
+        """Writes all figures so far, whole or not at all."""
         beside = self.folder / "results.json.part"
         beside.write_text(json.dumps(self, indent=1, default=str), encoding="utf-8")
         beside.replace(self.folder / "results.json")
@@ -120,6 +121,7 @@ class Notes:
         self.quiet = True
 
     def say(self, line: str) -> None:
+        """Keeps a line that a run would print."""
         self.lines.append(line)
 
 

@@ -210,7 +210,8 @@ class Width:
 def shapes(model: nn.Module) -> dict[str, list[tuple[int, int]]]:
     """The products of a step, (outputs, inputs) of each matrix, by name: those of the model's
     width."""
-    c, v = model.config.C, model.vocab_size
+    c = model.config.C
+    v = model.vocab_size
     return {
         "mixers": [(c + 64, c)] * 3 + [(c // 2 + 64, c)] * 3, "square": [(c, c)],
         "up": [(20 * c, c)], "down": [(c, 20 * c)],
@@ -315,6 +316,8 @@ class Product:
         else:
             return
         self.row["torch's"] = attempt(self.row, "torch's", lambda: self.rate(make()))
+
+    # Each of these gives the calls of torch's products, one for each copy of the weights.
 
     def torchs_16(self) -> list[Callable]:
         rows = [self.x[s : s + 1, :k] for s, (_, k) in enumerate(self.sizes)]

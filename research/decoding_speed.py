@@ -314,7 +314,7 @@ def bound(args: argparse.Namespace) -> dict:
     return result
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of torch"
@@ -365,7 +365,11 @@ def main() -> None:
         "--bound", action="store_true", help="count config.json's bytes per token only"
     )
     parser.add_argument("--json", metavar="FILE", help="write the result here too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     torch.set_num_threads(args.threads)
     if args.kernels:
         result = kernels(args)

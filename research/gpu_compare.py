@@ -133,6 +133,7 @@ class Llama(nn.Module):
         return self.final_norm(x)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, None]:
+        """ids (B, T) → logits (B, T, V), and no state."""
         return self.lm_head(self.hidden(ids)), None
 
 
@@ -461,6 +462,7 @@ class Race:
         }
 
     def say(self, text: str) -> None:
+        """Prints a line about this contestant at once."""
         print(f"{self.entrant.name}: {text}", flush=True)
 
     def bits_per_byte(self, split: str) -> float:

@@ -208,6 +208,7 @@ class Version:
             return self.model.loss(ids, targets)[0]
 
     def step(self) -> None:
+        """One step on the same random tokens every time: gradients, clipping, optimizer."""
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
