@@ -11,9 +11,11 @@ x may be of any float type. Few rows are multiplied by the quantised numbers as 
 rows, where unpacking costs little beside the product, weights are unpacked a slice at a time. On a
 GPU one row is multiplied by the kernels of kernels.py.
 
-`python -m research.decoding_speed --kernels` measures the routes. Their limits were chosen on two
-cores each of a CPU with bf16 instructions (AVX-512) and of one without (AVX2). `python -m
-research.cuda_decoding` measures a GPU's.
+The limits of the routes were chosen on two cores each of a CPU with bf16 instructions (AVX-512) and
+of one without (AVX2), by
+
+    python -m research.decoding_speed --kernels
+    python -m research.cuda_decoding --only products      # a GPU's
 """
 
 from collections.abc import Callable
@@ -162,7 +164,7 @@ def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def onednn_is_faster() -> bool:
-    """Whether this CPU is of the kind on which oneDNN's fp32 products were the faster ones."""
+    """Whether there are oneDNN and AVX-512, with which its fp32 products were the faster ones."""
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.backends.mkldnn.is_available() and has_avx512
 

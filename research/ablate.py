@@ -51,7 +51,7 @@ NOT_OF_A_VARIANT = {"seed", "out_dir", "cache_dir", "max_steps"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A config and what it is called: the keys that it changes."""
+    """A config, and its name: the keys in which it differs from the baseline."""
 
     name: str
     config: Config
@@ -67,8 +67,8 @@ class Variant:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """The keys and values of "key=value key=value"; a value is read as JSON, or is text where it is
-    none."""
+    """The keys and values of "key=value key=value". A value that is not JSON is text. Raises
+    `InputError` for a part without "="."""
     values = {}
     for part in text.split():
         key, equals, value = part.partition("=")
@@ -85,7 +85,8 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[Variant]:
-    """The baseline and the variants of --try and of the JSON file: {name: {key: value, …}, …}."""
+    """The baseline, and the variants of --try and of the JSON file {name: {key: value, …}, …}.
+    Raises `InputError` where there is none, or one is not a valid config."""
     changes = {text: parse_overrides(text) for text in tries}
     for name, values in (read_json(Path(file)) if file else {}).items():
         if not isinstance(values, dict):
@@ -135,7 +136,7 @@ def result_of(folder: Path | None) -> dict[str, Any] | None:
 
 def check_same_text(folder: Path, config: Config) -> None:
     """Raises `InputError` where the run in `folder` was trained on another text than `config` reads
-    now: a figure of it beside one of a new run would compare the texts."""
+    now: its figure beside that of a new run would compare the texts, not the variants."""
     kept = read_data_file(folder)
     if kept and (different := differences(kept, prepare(config, lambda line: None))):
         raise InputError(
@@ -145,7 +146,8 @@ def check_same_text(folder: Path, config: Config) -> None:
 
 
 def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, Any]:
-    """The figures of one run: made now, gone on with, or read where it has ended."""
+    """The figures of one run, which is read where it has ended, else resumed or made now. Raises
+    `InputError` where train.py fails."""
     parent = out / variant.key / f"seed{seed}_steps{steps}"
     folder = run_folder(parent)
     if (result := result_of(folder)) is not None:
@@ -182,9 +184,11 @@ def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, An
 
 
 def chances(results: dict[str, list[float]]) -> dict[str, float]:
-    """By variant: the probability, under Dunnett's test (1955) in blocks, of so large a difference
-    from the baseline by chance alone. results: of each variant, bits per byte by seed, the same
-    seeds for all. Empty where these are fewer than two or there is nothing to compare.
+    """For each variant the probability, under Dunnett's test (1955) in blocks, of so large a
+    difference from the baseline by chance alone. Empty with fewer than two seeds, and where there
+    is nothing to compare.
+
+    results: bits per byte of each variant, in the order of the seeds, which are the same for all.
 
     With k variants and n seeds, t = (mean − baseline's) / (s √(2/n)), where s² is what is left of
     the squares after the means of variants and seeds, over (k − 1)(n − 1); under chance alone all t
@@ -209,8 +213,8 @@ def chances(results: dict[str, list[float]]) -> dict[str, float]:
 
 
 def verdict(difference: float, chance: float | None) -> str:
-    """What a difference from the baseline in bits per byte is called, with its probability by
-    chance alone; None: there is none, for want of runs."""
+    """The words for a difference from the baseline in bits per byte. chance: its probability by
+    chance alone, from `chances`; None where there were too few runs for one."""
     if chance is None:
         return "too few runs"
     if chance >= SIGNIFICANCE:

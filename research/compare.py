@@ -58,8 +58,8 @@ MOST_RATES = 6  # tried for one contestant
 
 @dataclass(frozen=True)
 class Training:
-    """One training: which contestant, learning rate, seed, minutes of CPU time and the steps that
-    these are; a final run is measured on whole splits."""
+    """One training: which contestant, its learning rate and seed, minutes of CPU time, and how many
+    steps it makes in them. A final one is measured on whole splits."""
 
     model: str
     lr: float
@@ -79,7 +79,7 @@ def full_name(entrant: Contestant, data: str) -> str:
     """The contestant's name, with a digest of everything that decides its runs but learning rate,
     seed and steps: a run of other settings has another file. data: of the corpus, `data_digest`."""
     config = entrant.config
-    # Rates are named in the file; the rest changes no figure.
+    # Seed and learning rate are in the file's name besides; the rest changes no figure.
     unlike = {
         "seed", "lr", "min_lr", "muon_lr", "out_dir", "cache_dir", "log_interval", "eval_interval",
     }  # fmt: skip
@@ -141,7 +141,7 @@ def train_and_measure(
     for step in range(spec.steps):
         began = time.process_time()
         model.train()
-        torch.manual_seed(spec.seed * 1_000_003 + step)  # dropout's, and the same for all
+        torch.manual_seed(spec.seed * 1_000_003 + step)  # for dropout: the same for all
         ids, targets = windows.batch(step)
         loss, _ = model.loss(ids, targets)
         loss.backward()

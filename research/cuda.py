@@ -269,7 +269,7 @@ def compiled_step(results: Results, name: str, **changes) -> None:
 
 
 def others(results: Results) -> None:
-    """Steps of the other recipes, and what Muon takes of them."""
+    """Training steps of the other recipes, and the milliseconds of Muon's part in them."""
     for name, file, vocab_size, changes in (
         ("best-small", "configs/best-small.json", 32000, {"amp_dtype": "bf16"}),
         ("quickstart", "configs/quickstart.json", 2048, {}),

@@ -37,7 +37,7 @@ KINDS = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}
 
 
 class Budget:
-    """Seconds that a section may take, and what it left out for want of them."""
+    """The seconds that a section may take, and the names of what it had no time for."""
 
     def __init__(self, seconds: float, results: dict[str, Any]):
         self.end = time.perf_counter() + seconds
@@ -255,8 +255,8 @@ class Product:
         self.weights = [torch.randn(size, device=device) * 0.02 for size in sizes]
         tensors = [quantised(weight, bits) for weight in self.weights]
         self.nbytes = sum(t.nbytes for each in tensors for t in each.values())
-        # Copies that are read in turn, 256 MB of them: more than a cache holds, as a step reads its
-        # weights. No more than 8, so that small matrices are quickly made.
+        # Copies that are read in turn, 256 MB of them if 8 are enough for that: more than a cache
+        # holds, since a step too finds its weights in memory.
         copies = min(8, max(2, int(2**28 / self.nbytes) + 1))
         self.held = [
             [{k: t.clone() for k, t in each.items()} for each in tensors] for _ in range(copies)

@@ -283,7 +283,7 @@ class Batches:
             raise InputError(
                 f"tokens: train has {len(tokens)} tokens; a batch needs {batch} windows of {block}"
             )
-        self.epoch = -1  # the one that `starts` is of
+        self.epoch = -1  # whose order `starts` has; none yet
         self.starts = torch.empty(0)  # where each window begins, in the order of the epoch
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

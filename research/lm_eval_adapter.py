@@ -103,8 +103,8 @@ class WaveletAdapter(LM):
         return before + self.tokenizer.encode(continuation), len(before)
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The indices of texts of these lengths in batches of like length, the longest first: what
-        does not fit in memory does not at once."""
+        """The indices of texts of these lengths, in batches of about the same length. The longest
+        come first, so that a batch that is too large for memory fails at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         return [
             order[start : start + self.batch_size]
@@ -112,15 +112,17 @@ class WaveletAdapter(LM):
         ]
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p(continuation | context) in nats, and if it is the
-        greedy one."""
+        """For each (context, continuation): log p(continuation | context) in nats, and whether the
+        continuation is what greedy decoding would write."""
         return self.log_probabilities([self.encode_pair(*request.args) for request in requests])
 
     @torch.inference_mode()
     def log_probabilities(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Of each (ids, before): log p(ids[before:] | ids[:before]) in nats, and if it is the
-        greedy one; `before` is at least 1. Shorter texts of a batch are padded on the right, which
-        no prediction of theirs sees."""
+        """For each (ids, before): log p(ids[before:] | ids[:before]) in nats, and whether greedy
+        decoding would write the same; `before` is at least 1.
+
+        Shorter texts of a batch are padded on the right, where their predictions don't see it.
+        """
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for batch in self.batches([len(ids) for ids, _ in pairs]):
             rows = [torch.tensor(pairs[i][0]) for i in batch]
@@ -161,7 +163,7 @@ class WaveletAdapter(LM):
         return totals + own.masked_fill(~counted, 0).sum(1), greedy & (right | ~counted).all(1)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of each text: the log probability of all its tokens, in nats; 0 of one without any."""
+        """For each text: the log probability of all its tokens, in nats; 0 for an empty one."""
         texts = [
             self.tokenizer.encode(BEFORE_A_TEXT) + self.tokenizer.encode(request.args[0])
             for request in requests
@@ -179,9 +181,12 @@ class WaveletAdapter(LM):
         ]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Each context's continuation up to the first of its stop texts, which is left out. Spaces
-        at a context's end are left to the model, which has seen hardly any word begin after one of
-        its own, and are no part of the answer."""
+        """Each context's continuation up to the first of its stop texts, which is left out.
+
+        Spaces at a context's end are taken off it: tokens of words begin with their space, so the
+        model has hardly seen a word that follows a space of its own. The spaces that it then writes
+        are no part of the answer.
+        """
         bare = [bare_prompt(request.args[0], self.tokenizer) for request in requests]
         prompts = [self.tokenizer.encode(context or BEFORE_A_TEXT) for context in bare]
         answers = [""] * len(prompts)
@@ -234,11 +239,13 @@ class WaveletAdapter(LM):
 
 
 class Wish:
-    """A text that the harness asks for: how its tokens are chosen, what there is of it so far, and
-    when it is done."""
+    """A text that the harness asks for: how its tokens are chosen, those chosen so far, and whether
+    it is done."""
 
     def __init__(self, tokenizer, settings: dict, most: int, spaced: bool = False):
-        """`spaced`: spaces at its beginning are the prompt's, and no part of it."""
+        """settings: the harness's, with "until", "do_sample", "temperature" and "max_gen_toks";
+        most: tokens at the most where they don't say; spaced: spaces at the text's beginning belong
+        to the prompt, and are left out."""
         stops = settings.get("until") or []
         self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         self.temperature = 0.0  # the most probable token, always
