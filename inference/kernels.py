@@ -57,12 +57,16 @@ if HAS_TRITON:
         first = tl.program_id(0) * ROWS
         if STACKED:
             entry = table + tl.program_id(1) * 5
-            s, outputs, inputs = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-            start, before = tl.load(entry + 3), tl.load(entry + 4)
+            s = tl.load(entry)
+            outputs = tl.load(entry + 1)
             # What the compiler cannot know of loaded numbers: that reads may be 16 bytes wide.
-            inputs, start = tl.multiple_of(inputs, 64), tl.multiple_of(start, 64)
+            inputs = tl.multiple_of(tl.load(entry + 2), 64)
+            start = tl.multiple_of(tl.load(entry + 3), 64)
+            before = tl.load(entry + 4)
         else:
-            s, start, before = 0, 0, 0
+            s = 0
+            start = 0
+            before = 0
         rows = first + tl.arange(0, ROWS)
         # The product is made in 64 bits: all weights together may be more than 2³¹.
         return s, rows, rows < outputs, inputs, start + first.to(tl.int64) * inputs, before
