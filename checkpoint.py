@@ -30,7 +30,7 @@ from data.corpus import HUB
 from data.prepare import UNKNOWN_DATASET, run_folder
 from data.tokenizer import GPT2_TOKENS, Tokenizer, load_tokenizer, named_tokenizer
 from inference.decode import Decoder, PackedModel
-from inference.packed import Bits, PackedWeights
+from inference.weights import Bits, PackedWeights
 from layers.state import State
 from layers.variants import MultinodalLM
 from model import WaveletLM, build_model

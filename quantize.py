@@ -25,7 +25,7 @@ from config import Config, save_config
 from data.prepare import DATA_FILE
 from data.tokenizer import Tokenizer
 from inference.decode import Decoder, PackedModel, head_is_embedding
-from inference.packed import Bits, PackedWeights
+from inference.weights import Bits, PackedWeights
 from model import LanguageModel
 
 COMPONENTS = {

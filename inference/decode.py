@@ -4,10 +4,11 @@ inference.
     decoder = Decoder(model, bits=None | 16 | 8 | 4)
     logits, state = decoder(ids, state)
 
-The same numbers as the model's, from fewer and larger products (folded.py), which read memory at
-full bandwidth (packed.py). What looks back far is a `Tape` (tape.py), so a step writes one position
-and copies nothing. A step is a function of tensors (`Decoder.run`) between reading tapes and
-writing them, so that torch.compile can make one program of it: `decoder.compile()`.
+It computes the model's numbers from fewer and larger products (folded.py), which read memory at
+full bandwidth (packed.py). What reaches far back lies on a `Tape` (tape.py), so a step writes one
+position and copies nothing. A call has three parts: it reads what it needs of the tapes
+(`look_back`), computes with tensors alone (`Decoder.run`), and writes the tapes' new entries. So
+torch.compile can make one program of the middle part: `decoder.compile()`.
 
 A wavelet branch with a part of layers/variants.py runs as it is in the model, in fp32: see
 `OwnBranch`. Its block's MLP and memories are packed all the same.
@@ -39,24 +40,23 @@ from inference.folded import (
     Recall,
     WrittenMemory,
 )
-from inference.packed import Bits, PackedWeights
-from inference.tape import DecoderState, Tape, plain
+from inference.tape import DecoderState, Tape, with_fresh_strides
+from inference.weights import Bits, PackedWeights
 from layers import variants
 from layers.state import State, ids_name
 from model import Block, Haar, LanguageModel, Lifting, Mixers, RunningMean, WaveletLM, parts_of
 
-# Names of what a compiled step is given; the empty one is of torch's own state.
-GIVEN = re.compile(r"(L\['?)?(ids|parts|past)\b|$")
-
-Counts = tuple[Tensor, Tensor] | None  # see `Mean`
+# For one token, the count of tokens (B,) and over how many positions the running mean goes (B, 1);
+# None in a network without the running mean, and for a chunk of several tokens.
+Counts = tuple[Tensor, Tensor] | None
 
 # ===== Wavelet branches
 
 
 def can_be_folded(block: Block, wavelet: nn.Module) -> bool:
-    """Whether every part of the block's wavelet branch is one that folded.py has."""
+    """Whether folded.py has every part of the block's wavelet branch."""
     plain_wavelet = isinstance(wavelet, Haar)
-    plain_wavelet |= isinstance(wavelet, Lifting) and wavelet.odd_gates is None
+    plain_wavelet |= isinstance(wavelet, Lifting) and wavelet.odd_gates is None  # not gated
     plain_mean = block.bypass is None or isinstance(block.bypass.average, RunningMean)
     extras = (block.scale_norm_in, block.scale_norm_out, block.coarse_modulation)
     plain_scales = all(part is None for part in extras)
@@ -64,7 +64,7 @@ def can_be_folded(block: Block, wavelet: nn.Module) -> bool:
 
 
 class FoldedBranch:
-    """A block's wavelet branch, folded."""
+    """A block's wavelet branch, folded: running mean, wavelet, mixers, inverse wavelet."""
 
     def __init__(
         self,
@@ -74,19 +74,21 @@ class FoldedBranch:
         name: str,
         weights: PackedWeights,
     ):
-        """source: the block's wavelet in the model; wavelet: the prepared one, which blocks may
-        share."""
-        self.pad = block.pad
+        """source: the block's wavelet in the model; wavelet: the prepared one, which several blocks
+        may share."""
+        self.pad = block.pad  # P − C
         self.wavelet = wavelet
-        self.longest = list(wavelet.longest)
-        self.gamma = self.average = self.below = None
+        self.longest = list(wavelet.longest)  # lag of each level, where lags are on a tape
+        self.gamma = None
+        self.average = None
+        self.below = None
         if block.embedding_residual_gamma is not None:
-            self.gamma = weights.keep(f"{name}.gamma", block.embedding_residual_gamma)
+            self.gamma = weights.keep(f"{name}.gamma", block.embedding_residual_gamma)  # (C,)
         if block.bypass is not None:
             self.average = Mean(block.bypass.average)
-            mix = block.bypass.cross_layer_mix.weight
+            mix = block.bypass.cross_layer_mix.weight  # (C, C)
             self.below = weights.matrix(f"{name}.below", mix, "bypass")
-            gains = F.pad(block.bypass.history_gains, (0, self.pad))
+            gains = F.pad(block.bypass.history_gains, (0, self.pad))  # of C channels → of P
             self.gains = weights.keep(f"{name}.gains", gains)[:, None]  # (S, 1, P)
         self.norm = weights.norm(f"{name}.ln1", block.ln1)
         self.mixers = FoldedMixers(block, f"{name}.mixers", weights)
@@ -95,50 +97,52 @@ class FoldedBranch:
         )
         alpha = block.residual_alpha_spectral
         self.alpha = weights.number(f"{name}.alpha_spectral", alpha)
-        # Whether a step of one row may change what is remembered where it lies, by our own kernels.
+        # Whether our own GPU kernels may change the state of one text where it lies (graphs.py).
         self.in_place = kernels.usable(weights.device) and wavelet.has_kernels
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
-        """A model's state of this branch as this decoder keeps it."""
+        """A model's state of this branch as the decoder keeps it, with tapes."""
         part = self.wavelet.adopt(block)
         return part if self.average is None else part | self.average.adopt(block)
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
-        """What a step reads of tapes."""
+        """What a step of one token reads of the tapes in `part`."""
         seen = self.wavelet.look_back(part)
         return seen if self.average is None else seen | self.average.look_back(part)
 
     def __call__(
         self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts: Counts
     ) -> tuple[Tensor, Tensor | None, dict]:
-        """The stream x, the token embedding e, the mean of the block below (all (N, C)) → the new
-        stream, this block's mean, what to remember."""
+        """One branch over all positions: arguments and results as in `DecoderBlock`."""
         mean = None
         new: dict = {}
-        if "position" in part:  # one row, whose state is changed where it lies
-            rows = self.wavelet.room(x)
+        if "position" in part:  # given for one text, whose state is changed where it lies
+            rows = self.wavelet.room(x)  # rows[0] becomes the wavelet's input
             window = 0 if self.average is None else self.average.window
             x, mean = fused.open_block(x, e, self.gamma, self.norm, part, window, rows[0])
+            # sum and ring were written in place; the count is one for all blocks
             if counts is not None:
                 new["count"] = counts[0]
             c, lags = self.wavelet.step_by_kernels(rows, part["odd"])  # (S, N, P)
         else:
             if self.average is not None:
-                mean, new = self.average(x, length, part, counts)
+                mean, new = self.average(x, length, part, counts)  # (N, C)
             if self.gamma is not None:
-                x = torch.addcmul(x, e, self.gamma)
-            h = F.layer_norm(x, *self.norm)
-            c, lags = self.wavelet.decompose(self.padded(h), length, part)
+                x = torch.addcmul(x, e, self.gamma)  # x + gamma·e, the embedding once more
+            h = F.layer_norm(x, *self.norm)  # (N, C)
+            c, lags = self.wavelet.decompose(self.padded(h), length, part)  # (S, N, P)
         new |= lags
-        y = self.mix(c, mean, below)
+        y = self.mix(c, mean, below)  # (S, N, ·)
         return self.reconstruction(y, x, self.alpha), mean, new
 
     def mix(self, c: Tensor, mean: Tensor | None, below: Tensor | None) -> Tensor:
-        """The coefficients c (S, N, P) with the bypass, mixed: (S, N, ·)."""
+        """The coefficients c (S, N, P) with the bypass added, mixed: (S, N, ·). mean, below (N, C):
+        the running means of this block and of the one below it."""
         if self.average is None:
             return self.mixers(c)
-        context = mean if below is None else self.below(below, mean)  # (N, C)
+        context = mean if below is None else self.below(below, mean)  # mean + M·below, (N, C)
         if self.in_place and c.size(1) == 1:
+            # one kernel for the sum, and for what the gates read of it
             return self.mixers(*fused.join(c, context, self.gains, self.mixers.routing))
         return self.mixers(torch.addcmul(c, self.padded(context), self.gains))
 
@@ -156,35 +160,41 @@ class OwnBranch:
     def __init__(
         self, block: Block, wavelet: nn.Module, config: Config, name: str, weights: PackedWeights
     ):
-        """wavelet: the block's, which blocks may share."""
-        nothing = {"mlp_expansion": 0, "pkm_enabled": False, "fwpkm_enabled": False}
-        config = config.model_copy(update=nothing | {"recall_heads": 0})
-        with torch.device("meta"):  # the weights come from `block`
+        """wavelet: the block's, which several blocks may share."""
+        # A block with nothing but the wavelet branch, since `DecoderBlock` packs the rest.
+        nothing = {"pkm_enabled": False, "fwpkm_enabled": False, "recall_heads": 0}
+        config = config.model_copy(update=nothing | {"mlp_expansion": 0})
+        with torch.device("meta"):  # without memory: the weights are those of `block`
             branch = Block(config, parts_of(config))
             variants.parametrise([branch], config)
+        # The branch's names are a part of the block's; `assign` takes the tensors themselves.
         own = block.state_dict()
         branch.load_state_dict({key: own[key] for key in branch.state_dict()}, assign=True)
         self.block = weights.module(f"{name}.branch", branch).eval()
         self.wavelet = wavelet
+        # of its state; the tensor is for the type only
         self.names = list(self.block.start(wavelet, 0, torch.empty(0), stream=True))
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
+        """The branch's part of a model's state, as it is (without a ring where the state is not a
+        stream's)."""
         return {name: block[name] for name in self.names if name in block}
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
+        """Nothing: there is no tape."""
         return {}
 
     def __call__(
         self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts: Counts
     ) -> tuple[Tensor, Tensor | None, dict]:
-        """As `FoldedBranch`."""
+        """One branch over all positions: arguments and results as in `DecoderBlock`."""
 
         def whole(rows: Tensor | None) -> Tensor | None:  # (N, C) → (B, T, C)
             return None if rows is None else rows.view(-1, length, rows.size(1))
 
         x, mean, new = self.block.mix_positions(
             whole(x), whole(e), whole(below), self.wavelet, part
-        )
+        )  # (B, T, C) each
         return x.flatten(0, 1), None if mean is None else mean.flatten(0, 1), new
 
 
@@ -201,19 +211,21 @@ class DecoderBlock:
         name: str,
         weights: PackedWeights,
     ):
+        """branch: the block's wavelet branch, prepared; name: begins the names of the weights."""
         self.branch = branch
         self.norm = weights.norm(f"{name}.ln2", block.ln2)
         self.alpha = weights.number(f"{name}.alpha_mlp", block.residual_alpha_mlp)
         self.mlp = None if block.ffwd is None else MLP(block, f"{name}.mlp", weights)
         self.memories: list[Memory | WrittenMemory | Recall] = []
-        fusable = []  # those that one row reads by kernels of our own
-        score_rows = []
+        fusable = []  # memories that one row reads by our own GPU kernels
+        score_rows = []  # of each of these, see `fused.MemoryReads`
+        # In the order in which the model adds them, which decides the rounding of the sum.
         for kind, module in (("pkm", block.pkm), ("fwpkm", block.fwpkm)):
             if module is None:
                 continue
             own = f"{name}.{kind}"
             alpha = block.alpha_pkm if kind == "pkm" else block.alpha_fwpkm
-            if kind == "fwpkm" and module.writes:
+            if kind == "fwpkm" and module.writes:  # it learns from the text that it reads
                 self.memories.append(WrittenMemory(module, alpha, own, weights))
                 continue
             memory = Memory(module, alpha, own, weights)
@@ -228,33 +240,38 @@ class DecoderBlock:
         self.other_memories = [memory for memory in self.memories if memory not in fusable]
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
-        """A model's state of this block as this decoder keeps it."""
+        """A model's state of this block as the decoder keeps it, with tapes."""
         part = self.branch.adopt(block)
         for memory in self.memories:
-            part |= memory.adopt(block)
+            part |= memory.adopt(block)  # their names differ
         return part
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
-        """What a step reads of the state: of tapes only the entries that it needs."""
+        """The state `part` for a step of one token: its tensors, and in place of its tapes what the
+        step reads of them."""
         held = {name: value for name, value in part.items() if not isinstance(value, Tape)}
         return held | self.branch.look_back(part)
 
     def __call__(
         self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts: Counts
     ) -> tuple[Tensor, Tensor | None, dict]:
-        """The stream x, the token embedding e, the mean of the block below (all (N, C)) → the new
-        stream, this block's mean, the new state.
+        """The stream x, the token embedding e, the running mean of the block below, all (N, C) →
+        the new stream (N, C), this block's running mean (N, C; None without a bypass), and the new
+        state.
 
-        At one token `part` is what `look_back` gives, and the new state has one entry for each
-        tape."""
+        length: positions of each text. With several, `part` is the state with its tapes, and so is
+        the new one. With one, `part` is what `look_back` gives, and the new state has one entry for
+        each tape.
+        """
         x, mean, new = self.branch(x, e, below, length, part, counts)
-        h = F.layer_norm(x, *self.norm)
+        h = F.layer_norm(x, *self.norm)  # (N, C)
         x = self.alpha * x if self.mlp is None else self.mlp(h, x, self.alpha)
-        alone = self.reads is not None and x.size(0) == 1
-        if alone:
+        # Of one row our own kernels read all memories that they can, and add what they read to x.
+        by_kernels = self.reads is not None and x.size(0) == 1
+        if by_kernels:
             x = self.reads(h, x)
-        for memory in self.other_memories if alone else self.memories:
-            read, written = memory(h, length, part)
+        for memory in self.other_memories if by_kernels else self.memories:
+            read, written = memory(h, length, part)  # read (N, C)
             x = x + read
             new |= written
         return x, mean, new
@@ -268,17 +285,19 @@ class DecoderCell:
     applied, the last norm."""
 
     def __init__(self, cell: WaveletLM, name: str, weights: PackedWeights):
-        """name: begins the names of its weights."""
+        """name: begins the names of the cell's weights."""
         embedding = cell.token_embedding
-        table = embedding.whole() if cell.config.token_features else embedding.weight
+        # A token's features have vectors of their own, which are added to the token's here.
+        table = embedding.whole() if cell.config.token_features else embedding.weight  # (V, C)
+        # With stab_embed_scaling embeddings are multiplied by a constant: here once for all.
         self.embedding = weights.table(f"{name}embedding", table * cell.embed_scale, "embedding")
         self.ngrams = None
         if cell.ngrams is not None:
             self.ngrams = Ngrams(cell.ngrams, f"{name}ngrams", weights)
-        folds = can_be_folded(*cell.block(0))
+        folds = can_be_folded(*cell.block(0))  # all blocks are of one kind
         wavelets = []
         for i, wavelet in enumerate(cell.wavelets):
-            if not folds:
+            if not folds:  # as it is, for `OwnBranch`
                 wavelets.append(weights.module(f"{name}wavelets.{i}", wavelet))
             elif isinstance(wavelet, Haar):
                 wavelets.append(FixedWavelet(weights.module(f"{name}wavelets.{i}", wavelet)))
@@ -286,41 +305,60 @@ class DecoderCell:
                 wavelets.append(FoldedLifting(wavelet, f"{name}wavelets.{i}", weights))
         blocks = []
         for i, block in enumerate(cell.layers):
-            wavelet = wavelets[i % len(wavelets)]
+            wavelet = wavelets[i % len(wavelets)]  # one for all blocks, or one each
             own = f"{name}layers.{i}"
             if folds:
                 branch = FoldedBranch(block, cell.block(i)[1], wavelet, own, weights)
             else:
                 branch = OwnBranch(block, wavelet, cell.config, own, weights)
             blocks.append(DecoderBlock(block, branch, own, weights))
+        # There are more applications than blocks where blocks share their weights.
         self.blocks = [blocks[i % len(blocks)] for i in range(cell.config.applications)]
         self.norm = weights.norm(f"{name}final_ln", cell.final_ln)
 
     def embed(self, ids: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """ids (B, T), the ids before them → their embedding (N, C), and the last ids, where the
-        network has a table of n-grams."""
-        e = self.embedding(ids.flatten())
+        """ids (B, T), the ids before them → their embedding (N, C), and the last ids, to be
+        remembered where the network has a table of n-grams; else None."""
+        e = self.embedding(ids.flatten())  # (N, C)
         return (e, None) if self.ngrams is None else self.ngrams(ids, e, past)
 
 
 def head_is_embedding(config: Config) -> bool:
-    """Whether the head's matrix is the table that tokens are looked up in, with nothing done to
-    it."""
+    """Whether the head's matrix is the very table that tokens are looked up in, so that a file
+    needs it once."""
     changed = config.stab("embed_scaling") or config.token_features or config.multinodal_enabled
     return config.tie_embedding_to_lm_head and not changed
 
 
-COPIES = itertools.count()
+# ===== Compiling
+
+# What a compiled step is given, by the names that torch's guards have: the arguments of
+# `Decoder.run`. The empty name is that of torch's own state, such as whether gradients are kept.
+GIVEN = re.compile(r"(L\['?)?(ids|parts|past)\b|$")
+
+COPIES = itertools.count()  # numbers the copies that `own_code` makes
 
 
 def own_code(function: Callable) -> Callable:
-    """A copy of a function with a code object of its own: by that torch.compile keeps programs, and
-    since ours are not guarded by the decoder that they were made for, each decoder compiles a
-    copy."""
+    """A copy of `function` with a code object of its own.
+
+    torch.compile keeps its programs by code object, and chooses among those of one by guards. Ours
+    have no guards on the decoder that they were made for (`Decoder.compile`), so two decoders that
+    shared a code object would run each other's programs.
+    """
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(COPIES)}")
     return types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
+
+
+def guards_of_arguments(guards: list) -> list[bool]:
+    """Which of a program's guards are checked at each step: those of the step's arguments. A
+    decoder does not change, so checks of its weights would only cost time."""
+    return [bool(GIVEN.match(guard.name)) for guard in guards]
+
+
+# ===== The decoder
 
 
 class Decoder:
@@ -328,8 +366,8 @@ class Decoder:
     state.
 
     bits: None for the model's own fp32, 16 for bf16, 8 or 4. The model is not kept, but weights
-    that nothing is folded into are shared with it, so it must not be trained on. States of the
-    model's are taken too; a state given is left as it is.
+    that nothing is folded into are shared with it, so it must not be trained on. A state of the
+    model's is accepted too, and no call changes the state that it is given.
     """
 
     @torch.no_grad()
@@ -337,139 +375,155 @@ class Decoder:
         self, model: LanguageModel, bits: int | None = None, weights: PackedWeights | None = None
     ):
         """weights: where prepared weights come from or go to, in place of `bits`. If they come from
-        a file, only the shapes of the model, which may be on the meta device, are used."""
+        a file, only the shapes of the model, which may be on the meta device, are used.
+
+        Raises `InputError` for bits that don't exist, and where a file does not fit the model.
+        """
         self.config = model.config
         self.vocab_size = model.vocab_size
         weights = PackedWeights(Bits.of(bits)) if weights is None else weights
-        if weights.given is None:
+        if weights.given is None:  # made from the model's, so they go where it is
             weights.device = model.cells[0].token_embedding.weight.device
-        count = len(model.cells)
+        count = len(model.cells)  # 1, or several networks side by side (multinodal_enabled)
         names = [""] if count == 1 else [f"cells.{i}." for i in range(count)]
         named = zip(model.cells, names, strict=True)
         self.cells = [DecoderCell(cell, name, weights) for cell, name in named]
         loops = range(self.config.loop_iterations)
-        # by cell, then by pass through the stack, as the state has them
+        # In the order of the state's blocks: by cell, then by pass through the stack.
         self.blocks = [block for cell in self.cells for _ in loops for block in cell.blocks]
         self.gates = None
         if self.config.multinodal_enabled and model.gates is not None:
             self.gates = weights.module("gates", model.gates)
+        # A head that is the embedding has its name and its bits, so that a file holds it once.
         component = "embedding" if head_is_embedding(self.config) else "head"
+        # (V, C), or (V, cells·C) with each cell's share of the logits multiplied in
         head = model.head_weight() if count == 1 else model.head_weight() * model.share
         self.head = weights.matrix(component, head, component)
         self.device = self.cells[0].norm[1].device
-        # Of one row, with and without stream: all zeros, on this device even if the model is on
-        # none.
+        # The state at the start of one text, not a stream's and a stream's. Every start is all
+        # zeros, so that a model on the meta device can tell it by its shapes.
         self.starts = [
             model.start(1, stream).map(
                 lambda t: torch.zeros(t.shape, dtype=t.dtype, device=self.device)
             )
             for stream in (False, True)
         ]
-        self.program: Callable | None = None
-        self.rows = 0  # that the program is for
-        self.graphs: dict = {}  # for graphs.py: by rows and kind of state
-        self.compiles_graphs = False
+        self.program: Callable | None = None  # a compiled `run`, for steps of one token
+        self.rows = 0  # texts at once that `program` is for
+        self.graphs: dict = {}  # kept for graphs.py: by rows and kind of state
+        self.compiles_graphs = False  # whether graphs.py compiles a step before it captures it
         weights.check()
 
     def compile(self, rows: int = 1, stream: bool = True) -> None:
         """Has torch.compile make one program of the step of one token in `rows` texts, which may
-        take a minute; steps of other numbers of rows stay as they are. stream: as in `start`; for
-        the other kind a program is made when it is wanted.
+        take a minute. Steps of other numbers of rows stay as they are. stream: the kind of state,
+        as in `start`; for the other kind a program is made when a step first needs it.
 
         Raises `InputError` where a memory writes, which is not one program, and RuntimeError for
-        what torch cannot compile: for want of a C++ compiler, say, or bf16 weights on a CPU that
-        multiplies them."""
+        what torch cannot compile: where there is no C++ compiler, say, or for bf16 weights on a CPU
+        that multiplies them.
+        """
         if any(isinstance(m, WrittenMemory) for block in self.blocks for m in block.memories):
             raise InputError("compile: not with fwpkm_inference_updates; leave one of the two out")
-
-        def of_what_is_given(guards: list) -> list[bool]:
-            """A decoder does not change, so nothing of it needs to be checked at each step."""
-            return [bool(GIVEN.match(guard.name)) for guard in guards]
-
-        options: dict = {"guard_filter_fn": of_what_is_given}
+        options: dict = {"guard_filter_fn": guards_of_arguments}
         if self.device.type == "cpu":
+            # Kernels are then called from C++, which costs less than from Python.
             options["cpp_wrapper"] = True
         run = types.MethodType(own_code(Decoder.run), self)
+        # One program for exactly these shapes: no Python between its parts, no checks of sizes.
         self.program = torch.compile(run, fullgraph=True, dynamic=False, options=options)
         self.rows = rows
+        # The first call compiles.
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self(ids, self.start(rows, stream))
 
     def start(self, rows: int, stream: bool = False) -> DecoderState:
         """The state at the start of `rows` texts; stream as in `WaveletLM.start`."""
-        return self.adopt(self.starts[stream].select([0] * rows))
+        return self.adopt(self.starts[stream].select([0] * rows))  # the one row, so many times
 
     def adopt(self, state: State) -> DecoderState:
-        """A state of the model's as this decoder keeps it."""
+        """A state of the model's as this decoder keeps it, with tapes."""
         pairs = zip(self.blocks, state.blocks, strict=True)
         parts = [block.adopt(shown) for block, shown in pairs]
+        # so that the state can be shown as the model's again
         lags = [list(block.branch.longest) for block in self.blocks]
         return DecoderState(parts, lags, state.embedding)
 
     def counts(self, seen: list[dict]) -> Counts:
-        """After one more token: the count of tokens (B,), and over how many the running mean goes
-        (B, 1)."""
-        first = seen[0]
+        """After one more token: the count of tokens (B,), and over how many positions the running
+        mean goes (B, 1); None without a running mean. seen: each block's state in this step."""
+        first = seen[0]  # all blocks count the same tokens
         if "count" not in first:
             return None
         count = first["count"] + 1
+        # A stream's mean is over the last block_size positions: "oldest" is what leaves it next,
+        # "ring" all of them, where a kernel reads them.
         windowed = "oldest" in first or "ring" in first
-        n = count.clamp(max=self.config.block_size) if windowed else count
+        n = count.clamp(max=self.config.block_size) if windowed else count  # (B,)
         return count, n[:, None]
 
     @torch.no_grad()
     def __call__(
         self, ids: Tensor, state: State | None = None, last_only: bool = True
     ) -> tuple[Tensor, DecoderState]:
-        """ids (B, T) int64 → fp32 logits after the last token, (B, 1, V), or with last_only False
-        after each, (B, T, V)."""
+        """Reads ids (B, T) int64 → fp32 logits after the last token, (B, 1, V), or with last_only
+        False after each token, (B, T, V); and the state after them.
+
+        state: the model's or a decoder's, of B rows; None: at the start of a text.
+        """
         state = self.start(ids.size(0)) if state is None else state
         state = state if isinstance(state, DecoderState) else self.adopt(state)
-        if ids.size(1) > 1:
+        if ids.size(1) > 1:  # a chunk: the parts read whole tapes and give new ones
             logits, parts, past = self.run(ids, state.parts, state.embedding, last_only)
             return logits, DecoderState(parts, state.lags, past)
         pairs = zip(self.blocks, state.parts, strict=True)
         seen = [block.look_back(part) for block, part in pairs]
         if self.program is not None and ids.size(0) == self.rows:
-            seen = [{name: plain(x) for name, x in block.items()} for block in seen]
-            past = {name: plain(x) for name, x in state.embedding.items()}
-            logits, written, past = self.program(plain(ids), seen, past)
+            # Views of tapes have strides that change from step to step.
+            seen = [{name: with_fresh_strides(x) for name, x in part.items()} for part in seen]
+            past = {name: with_fresh_strides(x) for name, x in state.embedding.items()}
+            logits, written, past = self.program(with_fresh_strides(ids), seen, past)
         else:
             logits, written, past = self.run(ids, seen, state.embedding)
         parts = []
-        for part, block in zip(state.parts, written, strict=True):
-            tapes = {name: part[name] for name in block if isinstance(part[name], Tape)}
-            parts.append(block | {name: tape.then(block[name]) for name, tape in tapes.items()})
+        for part, new in zip(state.parts, written, strict=True):
+            # Where the state has a tape, what the step gave is one entry of it.
+            tapes = {name: part[name] for name in new if isinstance(part[name], Tape)}
+            parts.append(new | {name: tape.then(new[name]) for name, tape in tapes.items()})
         return logits, DecoderState(parts, state.lags, past)
 
     def run(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], last_only: bool = True
     ) -> tuple[Tensor, list[dict], dict[str, Tensor]]:
-        """The network, from ids to logits.
+        """The network, from ids (B, T) to logits (B, T, V), or (B, 1, V) with last_only.
 
-        parts: each block's state, at one token what `look_back` sees of it; past: what the
-        embedding remembers. Returns the logits and what is new of both."""
+        parts: the state of each block as `DecoderBlock` takes it; past: what the embedding
+        remembers. Returns the logits, and both as they are afterwards.
+        """
         rows, length = ids.shape
-        counts = self.counts(parts) if length == 1 else None
+        counts = self.counts(parts) if length == 1 else None  # a chunk counts in the model's mean
         if len(self.cells) == 1:
-            x, after, past = self.read(ids, parts, past, counts)
+            x, after, past = self.read(ids, parts, past, counts)  # x (N, C)
             xs = [x]
         else:
             xs, after, past = self.read_in_step(ids, parts, past, counts)
         if last_only and length > 1:
+            # The head is a large matrix: only the last position of each text, (B, C), goes on.
             xs = [x.view(rows, length, -1)[:, -1] for x in xs]
         ends = zip(xs, self.cells, strict=True)
-        hs = [F.layer_norm(x, *cell.norm) for x, cell in ends]
+        hs = [F.layer_norm(x, *cell.norm) for x, cell in ends]  # (B or N, C) each
+        # The cells' heads lie side by side in one matrix, which adds their logits up.
         logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
-        return logits.float().view(rows, -1, self.vocab_size), after, past
+        return logits.float().view(rows, -1, self.vocab_size), after, past  # (B, T or 1, V)
 
     def read(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], counts: Counts
     ) -> tuple[Tensor, list[dict], dict[str, Tensor]]:
-        """One network's stream behind its last block, (N, C), and what is new of the state."""
-        e, last_ids = self.cells[0].embed(ids, past.get("ids"))
+        """`run` up to the last block of a model with one cell: the stream (N, C), and the new
+        states of blocks and embedding."""
+        e, last_ids = self.cells[0].embed(ids, past.get("ids"))  # (N, C)
         x = e
-        below = None
+        below = None  # the running mean of the block before; the first block has none
         after = []
         for block, part in zip(self.blocks, parts, strict=True):
             x, below, new = block(x, e, below, ids.size(1), part, counts)
@@ -479,12 +533,13 @@ class Decoder:
     def read_in_step(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], counts: Counts
     ) -> tuple[list[Tensor], list[dict], dict[str, Tensor]]:
-        """What `read` gives, of several cells, which gate each other between blocks."""
+        """What `read` gives, for several cells, which gate each other between blocks: a stream
+        (N, C) of each."""
         cells = self.cells
-        each = len(self.blocks) // len(cells)
+        each = len(self.blocks) // len(cells)  # applications of blocks in a cell
         before = [iter(parts[c * each : (c + 1) * each]) for c in range(len(cells))]
         after: list[list[dict]] = [[] for _ in cells]
-        es = []
+        es = []  # the embedding of each cell, (N, C)
         new_past = {}
         for c, cell in enumerate(cells):
             e, last_ids = cell.embed(ids, past.get(ids_name(c)))
@@ -493,6 +548,7 @@ class Decoder:
                 new_past[ids_name(c)] = last_ids
         xs = list(es)
         below: list[Tensor | None] = [None] * len(cells)
+        # All cells make a step before any makes the next, since gates read all of their streams.
         interval = self.config.multinodal_cross_cell_gate_interval
         for _ in range(self.config.loop_iterations):
             for i in range(self.config.applications):
@@ -503,12 +559,12 @@ class Decoder:
                     after[c].append(new)
                 if self.gates is not None and i % interval == 0:
                     xs = self.gates[i // interval](xs)
-        return xs, [new for own in after for new in own], new_past
+        return xs, [new for own in after for new in own], new_past  # cell by cell, as they came
 
 
 class PackedModel(nn.Module):
-    """A decoder in the place of a model, as a quantised checkpoint gives it: the logits of every
-    position, no gradients."""
+    """A decoder with the interface of a model, as a quantised checkpoint gives it: the logits of
+    every position, no gradients."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
@@ -518,4 +574,5 @@ class PackedModel(nn.Module):
         self.start = decoder.start
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 → logits (B, T, V) in fp32, and the state after them."""
         return self.decoder(ids, state, last_only=False)

@@ -3,17 +3,23 @@ matrices in one launch.
 
 For matrices s = 1 … S, each of its own size (out_s, in_s), and x (S, in):
 
-    y[s, n] = Σ_k W_s[n, k] x[s, k] + beta·add[s, n] + bias[n],   summed in fp32, or GELU of it, or
-    y[s, n] times its SiLU
+    total[s, n] = Σ_k W_s[n, k] x[s, k] + beta·add[s, n] + bias[n]        summed in fp32
+
+and y[s, n] is that, or its GELU, or what y[s, n] was times its SiLU.
 
 A token at batch 1 reads every weight once and does two operations with it, so a kernel is as fast
 as it reads. Weights lie as they do in a file (packed.py): rows of floats; of int8 with a scale
-each; of two 4-bit numbers a byte with a scale and an offset for each group. A program takes a few
-whole rows of one matrix and goes along them; a thread reads 16 bytes at a time.
+each; of two 4-bit numbers a byte with a scale and an offset for each group. A program (one of many
+that run at once) takes a few whole rows of one matrix and goes along them; a thread reads 16 bytes
+at a time.
 
-Integers become floats without a conversion, of which a GPU makes fewer than products: as the
-leading bits of a mantissa they are a number from 1 to 2, and what that adds to the sum, a multiple
-of Σ x, is taken off at the end."""
+Integers become floats without a conversion, because a GPU makes fewer conversions than products in
+the same time. Put into the leading bits of a mantissa, an integer is a number from 1 to 2. What is
+too much in it adds a multiple of Σ x to the sum, which is taken off at the end.
+
+In the kernels names of tensors are addresses of their first elements; `x_s`, `add_s`, `add_n` and
+`y_s` are strides in elements, of scales s and outputs n.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -24,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# inputs are filled up to a multiple of this, so that reads of 16 bytes are aligned at every width
+# Inputs are filled up to a multiple of this: a group at 4 bits, and at every width a multiple of 16
+# bytes, so that every row begins at an aligned address.
 STEP = 64
 
 if HAS_TRITON:
@@ -33,30 +40,44 @@ if HAS_TRITON:
 
     @triton.jit
     def _mantissa(bits):
-        """Leading bits of a mantissa → the number from 1 to 2 that has them."""
+        """Bits in the 23 places of an fp32's mantissa → the number from 1 to 2 that has them."""
+        # 0x3F800000 is 1.0: sign 0, exponent 0, an empty mantissa.
         return (bits | 0x3F800000).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _place(table, outputs, inputs, ROWS: tl.constexpr, STACKED: tl.constexpr):
-        """Of this program's rows: which of x and y is theirs, the first of them, their matrix's
-        size, where in all weights the first one begins, and how many rows the matrices before it
-        have."""
+        """Where this program works: its matrix's row s of x and y; the program's rows within the
+        matrix (ROWS,), and which of them there are; the matrix's inputs; the weight at which the
+        first of these rows begins, counted over all matrices; and how many rows the matrices before
+        have.
+
+        table (S, 5) int64, where there are several matrices: s, outputs, inputs, first weight,
+        rows before. For one matrix its size is given as it is.
+        """
         first = tl.program_id(0) * ROWS
         if STACKED:
             entry = table + tl.program_id(1) * 5
-            s, outputs, inputs = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-            start, before = tl.load(entry + 3), tl.load(entry + 4)
-            inputs, start = tl.multiple_of(inputs, 64), tl.multiple_of(start, 64)
+            s = tl.load(entry)
+            outputs = tl.load(entry + 1)
+            # What the compiler cannot know of loaded numbers: that reads may be 16 bytes wide.
+            inputs = tl.multiple_of(tl.load(entry + 2), 64)
+            start = tl.multiple_of(tl.load(entry + 3), 64)
+            before = tl.load(entry + 4)
         else:
-            s, start, before = 0, 0, 0
-        return s, first, outputs, inputs, start + first.to(tl.int64) * inputs, before
+            s = 0
+            start = 0
+            before = 0
+        rows = first + tl.arange(0, ROWS)
+        # The product is made in 64 bits: all weights together may be more than 2³¹.
+        return s, rows, rows < outputs, inputs, start + first.to(tl.int64) * inputs, before
 
     @triton.jit
     def _store(
         total, y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta,
         HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
-        """Beyond the matrix's rows, up to y's width, zeros."""
+        """Finishes the products `total` (ROWS,) and writes them to y; beyond the matrix's rows, up
+        to y's width, it writes zeros."""
         if HAS_ADD:
             total += beta * tl.load(add + s * add_s + rows * add_n, mask=inside, other=0.0).to(
                 tl.float32
@@ -66,7 +87,7 @@ if HAS_TRITON:
         if FINISH == "gelu":
             total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))  # 1/√2
         place = y + s * y_s + rows
-        if FINISH == "gate":
+        if FINISH == "gate":  # what is there, times SiLU(total) = total / (1 + e^−total)
             total = (
                 total
                 / (1 + tl.exp(-total))
@@ -80,11 +101,10 @@ if HAS_TRITON:
         ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr,
         HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
-        s, first, outputs, inputs, start, _ = _place(table, outputs, inputs, ROWS, STACKED)
-        rows = first + tl.arange(0, ROWS)
-        inside = rows < outputs
+        """weight: fp32 or bf16. ROWS rows of INPUTS at a time."""
+        s, rows, inside, inputs, start, _ = _place(table, outputs, inputs, ROWS, STACKED)
         k = tl.arange(0, INPUTS)
-        w = weight + start + tl.arange(0, ROWS)[:, None] * inputs + k[None, :]
+        w = weight + start + tl.arange(0, ROWS)[:, None] * inputs + k[None, :]  # (ROWS, INPUTS)
         sums = tl.zeros((ROWS, INPUTS), tl.float32)
         for at in range(0, inputs, INPUTS):
             here = k < inputs - at
@@ -92,22 +112,9 @@ if HAS_TRITON:
             b = tl.load(x + s * x_s + at + k, mask=here, other=0.0)
             sums += a.to(tl.float32) * b.to(tl.float32)[None, :]
         _store(
-            tl.sum(sums, 1),
-            y,
-            add,
-            bias,
-            s,
-            rows,
-            inside,
-            add_s,
-            add_n,
-            y_s,
-            width,
-            beta,
-            HAS_ADD,
-            HAS_BIAS,
-            FINISH,
-        )
+            tl.sum(sums, 1), y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta,
+            HAS_ADD, HAS_BIAS, FINISH,
+        )  # fmt: skip
 
     @triton.jit
     def _int8_kernel(
@@ -115,40 +122,26 @@ if HAS_TRITON:
         ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr,
         HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
-        """weight: int8 seen as uint8. With u = q + 128 as a mantissa's bits, a number is 1 + u/256
-        = 1.5 + q/256."""
-        s, first, outputs, inputs, start, before = _place(table, outputs, inputs, ROWS, STACKED)
-        rows = first + tl.arange(0, ROWS)
-        inside = rows < outputs
+        """weight: int8 seen as uint8. With u = q + 128 as the leading bits of a mantissa, a number
+        is 1 + u/256 = 1.5 + q/256. So Σ q x = 256·(Σ (1 + u/256) x − 1.5·Σ x)."""
+        s, rows, inside, inputs, start, before = _place(table, outputs, inputs, ROWS, STACKED)
         k = tl.arange(0, INPUTS)
-        w = weight + start + tl.arange(0, ROWS)[:, None] * inputs + k[None, :]
+        w = weight + start + tl.arange(0, ROWS)[:, None] * inputs + k[None, :]  # (ROWS, INPUTS)
         sums = tl.zeros((ROWS, INPUTS), tl.float32)
-        ones = tl.zeros((INPUTS,), tl.float32)
+        ones = tl.zeros((INPUTS,), tl.float32)  # of x alone, as if all weights were 1
         for at in range(0, inputs, INPUTS):
             here = k < inputs - at
             a = tl.load(w + at, mask=inside[:, None] & here[None, :], other=0)
             b = tl.load(x + s * x_s + at + k, mask=here, other=0.0).to(tl.float32)
+            # XOR with 128 makes q + 128 of a byte's int8 q; 15 shifts 8 bits to the top of 23.
             sums += _mantissa((a ^ 128).to(tl.int32) << 15) * b[None, :]
             ones += b
         total = tl.sum(sums, 1) - 1.5 * tl.sum(ones, 0)
         total *= 256 * tl.load(scale + before + rows, mask=inside, other=0.0).to(tl.float32)
         _store(
-            total,
-            y,
-            add,
-            bias,
-            s,
-            rows,
-            inside,
-            add_s,
-            add_n,
-            y_s,
-            width,
-            beta,
-            HAS_ADD,
-            HAS_BIAS,
-            FINISH,
-        )
+            total, y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta,
+            HAS_ADD, HAS_BIAS, FINISH,
+        )  # fmt: skip
 
     @triton.jit
     def _int4_kernel(
@@ -156,17 +149,20 @@ if HAS_TRITON:
         ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, STACKED: tl.constexpr,
         HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
-        """x: in fp32 if WIDE, else pairs of bf16 seen as int32, as are steps: pairs of a scale and
-        an offset. Half a byte q, 0 to 15, is the number 1 + q/16; w = (q − 8)·scale + offset, over
-        a group of 64: Σ w x = 16·scale·Σ (1 + q/16) x + (offset − 24·scale)·Σ x."""
-        s, first, outputs, inputs, start, _ = _place(table, outputs, inputs, ROWS, STACKED)
+        """x: fp32 if WIDE, else pairs of bf16 seen as int32. steps: pairs of bf16, scale and
+        offset, seen as int32.
+
+        A half byte q, from 0 to 15, as leading bits of a mantissa is the number 1 + q/16. With
+        w = (q − 8)·scale + offset, over a group of 64 inputs:
+        Σ w x = 16·scale·Σ (1 + q/16) x + (offset − 24·scale)·Σ x.
+        """
+        s, rows, inside, inputs, start, _ = _place(table, outputs, inputs, ROWS, STACKED)
         row = tl.arange(0, ROWS)
-        rows = first + row
-        inside = rows < outputs
         group = tl.arange(0, GROUPS)
-        pair = tl.arange(0, 32)
+        pair = tl.arange(0, 32)  # a group of 64 inputs is 32 bytes
         groups = inputs // 64
         at_byte = group[:, None] * 32 + pair[None, :]  # (GROUPS, 32)
+        # (ROWS, GROUPS, 32) bytes, and (ROWS, GROUPS) pairs of scale and offset
         w = weight + start // 2 + row[:, None, None] * (inputs // 2) + at_byte[None, :, :]
         step = steps + start // 64 + row[:, None] * groups + group[None, :]
         sums = tl.zeros((ROWS, GROUPS), tl.float32)
@@ -177,63 +173,50 @@ if HAS_TRITON:
             )
             if WIDE:
                 b = x + s * x_s + 2 * (at * 32 + at_byte)
-                even, odd = (
-                    tl.load(b, mask=here[:, None], other=0.0),
-                    tl.load(b + 1, mask=here[:, None], other=0.0),
-                )
+                even = tl.load(b, mask=here[:, None], other=0.0)
+                odd = tl.load(b + 1, mask=here[:, None], other=0.0)
             else:
                 b = tl.load(x + s * x_s + at * 32 + at_byte, mask=here[:, None], other=0)
-                # a bf16 is the first half of a float32
+                # A bf16 is the upper half of an fp32. The even one is the lower half of the int32:
+                # it is shifted up; of the odd one the mask −65536 clears what is below.
                 even = (b << 16).to(tl.float32, bitcast=True)
                 odd = (b & -65536).to(tl.float32, bitcast=True)
+            # Low halves, of 4 bits, are shifted to the top of 23; high halves are 4 places higher.
             inner = (
                 _mantissa((a & 15) << 19) * even[None, :, :]
                 + _mantissa((a & 240) << 15) * odd[None, :, :]
             )
+            # scale in the lower half, offset in the upper one
             both = tl.load(step + at, mask=inside[:, None] & here[None, :], other=0)
-            scale, offset = (
-                (both << 16).to(tl.float32, bitcast=True),
-                (both & -65536).to(tl.float32, bitcast=True),
-            )
+            scale = (both << 16).to(tl.float32, bitcast=True)
+            offset = (both & -65536).to(tl.float32, bitcast=True)
             ones = tl.sum(even + odd, 1)
             sums += 16 * scale * tl.sum(inner, 2) + (offset - 24 * scale) * ones[None, :]
         _store(
-            tl.sum(sums, 1),
-            y,
-            add,
-            bias,
-            s,
-            rows,
-            inside,
-            add_s,
-            add_n,
-            y_s,
-            width,
-            beta,
-            HAS_ADD,
-            HAS_BIAS,
-            FINISH,
-        )
+            tl.sum(sums, 1), y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta,
+            HAS_ADD, HAS_BIAS, FINISH,
+        )  # fmt: skip
 
 
 def usable(device: torch.device) -> bool:
-    """Whether products of one row on this device are by these kernels."""
+    """Whether these kernels multiply one row on this device: a GPU, and Triton is installed."""
     return HAS_TRITON and device.type == "cuda"
 
 
 def _aligned(tensors: dict[str, Tensor], kind: str) -> Tensor:
-    """The rows of one matrix, their inputs filled up to a multiple of STEP; quantised ones are
+    """The rows of one matrix, their inputs filled up to a multiple of STEP. Quantised ones are
     already."""
     weight = tensors[kind]
     return F.pad(weight, (0, -weight.size(1) % STEP)) if kind.startswith("float") else weight
 
 
 class Stack:
-    """S matrices at one width, prepared for the kernels, and their products with one row of x
-    each."""
+    """S matrices with weights of one kind, prepared for the kernels, and their products with one
+    row of x each."""
 
-    # Rows of a program, bytes of each that it reads at a time, and warps: enough programs for every
-    # processor of the GPU, and enough reads on the way in each.
+    # By kind: rows of a program, bytes of each row that it reads at a time, and warps. So chosen
+    # that every processor of the GPU has a program, and each program enough reads on the way;
+    # `research.cuda_decoding --only products` tries others.
     SHAPES: ClassVar = {
         "float32": (4, 2048, 4),
         "float16": (4, 2048, 4),
@@ -242,115 +225,108 @@ class Stack:
     }
 
     def __init__(self, matrices: Sequence[dict[str, Tensor]], places: Sequence[int] | None = None):
-        """matrices: of each what `packed.quantised` gives, all at one width. places: which rows of
-        x and y are theirs, where a product has other matrices too."""
+        """matrices: of each what `packed.quantised` gives, all of one kind. places: the rows of x
+        and y that are theirs, where a product has matrices of other kinds too."""
         self.kind = next(iter(matrices[0]))
         rows = [_aligned(m, self.kind) for m in matrices]
+        per_byte = 2 if self.kind == "int4" else 1
         self.outputs = [r.size(0) for r in rows]
-        self.inputs = [r.size(1) * (2 if self.kind == "int4" else 1) for r in rows]
-        # of the tensors given: before anything is filled up
-        self.widths = [m[self.kind].size(1) for m in matrices]
+        self.inputs = [r.size(1) * per_byte for r in rows]
+        self.widths = [m[self.kind].size(1) for m in matrices]  # before `_aligned` fills them up
         self.places = list(range(len(rows)) if places is None else places)
+        # One tensor for all: (out, in) as it is for one matrix, else all weights in a row.
         self.weight = (
             rows[0].contiguous() if len(rows) == 1 else torch.cat([r.flatten() for r in rows])
         )
-        self.scale = self.weight
+        self.scale = self.weight  # stands in for scales where there are none
         if self.kind == "int8":
-            self.weight, self.scale = (
-                self.weight.view(torch.uint8),
-                torch.cat([m["scale"] for m in matrices]),
-            )
+            self.weight = self.weight.view(torch.uint8)
+            self.scale = torch.cat([m["scale"] for m in matrices])  # (Σ out,)
         elif self.kind == "int4":
-            # (out·groups,)
+            # Scale and offset, two bf16, are read as one int32: (Σ out·groups,).
             steps = [m["steps"].contiguous().view(torch.int32).flatten() for m in matrices]
             self.scale = steps[0] if len(steps) == 1 else torch.cat(steps)
-        self.table, self.stacked = self.weight, len(rows) > 1 or self.places != [0]
+        self.table = self.weight  # stands in for the table where there is none
+        self.stacked = len(rows) > 1 or self.places != [0]
         if self.stacked:
             sizes = [n * k for n, k in zip(self.outputs, self.inputs, strict=True)]
             starts = [sum(sizes[:s]) for s in range(len(sizes))]
             before = [sum(self.outputs[:s]) for s in range(len(sizes))]
             entries = list(zip(self.places, self.outputs, self.inputs, starts, before, strict=True))
-            self.table = torch.tensor(entries, device=self.weight.device)
+            self.table = torch.tensor(entries, device=self.weight.device)  # (S, 5), see `_place`
 
     def matrices(self) -> list[dict[str, Tensor]]:
-        """The matrices one by one, as `packed.quantised` gives them, in the memory of the stack."""
-        held, at, row = [], 0, 0
-        flat, scale = self.weight.flatten(), self.scale
+        """The matrices one by one, as `packed.quantised` gives them: views of the stack's
+        memory."""
+        held = []
+        flat = self.weight.flatten()
         per_byte = 2 if self.kind == "int4" else 1
+        at = 0  # the matrix's first weight
+        row = 0  # its first row
         for outputs, inputs, width in zip(self.outputs, self.inputs, self.widths, strict=True):
-            size = outputs * inputs
-            weight = flat[at // per_byte : (at + size) // per_byte].view(outputs, -1)[:, :width]
+            end = at + outputs * inputs
+            weight = flat[at // per_byte : end // per_byte].view(outputs, -1)[:, :width]
             tensors = {self.kind: weight.view(torch.int8) if self.kind == "int8" else weight}
             if self.kind == "int8":
-                tensors["scale"] = scale[row : row + outputs]
+                tensors["scale"] = self.scale[row : row + outputs]
             elif self.kind == "int4":
-                tensors["steps"] = (
-                    scale[at // STEP : (at + size) // STEP]
-                    .view(torch.bfloat16)
-                    .view(outputs, -1, 2)
-                )
+                steps = self.scale[at // STEP : end // STEP].view(torch.bfloat16)
+                tensors["steps"] = steps.view(outputs, -1, 2)  # (out, groups, 2)
             held.append(tensors)
-            at, row = at + size, row + outputs
+            at = end
+            row += outputs
         return held
 
     def __call__(
         self, x: Tensor, add: Tensor | None = None, beta: float = 1.0, y: Tensor | None = None,
         bias: Tensor | None = None, finish: str = "",
     ) -> Tensor:  # fmt: skip
-        """x (S, in) in fp32 or bf16, in at least each matrix's; add (S, out) or for all (1, out) →
-        y (S, out): what is given, or new, fp32 where weights or add are fp32, else bf16. Beyond a
-        smaller matrix's rows y is zero.
+        """One row of x for each matrix → y (S, out), which is zero beyond a smaller matrix's rows.
 
-        bias (out,): of a single matrix, added besides. finish: "gelu" of the sum; "gate", where y
-        is multiplied by its silu."""
-        if x.size(1) < max(self.inputs):
-            x = F.pad(x, (0, max(self.inputs) - x.size(1)))
-        if x.stride(1) != 1 or (self.kind == "int4" and x.stride(0) % 2):
-            x = x.contiguous()
+        x (S, in) in fp32 or bf16, `in` at least each matrix's. add (S, out), or (1, out) for all,
+        is added times beta. y: where to write; if None a new tensor, fp32 where weights or add are
+        fp32, else bf16. bias (out,): of a single matrix, added besides. finish: "gelu" of the sum;
+        "gate", where y is multiplied by the sum's SiLU.
+        """
+        x = self._readable(x)
         if y is None:
             wide = self.kind == "float32" or (add is not None and add.dtype == torch.float32)
-            y = x.new_empty(
-                x.size(0), max(self.outputs), dtype=torch.float32 if wide else torch.bfloat16
-            )
+            kind = torch.float32 if wide else torch.bfloat16
+            y = x.new_empty(x.size(0), max(self.outputs), dtype=kind)
+        # At 4 bits a byte has two weights: bf16 inputs are read in pairs too, as int32.
         pairs = self.kind == "int4" and x.dtype == torch.bfloat16
         if pairs:
             x = x.view(torch.int32)
         rows, size, warps = self.SHAPES[self.kind]
         grid = (triton.cdiv(y.size(1), rows), len(self.places))
+        # Where something is missing, y stands in for it: the kernel does not read it.
         more = y if add is None else add
-        strides = (
-            x.stride(0),
-            0 if more.size(0) == 1 else more.stride(0),
-            more.stride(1),
-            y.stride(0),
-            y.size(1),
-        )
+        add_s = 0 if more.size(0) == 1 else more.stride(0)  # 0: one row for all matrices
         rest = (
-            self.table,
-            x,
-            more,
-            y if bias is None else bias,
-            y,
-            self.outputs[0],
-            self.inputs[0],
-            *strides,
-            beta,
-        )
+            self.table, x, more, y if bias is None else bias, y, self.outputs[0], self.inputs[0],
+            x.stride(0), add_s, more.stride(1), y.stride(0), y.size(1), beta,
+        )  # fmt: skip
         how = {
-            "ROWS": rows,
-            "STACKED": self.stacked,
-            "HAS_ADD": add is not None,
-            "HAS_BIAS": bias is not None,
-        }
-        how |= {"FINISH": finish, "num_warps": warps}
+            "ROWS": rows, "STACKED": self.stacked, "HAS_ADD": add is not None,
+            "HAS_BIAS": bias is not None, "FINISH": finish, "num_warps": warps,
+        }  # fmt: skip
         if self.kind == "int4":
+            # a group is 32 bytes
             _int4_kernel[grid](
                 self.weight, self.scale, *rest, GROUPS=size // 32, WIDE=not pairs, **how
             )
         elif self.kind == "int8":
             _int8_kernel[grid](self.weight, self.scale, *rest, INPUTS=size, **how)
         else:
-            _float_kernel[grid](
-                self.weight, *rest, INPUTS=size // self.weight.element_size(), **how
-            )
+            inputs = size // self.weight.element_size()
+            _float_kernel[grid](self.weight, *rest, INPUTS=inputs, **how)
         return y
+
+    def _readable(self, x: Tensor) -> Tensor:
+        """x (S, in) as the kernels can read it: with the inputs of the widest matrix, without gaps
+        between them, and, where they are read in pairs, with rows that begin at a pair."""
+        if x.size(1) < max(self.inputs):
+            x = F.pad(x, (0, max(self.inputs) - x.size(1)))
+        if x.stride(1) != 1 or (self.kind == "int4" and x.stride(0) % 2):
+            x = x.contiguous()
+        return x

@@ -1,5 +1,5 @@
 """The decoder's state: what a step looks back on lies on tapes, so that a step writes one entry and
-copies nothing."""
+copies nothing else."""
 
 import math
 from collections.abc import Callable
@@ -9,48 +9,63 @@ from torch import Tensor
 
 from layers.state import BlockState, State
 
-# positions that a tape holds beyond its window at the least: it is copied once in so many steps
+# Entries that a tape has room for beyond its window, at the least. When they are used up, the
+# window is copied to a new buffer: for short windows once in 64 steps.
 ROOM = 64
 
 
 class Tape:
-    """The last `length` entries of each row, (B, length, …), as a window on a longer buffer: a step
-    writes one entry.
+    """The last `length` entries of each text, (B, length, …), as a window on a longer buffer: a
+    step writes one entry.
 
-    A buffer is only ever written past its end, so earlier tapes on it stay what they were, and a
-    tape that is not the newest goes on in a copy of its own. When a buffer is full the window moves
-    to a new one: amortised, a step is O(1)."""
+    A buffer is only ever written behind its last entry, so earlier tapes on the same buffer stay
+    what they were. A tape that is no longer the newest on its buffer goes on in a copy of its own.
+    When a buffer is full, the window moves to a new one of twice its size or more: on average a
+    step costs the same however long the window is.
+    """
 
     def __init__(
         self, buffer: Tensor, length: int, end: int | None = None, filled: list[int] | None = None
     ):
-        self.buffer, self.length, self.end = buffer, length, buffer.size(1) if end is None else end
-        # of the buffer; one list for all tapes on it
+        """buffer: (B, size, …); end: where the window ends in it, by default at its end; filled:
+        from another tape on the same buffer."""
+        self.buffer = buffer
+        self.length = length
+        self.end = buffer.size(1) if end is None else end
+        # How many entries the buffer has: a list of one number, which all tapes on the buffer share
+        # and so see each other change.
         self.filled = [self.end] if filled is None else filled
 
     @property
     def window(self) -> Tensor:
+        """The entries from old to new, (B, length, …): a view of the buffer."""
         return self.buffer[:, self.end - self.length : self.end]
 
     def then(self, entry: Tensor | list[Tensor]) -> "Tape":
-        """The tape one entry on: (B, …), or the list of its parts along the first of these
-        dimensions."""
-        buffer, end, filled = self.buffer, self.end, self.filled
-        if filled[0] != end or end == buffer.size(1):
-            room = self.length + max(ROOM, self.length)
-            buffer = self.buffer.new_empty(self.buffer.size(0), room, *self.buffer.shape[2:])
+        """The tape with one more entry, and without its oldest one.
+
+        entry: (B, …); or the list of its parts, (B, ·) each, which are stacked as dimension 1.
+        """
+        buffer = self.buffer
+        end = self.end
+        filled = self.filled
+        is_newest = filled[0] == end
+        if not is_newest or end == buffer.size(1):
+            size = self.length + max(ROOM, self.length)
+            buffer = self.buffer.new_empty(self.buffer.size(0), size, *self.buffer.shape[2:])
             buffer[:, : self.length] = self.window
-            end, filled = self.length, [self.length]
+            end = self.length
+            filled = [end]
         filled[0] = end + 1
         if isinstance(entry, list):
-            torch.stack(entry, dim=1, out=buffer[:, end])
+            torch.stack(entry, dim=1, out=buffer[:, end])  # straight to its place
         else:
             buffer[:, end] = entry
         return Tape(buffer, self.length, end + 1, filled)
 
 
 class DecoderState(State):
-    """A model's state, kept on tapes: `blocks` shows it as the model lays it out."""
+    """A model's state, kept on tapes. `blocks` shows it as the model lays it out."""
 
     def __init__(
         self,
@@ -58,12 +73,16 @@ class DecoderState(State):
         lags: list[list[int]],
         embedding: BlockState,
     ):
-        """parts: of each block application; lags: of each, the longest of each level."""
+        """parts: the state of each application of a block, by name; lags: for each of these the
+        longest lag of every level, where lags are on a tape; embedding: what the embedding
+        remembers."""
         self.parts = parts
         self.lags = lags
         self.embedding = embedding
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "DecoderState":
+        """A state of what `function` makes of each tensor, and of each tape's window."""
+
         def mapped(part: Tensor | Tape) -> Tensor | Tape:
             if isinstance(part, Tape):
                 return Tape(function(part.window), part.length)
@@ -75,27 +94,29 @@ class DecoderState(State):
 
     @property
     def blocks(self) -> list[dict[str, Tensor]]:
+        """The state of each application of a block, as in the model's `State`."""
         return [self._shown(block, lags) for block, lags in zip(self.parts, self.lags, strict=True)]
 
     @staticmethod
     def _shown(block: dict[str, Tensor | Tape], lags: list[int]) -> dict[str, Tensor]:
-        # Copies where a tensor may be shared, as blocks share their count: files hold each tensor
-        # once.
+        # Blocks share tensors such as their count, and a file holds each tensor once: so copies.
         shown = {
             name: part.window if isinstance(part, Tape) else part.clone()
             for name, part in block.items()
         }
         if "lags" in shown:
-            window = shown.pop("lags")  # (B, longest, J, P)
-            shown |= {
-                f"lag{level}": window[:, window.size(1) - n :, level]
-                for level, n in enumerate(lags)
-            }
+            window = shown.pop("lags")  # (B, longest lag of all levels, J, P)
+            for level, n in enumerate(lags):
+                shown[f"lag{level}"] = window[:, window.size(1) - n :, level]  # (B, n, P)
         return shown
 
 
-def plain(x: Tensor) -> Tensor:
-    """x with the strides of a new tensor: a program is compiled anew for others, those of
-    dimensions of size 1 too."""
+def with_fresh_strides(x: Tensor) -> Tensor:
+    """x, with the strides that a new tensor of its shape would have; a copy only where its numbers
+    lie in another order.
+
+    torch.compile makes another program for other strides, even if they differ in a dimension of
+    size 1, where a stride means nothing and where a view may have any.
+    """
     strides = [math.prod(x.shape[i + 1 :]) for i in range(x.dim())]
     return x if list(x.stride()) == strides else x.contiguous().as_strided(x.shape, strides)

@@ -44,13 +44,14 @@ from training.record import Record
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 BASELINE = "baseline"
-SIGNIFICANCE = 0.05
+SIGNIFICANCE = 0.05  # of all verdicts together
+# Keys that don't belong to a variant: runs of one differ in them, or they change no figure.
 NOT_OF_A_VARIANT = {"seed", "out_dir", "cache_dir", "max_steps"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A config and what it is called: the keys that it changes."""
+    """A config, and its name: the keys in which it differs from the baseline."""
 
     name: str
     config: Config
@@ -66,8 +67,8 @@ class Variant:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """The keys and values of "key=value key=value"; a value is read as JSON, or is text where it is
-    none."""
+    """The keys and values of "key=value key=value". A value that is not JSON is text. Raises
+    `InputError` for a part without "="."""
     values = {}
     for part in text.split():
         key, equals, value = part.partition("=")
@@ -84,7 +85,8 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[Variant]:
-    """The baseline and the variants of --try and of the JSON file: {name: {key: value, …}, …}."""
+    """The baseline, and the variants of --try and of the JSON file {name: {key: value, …}, …}.
+    Raises `InputError` where there is none, or one is not a valid config."""
     changes = {text: parse_overrides(text) for text in tries}
     for name, values in (read_json(Path(file)) if file else {}).items():
         if not isinstance(values, dict):
@@ -104,7 +106,8 @@ def read_variants(base: Config, tries: Sequence[str], file: str | None) -> list[
 
 
 def steps_of(variants: Sequence[Variant], args: argparse.Namespace, out: Path) -> dict[str, int]:
-    """max_steps by variant."""
+    """How many steps each variant gets, by name: as many as --tokens fill, or as it makes in
+    --minutes."""
     batches = {v.name: v.config.micro_batch_size * v.config.grad_accum for v in variants}
     if args.tokens:
         return {
@@ -133,7 +136,7 @@ def result_of(folder: Path | None) -> dict[str, Any] | None:
 
 def check_same_text(folder: Path, config: Config) -> None:
     """Raises `InputError` where the run in `folder` was trained on another text than `config` reads
-    now: a figure of it beside one of a new run would compare the texts."""
+    now: its figure beside that of a new run would compare the texts, not the variants."""
     kept = read_data_file(folder)
     if kept and (different := differences(kept, prepare(config, lambda line: None))):
         raise InputError(
@@ -143,7 +146,8 @@ def check_same_text(folder: Path, config: Config) -> None:
 
 
 def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, Any]:
-    """The figures of one run: made now, gone on with, or read where it has ended."""
+    """The figures of one run, which is read where it has ended, else resumed or made now. Raises
+    `InputError` where train.py fails."""
     parent = out / variant.key / f"seed{seed}_steps{steps}"
     folder = latest_run(parent)
     if (result := result_of(folder)) is not None:
@@ -180,9 +184,11 @@ def make_run(variant: Variant, seed: int, steps: int, out: Path) -> dict[str, An
 
 
 def chances(results: dict[str, list[float]]) -> dict[str, float]:
-    """By variant: the probability, under Dunnett's test (1955) in blocks, of so large a difference
-    from the baseline by chance alone. results: of each variant, bits per byte by seed, the same
-    seeds for all. Empty where these are fewer than two or there is nothing to compare.
+    """For each variant the probability, under Dunnett's test (1955) in blocks, of so large a
+    difference from the baseline by chance alone. Empty with fewer than two seeds, and where there
+    is nothing to compare.
+
+    results: bits per byte of each variant, in the order of the seeds, which are the same for all.
 
     With k variants and n seeds, t = (mean − baseline's) / (s √(2/n)), where s² is what is left of
     the squares after the means of variants and seeds, over (k − 1)(n − 1); under chance alone all t
@@ -197,10 +203,9 @@ def chances(results: dict[str, list[float]]) -> dict[str, float]:
     means = bits.mean(1)
     left = bits - means[:, None] - bits.mean(0) + bits.mean()
     degrees = (k - 1) * (n - 1)
-    differences, noise = (
-        np.abs(means[1:] - means[0]),
-        np.sqrt(2 / n * np.square(left).sum() / degrees),
-    )
+    differences = np.abs(means[1:] - means[0])
+    noise = np.sqrt(2 / n * np.square(left).sum() / degrees)
+    # Without any noise (s = 0) t of a difference is infinite, and t of no difference is 0.
     t = np.divide(differences, noise, out=np.where(differences > 0, np.inf, 0.0), where=noise > 0)
     together = multivariate_t(shape=(np.eye(k - 1) + 1) / 2, df=degrees, seed=0)
     within = [together.cdf(np.full(k - 1, x), lower_limit=np.full(k - 1, -x)) for x in t]
@@ -208,6 +213,8 @@ def chances(results: dict[str, list[float]]) -> dict[str, float]:
 
 
 def verdict(difference: float, chance: float | None) -> str:
+    """The words for a difference from the baseline in bits per byte. chance: its probability by
+    chance alone, from `chances`; None where there were too few runs for one."""
     if chance is None:
         return "too few runs"
     if chance >= SIGNIFICANCE:
@@ -215,12 +222,13 @@ def verdict(difference: float, chance: float | None) -> str:
     return f"{'better' if difference < 0 else 'worse'} (p {chance:.3f})"
 
 
-def describe(
+def section_of(
     runs: dict[str, list[dict[str, Any]]], variants: Sequence[Variant], budget: str
 ) -> str:
     """The section for runs.md, the best variant first."""
     bits = {name: [r["val_bits_per_byte"] for r in group] for name, group in runs.items()}
-    chance, base = chances(bits), statistics.mean(bits[BASELINE]) if BASELINE in bits else None
+    chance = chances(bits)
+    base = statistics.mean(bits[BASELINE]) if BASELINE in bits else None
     config = variants[0].config
     rows = []
     for name in sorted(bits, key=lambda name: statistics.mean(bits[name])):
@@ -228,11 +236,9 @@ def describe(
         environment = read_json(Path(group[0]["run_dir"]) / "env.json")
         difference = statistics.mean(bits[name]) - base if base is not None else 0.0
         memory = max(r.get("peak_memory_mib", math.nan) for r in group)  # Windows does not say
-        called = (
-            ""
-            if name == BASELINE
-            else f"{difference:+.4f}: {verdict(difference, chance.get(name))}"
-        )
+        called = ""
+        if name != BASELINE:
+            called = f"{difference:+.4f}: {verdict(difference, chance.get(name))}"
         rows.append([
             environment["date"][:10], environment["commit"] or "-", name, config.dataset,
             group[0]["tokenizer"],
@@ -241,19 +247,9 @@ def describe(
             mean_deviation(bits[name]), called, str(Path(group[0]["run_dir"]).parent.parent.name),
         ])  # fmt: skip
     header = [
-        "date",
-        "commit",
-        "config difference",
-        "data",
-        "tokenizer",
-        "parameters",
-        "tokens",
-        "time",
-        "memory",
-        "bits/byte ± deviation (runs)",
-        "verdict",
-        "folder",
-    ]
+        "date", "commit", "config difference", "data", "tokenizer", "parameters", "tokens", "time",
+        "memory", "bits/byte ± deviation (runs)", "verdict", "folder",
+    ]  # fmt: skip
     return (
         f"## Ablation of {Path(config.dataset).name}, {budget}\n\n`python -m research.ablate"
         f" {' '.join(sys.argv[1:])}`\n\nBits per byte of the whole validation split. Verdicts by"
@@ -263,7 +259,7 @@ def describe(
     )
 
 
-def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Each run's bits per byte, a line for each variant, the best at the top."""
     bits = {name: [r["val_bits_per_byte"] for r in group] for name, group in runs.items()}
     names = sorted(bits, key=lambda name: statistics.mean(bits[name]), reverse=True)
@@ -322,28 +318,24 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    if (
-        args.seeds < 1
-        or args.jobs < 1
-        or (args.minutes if args.tokens is None else args.tokens) <= 0
-    ):
+    size = args.minutes if args.tokens is None else args.tokens
+    if args.seeds < 1 or args.jobs < 1 or size <= 0:
         raise InputError("seeds, jobs, tokens and minutes must be above 0")
     if importlib.util.find_spec("scipy") is None:  # asked before the runs are made, not after
         raise InputError("ablate: the verdicts need the package scipy; pip install '.[research]'")
     base = load_config(args.config, **parse_overrides(" ".join(args.set)))
     if args.minutes is not None:
-        # steps are timed in fp32, so they are made in fp32
+        # Steps are timed in fp32, so they are made in fp32.
         base = base.model_copy(update={"use_amp": False})
     variants = read_variants(base, args.tries, args.file)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(base)  # once, before several processes want it
     steps = steps_of(variants, args, out)
-    budget = (
-        f"{args.tokens:,} tokens a run"
-        if args.tokens
-        else f"{args.minutes:g} minutes of CPU time a run"
-    )
+    if args.tokens is None:
+        budget = f"{args.minutes:g} minutes of CPU time a run"
+    else:
+        budget = f"{args.tokens:,} tokens a run"
     runs: dict[str, list[dict[str, Any]]] = {}
     section = ""
     for seed in range(1, args.seeds + 1):
@@ -351,9 +343,9 @@ def main() -> None:
             results = list(pool.map(lambda v: make_run(v, seed, steps[v.name], out), variants))  # noqa: B023
         for variant, result in zip(variants, results, strict=True):
             runs.setdefault(variant.name, []).append(result)
-        section = describe(runs, variants, budget)
+        section = section_of(runs, variants, budget)
         (out / "table.md").write_text(section, encoding="utf-8")
-        draw(runs, out / "ablation.png")
+        draw_runs(runs, out / "ablation.png")
     print(section)
     if args.runs:
         put_first(Path(args.runs), section)

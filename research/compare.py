@@ -1,5 +1,4 @@
-"""WaveletLM beside a Transformer and a state-space model, at equal parameters and equal process CPU
-time.
+"""WaveletLM beside a Transformer and a state-space model, at equal parameters and CPU time.
 
     python -m research.compare --dataset my_books/ --out runs/compare --jobs 2
     python -m research.compare --dataset my_books/ --out runs/compare \\
@@ -7,11 +6,14 @@ time.
 
 Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and
 evaluation, fp32 and a single thread. Its learning rate is the best of short runs, by validation:
-rates are doubled or halved until the best one is no longer at the edge of those tried (or six were
-tried). Then come full runs, one per seed. Minutes are of CPU time on one thread: how many steps
-each contestant makes in them is measured first, all in turn, so that a busy machine is fair to all.
-A run is a process of its own (its peak memory is its own) and is saved when done: the same command
-again makes only what is missing."""
+rates are doubled or halved until the best one is no longer at the edge of those tried, or six were
+tried. Then come full runs, one for each seed.
+
+Minutes are of CPU time on one thread. How many steps each contestant makes in them is measured
+first, all in turn, so that a busy machine is fair to all. A run is a process of its own, so that
+its peak memory is its own too, and is saved when done: the same command again makes only what is
+missing.
+"""
 
 import argparse
 import contextlib
@@ -55,9 +57,6 @@ from training.optimizers import (
 )
 from training.record import environment
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 CURVE_POINTS = 10  # measurements on validation during a run
 CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
 RATES = (0.5, 1.0, 2.0)  # learning rates tried first, in units of the contestant's own
@@ -65,9 +64,9 @@ MOST_RATES = 6  # tried for one contestant
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: which contestant, learning rate, seed, minutes of CPU time and the steps that
-    these are; a final run is measured on whole splits."""
+class Training:
+    """One training: which contestant, its learning rate and seed, minutes of CPU time, and how many
+    steps it makes in them. A final one is measured on whole splits."""
 
     model: str
     lr: float
@@ -84,31 +83,24 @@ class Run:
 
 
 def full_name(entrant: Contestant, data: str) -> str:
-    """With a digest of all but learning rate, seed and steps that decides a run."""
+    """The contestant's name, with a digest of everything that decides its runs but learning rate,
+    seed and steps: a run of other settings has another file. data: of the corpus, `data_digest`."""
     config = entrant.config
+    # Seed and learning rate are in the file's name besides; the rest changes no figure.
     unlike = {
-        "seed",
-        "lr",
-        "min_lr",
-        "muon_lr",
-        "out_dir",
-        "cache_dir",
-        "log_interval",
-        "eval_interval",
-    }
+        "seed", "lr", "min_lr", "muon_lr", "out_dir", "cache_dir", "log_interval", "eval_interval",
+    }  # fmt: skip
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude=unlike)
     shape = getattr(entrant.build, "keywords", {}) | {
         "min_lr": config.min_lr / config.lr,
         "muon_lr": config.muon_lr / config.lr,
     }
-    digest = hashlib.sha256(
-        json.dumps([settings, shape, data], sort_keys=True).encode()
-    ).hexdigest()[:8]
-    return f"{entrant.name}-{digest}"
+    text = json.dumps([settings, shape, data], sort_keys=True)
+    return f"{entrant.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def data_digest(corpus: Corpus, batch: int) -> str:
-    """Of text, tokens and batch size."""
+    """A digest of text, tokens and batch size, which are the same for all contestants."""
     parts = [
         corpus.train.digest,
         corpus.validation.digest,
@@ -119,12 +111,14 @@ def data_digest(corpus: Corpus, batch: int) -> str:
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
 
 
-# A run
+# ===== A run
 
 
 def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | None = None) -> float:
-    """In windows of block_size side by side; of the first `tokens` tokens only, if given."""
-    file, block = getattr(corpus, split), model.block_size
+    """Bits per byte of a split in windows of block_size side by side; of its first `tokens` tokens
+    only, if given."""
+    file = getattr(corpus, split)
+    block = model.block_size
     ids = file.tokens[:tokens]
     nats = score(model.eval(), ids, block, block, "window")
     size = file.scored_bytes if tokens is None else text_bytes(corpus.tokenizer, ids[1:].tolist())
@@ -132,11 +126,13 @@ def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | No
 
 
 def embedding_parameters(model: nn.Module) -> int:
-    """Of the token embedding and the head."""
+    """How many numbers the token embedding and the head have together."""
     return sum(p.numel() for p in {model.token_embedding.weight, model.lm_head.weight})
 
 
-def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str, Any]:
+def train_and_measure(
+    entrant: Contestant, spec: Training, corpus: Corpus, batch: int
+) -> dict[str, Any]:
     """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of
     validation]."""
     torch.set_num_threads(1)
@@ -147,11 +143,12 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
     model.block_size = config.block_size
     optimizers = make_optimizers(model, config)
     windows = Windows(corpus.train, config.block_size, batch, spec.seed)
-    used, curve = 0.0, []
+    used = 0.0  # seconds of this process's CPU time, without evaluations
+    curve = []
     for step in range(spec.steps):
         began = time.process_time()
         model.train()
-        torch.manual_seed(spec.seed * 1_000_003 + step)
+        torch.manual_seed(spec.seed * 1_000_003 + step)  # for dropout: the same for all
         ids, targets = windows.batch(step)
         loss, _ = model.loss(ids, targets)
         loss.backward()
@@ -161,12 +158,10 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
         done = step + 1
         if done * CURVE_POINTS >= spec.steps * (len(curve) + 1):
             measured = bits_per_byte(model, corpus, "validation", CURVE_TOKENS)
-            curve.append(
-                [spec.minutes * done / spec.steps, done * batch * config.block_size, measured]
-            )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+            minutes = spec.minutes * done / spec.steps
+            curve.append([minutes, done * batch * config.block_size, measured])
+    mib = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, else in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mib
     return {
         "model": entrant.name, "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes,
         "optimizer": config.optimizer,
@@ -179,22 +174,23 @@ def run(entrant: Contestant, spec: Run, corpus: Corpus, batch: int) -> dict[str,
 
 
 def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:
+    """Bits per byte of the whole splits that were not trained on."""
     return {
         f"{split}_bits_per_byte": bits_per_byte(model, corpus, split)
         for split in ("validation", "test")
     }
 
 
-# The table
+# ===== The table
 
 
 def make_missing(
-    runs: Sequence[Run], paths: dict[Run, Path], jobs: int, arguments: list[str]
-) -> dict[Run, dict[str, Any]]:
+    runs: Sequence[Training], paths: dict[Training, Path], jobs: int, arguments: list[str]
+) -> dict[Training, dict[str, Any]]:
     """The results of `runs`; those without a file are made now, `jobs` at a time, each in a process
     of its own."""
 
-    def make(spec: Run) -> None:
+    def make(spec: Training) -> None:
         text = json.dumps(vars(spec))
         done = subprocess.run(
             [sys.executable, "-m", "research.compare", *arguments, "--run", text],
@@ -217,8 +213,8 @@ def make_missing(
     return {spec: json.loads(paths[spec].read_text(encoding="utf-8")) for spec in runs}
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """One row for each contestant, the best first."""
+def contestants_table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table with a row for each contestant, the best on validation first."""
     by_model: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         by_model.setdefault(result["model"], []).append(result)
@@ -244,20 +240,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             )
         )
     header = [
-        "model",
-        "parameters",
-        "+ embeddings",
-        "optimizer, lr",
-        "tokens",
-        "tokens/s",
-        "MiB",
-        "validation bits/byte",
-        "test bits/byte (runs)",
-    ]
+        "model", "parameters", "+ embeddings", "optimizer, lr", "tokens", "tokens/s", "MiB",
+        "validation bits/byte", "test bits/byte (runs)",
+    ]  # fmt: skip
     return markdown_table(header, [row for _, row in sorted(rows)])
 
 
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Bits per byte of validation against minutes of CPU time: each run thin, each contestant a
     colour."""
     figure = new_figure()
@@ -283,7 +272,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
+def folder_lock(out: Path) -> Iterator[None]:
     """Holds the folder's lock: two commands on one table would make the same runs."""
     with open(out / ".lock", "w", encoding="utf-8") as file:
         try:
@@ -344,13 +333,8 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    if (
-        args.minutes <= 0
-        or args.choice_minutes < 0
-        or args.seeds < 1
-        or args.jobs < 1
-        or args.batch < 1
-    ):
+    above_zero = args.minutes > 0 and min(args.seeds, args.jobs, args.batch) >= 1
+    if not above_zero or args.choice_minutes < 0:
         raise InputError("minutes, seeds, jobs and batch must be above 0, choice_minutes not below")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -360,23 +344,24 @@ def main() -> None:
     corpus = prepare(data)
     digest = data_digest(corpus, args.batch)
     if args.run:
-        spec = Run(**json.loads(args.run))
-        result = run(contestant(spec.model, args.block_size), spec, corpus, args.batch)
+        spec = Training(**json.loads(args.run))
+        result = train_and_measure(
+            contestant(spec.model, args.block_size), spec, corpus, args.batch
+        )
         with written_whole(spec.path(out, digest, args.block_size)) as beside:
             beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
     if set(args.models) & set(FOREIGN):
         transformers_library()
-    with alone(out):
+    with folder_lock(out):
         names = {model: full_name(entrant, digest) for model, entrant in entrants.items()}
         timers = {
             names[m]: step_timer(entrant.build, entrant.config, corpus, args.batch)
             for m, entrant in entrants.items()
         }
         timed = seconds_of_each(timers, out / "speed.json")
-        make_table(
-            args, out, entrants, digest, {model: timed[name] for model, name in names.items()}
-        )
+        seconds = {model: timed[name] for model, name in names.items()}
+        make_table(args, out, entrants, digest, seconds)
 
 
 def make_table(
@@ -386,20 +371,26 @@ def make_table(
     digest: str,
     seconds: dict[str, float],
 ) -> None:
+    """Makes all runs that are missing, and after each seed the table and the picture in `out`.
+
+    entrants: by what --models calls them; digest: of the corpus; seconds: of each one's step.
+    """
+
     def runs(
         rates: Sequence[tuple[str, float]], seed: int, minutes: float, final: bool
-    ) -> list[Run]:
+    ) -> list[Training]:
         return [
-            Run(model, lr, seed, minutes, steps_in(minutes, seconds[model]), final)
+            Training(model, lr, seed, minutes, steps_in(minutes, seconds[model]), final)
             for model, lr in rates
         ]
 
-    def make(runs: list[Run]) -> dict[Run, dict[str, Any]]:
+    def make(runs: list[Training]) -> dict[Training, dict[str, Any]]:
         return make_missing(
             runs, {r: r.path(out, digest, args.block_size) for r in runs}, args.jobs, sys.argv[1:]
         )
 
-    tried, best = {}, {model: entrant.config.lr for model, entrant in entrants.items()}
+    tried = {}
+    best = {model: entrant.config.lr for model, entrant in entrants.items()}
     if args.choice_minutes:
         tried, best = choose_rates(
             entrants, lambda rates: make(runs(rates, 0, args.choice_minutes, False))
@@ -407,9 +398,9 @@ def make_table(
     results = []
     for seed in range(1, args.seeds + 1):
         results += make(runs(list(best.items()), seed, args.minutes, True)).values()
-        section = describe(args, entrants, tried, best, results)
+        section = section_of(args, entrants, tried, best, results)
         (out / "table.md").write_text(section, encoding="utf-8")
-        draw(results, out / "compare.png")
+        draw_curves(results, out / "compare.png")
     print(section)
     if args.runs:
         put_first(Path(args.runs), section)
@@ -417,10 +408,10 @@ def make_table(
 
 def choose_rates(
     entrants: dict[str, Contestant], make: Callable
-) -> tuple[dict[Run, dict], dict[str, float]]:
+) -> tuple[dict[Training, dict], dict[str, float]]:
     """All short runs, which `make` makes of pairs of model and rate, and by model the rate of the
     best: it lies between two worse ones, unless MOST_RATES were tried."""
-    tried: dict[Run, dict[str, Any]] = {}
+    tried: dict[Training, dict[str, Any]] = {}
     best: dict[str, float] = {}
     wanted = [
         (model, entrant.config.lr * rate) for rate in RATES for model, entrant in entrants.items()
@@ -430,17 +421,19 @@ def choose_rates(
         wanted = []
         for model in entrants:
             bits = {r.lr: result["chosen_by"] for r, result in tried.items() if r.model == model}
+            # A run that diverged has no figure to compare.
             bits = {lr: value if math.isfinite(value) else math.inf for lr, value in bits.items()}
-            best[model] = lr = min(bits, key=bits.__getitem__)
+            lr = min(bits, key=bits.__getitem__)
+            best[model] = lr
             if len(bits) < MOST_RATES and lr in (min(bits), max(bits)):
                 wanted.append((model, lr * 2 if lr == max(bits) else lr / 2))
     return tried, best
 
 
-def describe(
+def section_of(
     args,
     entrants: dict[str, Contestant],
-    tried: dict[Run, dict],
+    tried: dict[Training, dict],
     best: dict[str, float],
     results: list[dict],
 ) -> str:
@@ -456,7 +449,9 @@ def describe(
         for r in sorted(tried, key=lambda r: (args.models.index(r.model), r.lr))
     ]
     chosen = "Each has its own learning rate."
+    tried_rates = ""
     if choices:
+        tried_rates = markdown_table(["model", "lr tried", "validation bits/byte", ""], choices)
         chosen = (
             f"A learning rate was chosen for each by runs of {args.choice_minutes:g} minutes on"
             f" {CURVE_TOKENS:,} tokens of validation; Muon's rate for matrices goes along with it."
@@ -469,13 +464,8 @@ def describe(
         f" steps that were timed in turn, one thread, fp32; SentencePiece {args.vocab_size},"
         f" windows of {args.block_size}, {args.batch} in a step; measured in such windows side by"
         " side over whole splits. Mean ± sample standard deviation (runs)."
-        f" {chosen}\n\n{table(results)}\n"
-        + (
-            markdown_table(["model", "lr tried", "validation bits/byte", ""], choices)
-            if choices
-            else ""
-        )
-    )
+        f" {chosen}\n\n{contestants_table(results)}\n"
+    ) + tried_rates
 
 
 if __name__ == "__main__":

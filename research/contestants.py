@@ -24,24 +24,28 @@ class Foreign(nn.Module):
     def __init__(self, network: nn.Module, vocab_size: int, ngrams: NgramEmbedding | None = None):
         """ngrams: a table beside its embedding, as a WaveletLM may have."""
         super().__init__()
-        # First and under our names, by which Muon's optimizers tell tables from matrices.
-        self.token_embedding, self.lm_head = (
-            network.get_input_embeddings(),
-            network.get_output_embeddings(),
-        )
-        self.network, self.vocab_size, self.ngrams = network, vocab_size, ngrams
+        # First, and under our names, by which Muon's optimizers tell tables from matrices.
+        self.token_embedding = network.get_input_embeddings()
+        self.lm_head = network.get_output_embeddings()
+        self.network = network
+        self.vocab_size = vocab_size
+        self.ngrams = ngrams
 
     def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """ids (B, T) → logits (B, T, V), and no state."""
         e = self.token_embedding(ids)
         if self.ngrams is not None:
             e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
         return self.network(inputs_embeds=e, use_cache=False).logits, None
 
     def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """Mean nats per token of targets (B, T) after ids (B, T), and no state."""
         return F.cross_entropy(self(ids)[0].flatten(0, 1), targets.flatten()), None
 
 
 def transformers_library():
+    """The module `transformers`, imported late since it is optional. Raises `InputError` where it
+    is not installed."""
     try:
         import transformers
     except ImportError:
@@ -104,8 +108,8 @@ MUON = ADAMW | {
     "lr": 32e-3, "muon_lr": 0.02,
 }  # fmt: skip
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
-# Builder, and keys of its config; about 1 or 4 million parameters besides embedding and head, like
-# RELEASED.
+# Builder, and keys of its config. Widths are such that each has about 1 million parameters besides
+# embedding and head (4 million with -4m), like RELEASED.
 FOREIGN = {
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
     "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON),
@@ -113,7 +117,7 @@ FOREIGN = {
         partial(build_llama, width=128, layers=5, inner=88),
         MUON | {"ngram_slots": 16900},
     ),
-    # Its blocks traded for MLP and slots, as best-small's were.
+    # fewer blocks, and more MLP and slots for them, as best-small has
     "llama-muon-ngrams-2": (
         partial(build_llama, width=128, layers=2, inner=256),
         MUON | {"ngram_slots": 21000},
@@ -127,13 +131,13 @@ FOREIGN = {
 
 def contestant(model: str, block_size: int) -> Contestant:
     """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a
-    config file."""
+    config file. Raises `InputError` for another name."""
     name, _, file = model.partition("=")
     if not file and name in FOREIGN:
         build, keys = FOREIGN[name]
-        return Contestant(
-            name, Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys), build
-        )
+        # The rate falls to a fiftieth, as in configs/released-*.json.
+        config = Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys)
+        return Contestant(name, config, build)
     if not file and name not in RELEASED:
         known = ", ".join([*RELEASED, *FOREIGN])
         raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")

@@ -1,5 +1,4 @@
-"""What a GPU does with this code, in some minutes: its ceilings, then training beside a plain
-version and beside the floor.
+"""What a GPU does with this code, in some minutes: training beside its floor, decoding, commands.
 
     python -m research.cuda --out DIR                        # five minutes on an H100
     python -m research.cuda --out DIR --only ceilings,train  # some of its sections
@@ -8,9 +7,9 @@ Sections are independent, each has a budget of seconds, and DIR/results.json is 
 so that a run cut short keeps what it has. No text is needed: tokens are random. `pytest -m cuda`
 asks whether numbers are right; this asks how fast.
 
-How to read it: host_ms close to ms means that launching is the limit; a step beside its floor says
-what is left to gain; the floor is the larger of the products at the measured matmul rate and the
-bytes at the measured copy rate."""
+How to read it: "host_ms" close to "ms" means that launching is the limit. A step beside its floor
+says what is left to gain: see `floor_ms`.
+"""
 
 import fcntl
 import json
@@ -22,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ from training.profiling import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
 DEVICE = "cuda"
 STEPS = 10  # of a training step's timing: enough for a median beside a step of some ms
 TOKENS = 400_000  # of the random text: more than all steps read
@@ -54,9 +53,11 @@ class Results(dict):
         self.folder = folder
 
     def row(self, section: str, name: str) -> dict:
+        """A section's figures of one thing, to be filled."""
         return self.setdefault(section, {}).setdefault(name, {})
 
     def save(self) -> None:
+        """Writes all figures so far, whole or not at all."""
         beside = self.folder / "results.json.part"
         beside.write_text(json.dumps(self, indent=1, default=str), encoding="utf-8")
         beside.replace(self.folder / "results.json")
@@ -92,7 +93,10 @@ class RandomTokens:
 
     def __init__(self, n: int, vocab_size: int):
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, n).astype(np.uint16)
-        self.n_tokens, self.n_bytes, self.n_words, self.parts = n, 4 * n, n, [n]
+        self.n_tokens = n
+        self.n_bytes = 4 * n  # about as many as a text's
+        self.n_words = n
+        self.parts = [n]
         self.document_starts = np.arange(0, n, 5000)
 
     def __len__(self) -> int:
@@ -100,6 +104,8 @@ class RandomTokens:
 
 
 class NoTokenizer:
+    """What a trainer reads of a tokenizer, for tokens that are no text."""
+
     name = "none"
 
     def __init__(self, vocab_size: int):
@@ -110,9 +116,12 @@ class Notes:
     """In the place of a run's record: keeps what a trainer says."""
 
     def __init__(self, folder: Path):
-        self.folder, self.lines, self.quiet = folder, [], True
+        self.folder = folder
+        self.lines: list[str] = []
+        self.quiet = True
 
     def say(self, line: str) -> None:
+        """Keeps a line that a run would print."""
         self.lines.append(line)
 
 
@@ -141,7 +150,7 @@ def make_trainer(file: str, vocab_size: int, folder: Path, **changes) -> trainin
 
 
 @contextmanager
-def alone():
+def undisturbed():
     """Within it no other run of this file times anything: one that compiles may go on beside one
     that times."""
     with open(Path(tempfile.gettempdir()) / "waveletlm-cuda.lock", "w") as lock:
@@ -150,9 +159,10 @@ def alone():
 
 
 def step_figures(trainer: training.Trainer, tokens: int, n: int = STEPS) -> dict:
+    """Time, memory and loss of a training step of so many tokens, the mean of n of them."""
     torch.cuda.reset_peak_memory_stats()
-    with alone():
-        # then it is a CUDA graph, where it may be one
+    with undisturbed():
+        # After EAGER_STEPS steps the trainer captures a CUDA graph, where it may.
         ms = mean_ms(trainer.take_step, n, training.EAGER_STEPS + 2)
         _, host = median_ms(trainer.take_step, 5, 1)
     peak = torch.cuda.max_memory_allocated() / 2**30
@@ -194,12 +204,9 @@ def floor_ms(trainer: training.Trainer, results: Results) -> float:
     """Milliseconds that config.json's step takes at least: 10.1 TFLOP of products, then the bytes
     that have to move besides: 21 GB in the optimizer's pass and the norm, 10 GB of weights and
     gradients, 13 GB of activations and memory rows."""
-    # an H100's
-    card = (
-        results["card"]["ceilings"]
-        if "card" in results
-        else {"tflops_bfloat16": 600, "copy_gb_s": 3000}
-    )
+    card = {"tflops_bfloat16": 600, "copy_gb_s": 3000}  # an H100's
+    if "card" in results:
+        card = results["card"]["ceilings"]
     return 10.1e3 / card["tflops_bfloat16"] + 44e3 / card["copy_gb_s"]
 
 
@@ -251,17 +258,18 @@ def compiled_fp8(results: Results) -> None:
 
 
 def compiled_step(results: Results, name: str, **changes) -> None:
+    """config.json's step with some keys changed, compiled, and its profile."""
     began = time.time()
     trainer = make_trainer("config.json", 50257, results.folder, compile=True, **changes)
     row = results.row("train config.json", f"{name} compiled")
     row["compile_s"] = time.time() - began
     row.update(step_figures(trainer, trainer.tokens_per_step))
-    with alone():
+    with undisturbed():
         write_profile(trainer.take_step, results.folder / f"profile_train_{name}_compiled.txt")
 
 
 def others(results: Results) -> None:
-    """Steps of the other recipes, and what Muon takes of them."""
+    """Training steps of the other recipes, and the milliseconds of Muon's part in them."""
     for name, file, vocab_size, changes in (
         ("best-small", "configs/best-small.json", 32000, {"amp_dtype": "bf16"}),
         ("quickstart", "configs/quickstart.json", 2048, {}),
@@ -308,85 +316,71 @@ def small_compiled(results: Results) -> None:
         free()
 
 
-# ===== The commands
+# ===== The commands of a user
+
+
+def run_script(log: TextIO, *arguments: object, limit: int = 90) -> tuple[int, str]:
+    """Runs one of the commands, for `limit` seconds at the most, and writes the ends of its output
+    to `log`; returns its exit code (124 when time was up) and what it printed."""
+    began = time.time()
+    words = [str(a) for a in arguments]
+    try:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit
+        )
+        code, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as stopped:
+        code, out, err = 124, str(stopped.stdout), str(stopped.stderr)
+    seconds = time.time() - began
+    log.write(f"$ {' '.join(words)}\n{out[-3000:]}\n{err[-2000:]}\n[{code}] {seconds:.1f} s\n")
+    log.flush()
+    return code, out
 
 
 def commands(results: Results) -> None:
     """train, resume, generate, quantize and evaluate as a user runs them, on the documentation that
     comes with Python."""
     work = Path(tempfile.mkdtemp())
-    log = (results.folder / "commands.txt").open("a", encoding="utf-8")
-
-    def run(*arguments: object, limit: int = 90) -> tuple[int, str]:
-        began = time.time()
-        words = [str(a) for a in arguments]
-        try:
-            done = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=limit
-            )
-            code, out, err = done.returncode, done.stdout, done.stderr
-        except subprocess.TimeoutExpired as stopped:
-            code, out, err = 124, str(stopped.stdout), str(stopped.stderr)
-        log.write(
-            f"$ {' '.join(words)}\n{out[-3000:]}\n{err[-2000:]}\n[{code}]"
-            f" {time.time() - began:.1f} s\n"
-        )
-        log.flush()
-        return code, out
-
     base = [
-        "train.py",
-        "--config",
-        "configs/quickstart.json",
-        "--tokenizer",
-        "bytes",
-        "--cache_dir",
-        work / "cache",
-    ]
-    base += [
-        "--eval_tokens",
-        4096,
-        "--num_new_tokens",
-        20,
-        "--sample_tokens",
-        8,
-        "--max_steps",
-        60,
-        "--eval_interval",
-        60,
-    ]
-    rows = results.setdefault("commands", {})
+        "train.py", "--config", "configs/quickstart.json", "--tokenizer", "bytes",
+        "--cache_dir", work / "cache", "--eval_tokens", 4096, "--num_new_tokens", 20,
+        "--sample_tokens", 8, "--max_steps", 60, "--eval_interval", 60,
+    ]  # fmt: skip
     runs = {
-        "fp16": [], "compiled": ["--compile", "true"],
+        "fp16": [],
+        "compiled": ["--compile", "true"],
         "muon bf16": ["--amp_dtype", "bf16", "--optimizer", "Muon"],
         "adagrad": ["--optimizer", "Adagrad", "--lr", 0.01],
-    }  # fmt: skip
-    for name, more in runs.items():
-        code, text = run(*base, "--out_dir", work / name.replace(" ", "_"), *more)
-        kept = ("step 60", "tokens_per_second", "peak", "skipped", "test_bits", "not compiled")
-        rows[f"train {name}"] = [
-            code,
-            [line for line in text.splitlines() if line.startswith(kept)],
-        ]
-    folder = next((work / "fp16").iterdir())
-    for arguments in (
-        ["generate.py", "--checkpoint", folder, "--num_tokens", 50, "--metrics"],
-        ["generate.py", "--checkpoint", folder, "--num_tokens", 50, "--ptq8"],
-        ["generate.py", "--checkpoint", folder, "--num_tokens", 50, "--ptq4"],
-        ["quantize.py", "--checkpoint", folder, "--bits", 8, "--out", work / "q8"],
-        ["evaluate.py", "--checkpoint", work / "q8"],
-        ["generate.py", "--checkpoint", work / "q8", "--num_tokens", 50],
-    ):
-        rows[" ".join(str(a) for a in (arguments[0], *arguments[3:]))[:60]] = run(*arguments)[0]
+    }
+    kept = ("step 60", "tokens_per_second", "peak", "skipped", "test_bits", "not compiled")
+    rows = results.setdefault("commands", {})
+    with (results.folder / "commands.txt").open("a", encoding="utf-8") as log:
+        for name, more in runs.items():
+            folder = work / name.replace(" ", "_")
+            code, text = run_script(log, *base, "--out_dir", folder, *more)
+            lines = [line for line in text.splitlines() if line.startswith(kept)]
+            rows[f"train {name}"] = [code, lines]
+        folder = next((work / "fp16").iterdir())
+        for arguments in (
+            ["generate.py", "--checkpoint", folder, "--num_tokens", 50, "--metrics"],
+            ["generate.py", "--checkpoint", folder, "--num_tokens", 50, "--ptq8"],
+            ["generate.py", "--checkpoint", folder, "--num_tokens", 50, "--ptq4"],
+            ["quantize.py", "--checkpoint", folder, "--bits", 8, "--out", work / "q8"],
+            ["evaluate.py", "--checkpoint", work / "q8"],
+            ["generate.py", "--checkpoint", work / "q8", "--num_tokens", 50],
+        ):
+            # by the script and what follows --checkpoint PATH
+            name = " ".join(str(a) for a in (arguments[0], *arguments[3:]))[:60]
+            rows[name], _ = run_script(log, *arguments)
 
 
-# ===== The command
+# ===== This command
 
 
 def decode(results: Results) -> None:
     """config.json's decoding step at every width (research/cuda_decoding.py)."""
     model = cuda_decoding.new_model()
-    with alone():
+    with undisturbed():
         for name, section in cuda_decoding.SECTIONS.items():
             section(model, results.row("decode config.json", name), 60, save=results.save)
 
@@ -414,7 +408,8 @@ def main() -> None:
         "--budget", type=float, default=900, help="seconds for all of it (default 900)"
     )
     args = parser.parse_args()
-    asked, began = args.only.split(","), time.time()
+    asked = args.only.split(",")
+    began = time.time()
     if unknown := set(asked) - set(names):
         parser.error(f"only: {', '.join(unknown)} is no section; there are {', '.join(names)}")
     if not torch.cuda.is_available():
@@ -422,10 +417,12 @@ def main() -> None:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder)
-    results["device"], results["torch"] = torch.cuda.get_device_name(), torch.__version__
+    results["device"] = torch.cuda.get_device_name()
+    results["torch"] = torch.__version__
     torch.set_float32_matmul_precision("high")
     for section, seconds in SECTIONS.items():
-        name, left = section.__name__, args.budget - (time.time() - began)
+        name = section.__name__
+        left = args.budget - (time.time() - began)
         if name not in asked:
             continue
         if left < seconds / 2:

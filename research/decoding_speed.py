@@ -1,5 +1,4 @@
-"""Measures decoding: one run, everything interleaved, medians or --fastest; a table, and JSON with
---json FILE.
+"""Measures decoding: everything in turn in one run, medians or --fastest.
 
     python -m research.decoding_speed --threads 2              # every table
     python -m research.decoding_speed --threads 2 --compile    # and compiled steps beside
@@ -7,9 +6,10 @@
     python -m research.decoding_speed --recipes A.json B.json  # networks of several config files
     python -m research.decoding_speed --bound                  # bytes a token of config.json reads
 
-The network is config.json's at C 512, without memories: 2 layers, 5 levels, vocabulary 50,257.
-Contexts are real: a text is read up to each length once, its state carried, and every width goes on
-from there."""
+Each prints a table, and writes its figures with --json FILE. The network is config.json's at C 512,
+without memories: 2 layers, 5 levels, vocabulary 50,257. Contexts are real: a text is read up to
+each length once, its state carried, and every width goes on from there.
+"""
 
 import argparse
 import json
@@ -25,20 +25,23 @@ from torch.profiler import ProfilerActivity, profile
 from common.command import Parser
 from config import Config, load_config
 from inference.decode import Decoder
-from inference.packed import MATRICES, Bits, PackedWeights, quantised
+from inference.packed import MATRICES, quantised
+from inference.weights import Bits, PackedWeights
 from layers.features import FeatureEmbedding
 from model import LanguageModel, WaveletLM, build_model
 from research.timing import interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-NAMES = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
-VIEWS = (  # and allocations
+NAMES = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}  # by bits
+WINDOWS = (256, 1024)  # tokens that are read anew for each new one, by generation without a state
+PIECE = 512  # tokens of a long text that are read at a time
+# Operations of torch that compute nothing: views, and allocations.
+VIEWS = (
     "alias as_strided detach empty empty_like expand expand_as flatten mT narrow numpy_T permute"
     " select slice split squeeze t transpose unbind unflatten unsqueeze view view_as"
 )
-COPIES = "contiguous float reshape to"  # views or nothing, unless a copy is made inside
+MAY_COPY = "contiguous float reshape to"  # views or nothing, unless a copy is made inside
 
 
 def read_bandwidth(rounds: int = 5) -> float:
@@ -61,7 +64,7 @@ def kernels_per_token(decoder: Decoder, state) -> Counter:
         if event.cpu_parent is not None or not library or name in VIEWS.split():
             continue
         inside = {child.name.rpartition("::")[2] for child in event.cpu_children}
-        if name not in COPIES.split() or inside & {"_to_copy", "clone", "copy_"}:
+        if name not in MAY_COPY.split() or inside & {"_to_copy", "clone", "copy_"}:
             counts[name] += 1
     return counts
 
@@ -111,17 +114,20 @@ def recompute(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
 def states_at(decoder: Decoder, contexts: list[int], vocab_size: int) -> dict[int, object]:
     """The state after each number of tokens of one random text, read in pieces."""
     ids = torch.randint(vocab_size, (1, max(contexts)), generator=torch.Generator().manual_seed(0))
-    states, state, read = {}, decoder.start(1, stream=True), 0
+    states = {}
+    state = decoder.start(1, stream=True)
+    read = 0
     for context in sorted(contexts):
-        for piece in ids[:, read:context].split(512, dim=1):
+        for piece in ids[:, read:context].split(PIECE, dim=1):
             _, state = decoder(piece, state)
-        states[context], read = state, context
+        states[context] = state
+        read = context
     return states
 
 
 def stepper(decoder: Decoder, state, rows: int) -> Callable[[], None]:
     """A call that reads one more token in each of `rows` copies of a text."""
-    held = [state.select([0] * rows)]
+    held = [state.select([0] * rows)]  # the state that the next step goes on from
     token = torch.zeros(rows, 1, dtype=torch.int64)
 
     def step() -> None:
@@ -130,82 +136,82 @@ def stepper(decoder: Decoder, state, rows: int) -> Callable[[], None]:
     return step
 
 
+def first_token(decoder: Decoder, prompt: torch.Tensor) -> None:
+    """Reads a prompt (1, T), as is done before its first new token."""
+    state = decoder.start(1, stream=True)
+    for piece in prompt.split(PIECE, dim=1):
+        _, state = decoder(piece, state)
+
+
 def decoding(args: argparse.Namespace) -> dict:
-    config = load_config(
-        ROOT / "config.json", C=args.C, pkm_enabled=args.memories, fwpkm_enabled=args.memories
-    )
+    """Steps of every width at each context and batch size, beside reading a window anew."""
+    memories = {"pkm_enabled": args.memories, "fwpkm_enabled": args.memories}
+    config = load_config(ROOT / "config.json", C=args.C, **memories)
     torch.manual_seed(0)
     model = build_model(config, args.vocab_size).eval()
-    sizes = {bits: weight_bytes(model, bits) for bits in NAMES}
-    parameters = sum(p.numel() for p in model.parameters())
+    sizes = {NAMES[bits]: weight_bytes(model, bits) for bits in NAMES}
     decoders = {NAMES[bits]: Decoder(model, bits) for bits in NAMES}
-    compiled = {
-        f"{NAMES[bits]} compiled": Decoder(model, bits)
-        for bits in ((32, 8, 4) if args.compile else ())
-    }
-    for decoder in compiled.values():
+    compiled = {}
+    for bits in (32, 8, 4) if args.compile else ():
+        decoder = Decoder(model, bits)
         decoder.compile()
-    read = {
-        f"{NAMES[bits]}{how}": size
-        for bits, (_, size) in sizes.items()
-        for how in ("", " compiled")
-    }
+        compiled[f"{NAMES[bits]} compiled"] = decoder
     states = states_at(decoders["bf16"], args.contexts, args.vocab_size)
-    window = {n: torch.randint(args.vocab_size, (1, n)) for n in (256, 1024)}
-    calls: dict = {
-        ("recompute", n): lambda ids=ids: recompute(model, ids) for n, ids in window.items()
-    }
-    places = [(context, 1) for context in states] + [
-        (256, rows) for rows in args.batches if rows > 1
-    ]
+    calls: dict = {}
+    for n in WINDOWS:
+        ids = torch.randint(args.vocab_size, (1, n))
+        calls["recompute", n] = lambda ids=ids: recompute(model, ids)
+    places = [(context, 1) for context in states]
+    places += [(256, rows) for rows in args.batches if rows > 1]
     for context, rows in places:
-        # each number of rows is a program of its own
-        here = decoders | compiled if rows == 1 else decoders
-        calls |= {
-            (name, context, rows): stepper(d, states[context], rows) for name, d in here.items()
-        }
+        # A compiled program is for one number of rows, and takes a minute: only for one row.
+        for name, decoder in (decoders | compiled if rows == 1 else decoders).items():
+            calls[name, context, rows] = stepper(decoder, states[context], rows)
     bandwidth = read_bandwidth()
-    seconds = interleaved(
-        calls, args.rounds, args.seconds, min if args.fastest else statistics.median, twice=True
-    )
-    prompt = torch.randint(args.vocab_size, (1, 4096))
-
-    def first_token(decoder: Decoder) -> None:
-        state = decoder.start(1, stream=True)
-        for piece in prompt.split(512, dim=1):
-            _, state = decoder(piece, state)
-
-    prefill = (
-        interleaved({name: lambda d=d: first_token(d) for name, d in decoders.items()}, 1)
-        if args.prefill
-        else {}
-    )
+    middle = min if args.fastest else statistics.median
+    seconds = interleaved(calls, args.rounds, args.seconds, middle, twice=True)
+    prefill = {}
+    if args.prefill:
+        prompt = torch.randint(args.vocab_size, (1, 4096))
+        reads = {name: lambda d=d: first_token(d, prompt) for name, d in decoders.items()}
+        prefill = interleaved(reads, 1)
+    kernels_of = {name: kernels_per_token(d, d.start(1)) for name, d in decoders.items()}
+    fp32_bytes = 4 * sum(p.numel() for p in model.parameters())
     return {
         "threads": torch.get_num_threads(), "statistic": "fastest" if args.fastest else "median",
         "C": args.C, "vocab_size": args.vocab_size, "memories": args.memories,
         "read_bandwidth_gb_per_s": bandwidth / 1e9,
-        "recompute_ms": {n: 1e3 * seconds["recompute", n] for n in window},
+        "recompute_ms": {n: 1e3 * seconds["recompute", n] for n in WINDOWS},
         "steps": [
-            {
-                "weights": name, "context": context, "batch": rows,
-                "ms": 1e3 * seconds[name, context, rows],
-                "tokens_per_s": rows / seconds[name, context, rows],
-                "gb_per_s": read[name] / seconds[name, context, rows] / 1e9,
-                "share_of_bandwidth": read[name] / seconds[name, context, rows] / bandwidth,
-                **{f"times_recompute_{n}": seconds["recompute", n] / seconds[name, context,
-                    rows] * rows for n in window},
-            }
-            for name, context, rows in (key for key in calls if key[0] != "recompute")
+            step_figures(key, seconds, sizes, bandwidth) for key in calls if key[0] != "recompute"
         ],
         "seconds_to_first_token_4096": prefill,
-        "kernels_per_token": {name: sum(kernels_per_token(d, d.start(1)).values()) for name,
-            d in decoders.items()},
-        "file_share_of_fp32": {NAMES[bits]: total / (4 * parameters) for bits,
-            (total, _) in sizes.items()},
+        "kernels_per_token": {name: sum(counts.values()) for name, counts in kernels_of.items()},
+        "file_share_of_fp32": {name: total / fp32_bytes for name, (total, _) in sizes.items()},
     }  # fmt: skip
 
 
-def show(result: dict) -> None:
+def step_figures(
+    key: tuple[str, int, int], seconds: dict, sizes: dict[str, tuple[int, int]], bandwidth: float
+) -> dict:
+    """A row of the table of steps.
+
+    key: weights, context and batch; seconds: of every call, by key; sizes: by weights, bytes of
+    `weight_bytes`; bandwidth: bytes per second that this machine reads.
+    """
+    name, context, rows = key
+    _, read = sizes[name.removesuffix(" compiled")]
+    each = seconds[key]
+    times = {f"times_recompute_{n}": seconds["recompute", n] / each * rows for n in WINDOWS}
+    return {
+        "weights": name, "context": context, "batch": rows, "ms": 1e3 * each,
+        "tokens_per_s": rows / each, "gb_per_s": read / each / 1e9,
+        "share_of_bandwidth": read / each / bandwidth, **times,
+    }  # fmt: skip
+
+
+def print_decoding(result: dict) -> None:
+    """Prints what `decoding` gives, as a table in Markdown and some lines."""
     how = f"{result['threads']} threads, {result['statistic']} of all rounds"
     print(f"read bandwidth {result['read_bandwidth_gb_per_s']:.1f} GB/s, {how}")
     print(
@@ -250,7 +256,8 @@ def kernels(args: argparse.Namespace) -> dict:
 def recipes(args: argparse.Namespace) -> dict:
     """Milliseconds of a step of each config file's network, in turn, at batch 1 after 256 tokens,
     and its state's size."""
-    result, calls = {}, {}
+    result = {}
+    calls = {}
     for file in args.recipes:
         config = load_config(file)
         torch.manual_seed(0)
@@ -290,6 +297,8 @@ def recipes(args: argparse.Namespace) -> dict:
 
 
 def bound(args: argparse.Namespace) -> dict:
+    """The most tokens a second that config.json can write at --gpu_bandwidth, from the bytes that a
+    step reads."""
     config = load_config(ROOT / "config.json")
     size = bytes_per_token(config, 50257)
     result = {
@@ -305,7 +314,7 @@ def bound(args: argparse.Namespace) -> dict:
     return result
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of torch"
@@ -356,13 +365,21 @@ def main() -> None:
         "--bound", action="store_true", help="count config.json's bytes per token only"
     )
     parser.add_argument("--json", metavar="FILE", help="write the result here too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     torch.set_num_threads(args.threads)
-    if args.kernels or args.bound or args.recipes:
-        result = kernels(args) if args.kernels else bound(args) if args.bound else recipes(args)
+    if args.kernels:
+        result = kernels(args)
+    elif args.bound:
+        result = bound(args)
+    elif args.recipes:
+        result = recipes(args)
     else:
         result = decoding(args)
-        show(result)
+        print_decoding(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

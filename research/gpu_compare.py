@@ -1,17 +1,20 @@
-"""WaveletLM beside a Transformer of Llama's architecture on a GPU, for equal seconds of training,
-from tokens made beforehand.
+"""WaveletLM beside a Transformer of Llama's architecture on a GPU, for equal seconds of training.
 
     python -m research.gpu_compare --pack my_books/ --tokens books.npz.xz
     python -m research.gpu_compare --tokens books.npz.xz --seconds 170 --out runs/ \\
         --models best=configs/best-30m.json llama
 
-Both get the same batches in the same order, bf16 autocast, torch.compile, Muon for their matrices,
-a table of n-grams, a schedule by the share of the seconds that has gone, and the same loss, of all
-logits at once. Seconds are of training steps alone: compilation comes before them and is reported,
-and the clock stands still while validation is measured, in windows of block_size side by side. Each
-contestant has a file of JSON lines in --out, and each line is there as soon as it is known, so a
-run that is killed has what it measured. With several --rates a short run at each, in units of the
-contestant's own learning rate, chooses by validation."""
+The first command makes a file of tokens, the second trains on it. Both contestants get the same
+batches in the same order, bf16 autocast, torch.compile, Muon for their matrices, a table of
+n-grams, a schedule by the share of the seconds that has gone, and the same loss, of all logits at
+once.
+
+Seconds are of training steps alone: compilation comes before them and is reported, and the clock
+stands still while validation is measured, in windows of block_size side by side. Each contestant
+has a file of JSON lines in --out, and each line is there as soon as it is known, so a run that is
+killed leaves what it measured. With several --rates, in units of the contestant's own learning
+rate, a short run at each chooses one by validation.
+"""
 
 import argparse
 import contextlib
@@ -54,12 +57,13 @@ from training.record import environment
 SPLITS = ("train", "validation", "test")
 SHARES = 10_000  # a schedule by time goes in so many steps
 WARM_STEPS = 4  # before the clock starts: the first ones compile
-# steps that the host may be ahead of the device: enough to keep it busy, and the clock is right to
-# so many steps
+# Steps that the host may be ahead of the device: enough to keep it busy, and the clock is wrong by
+# so many steps at the most.
 AHEAD = 2
-# windows whose operations are counted: what is done once for a whole batch then weighs next to
-# nothing
+# Windows whose operations are counted. With several, what is done once for a whole batch (such as
+# transforming weights) weighs as little as it does in training.
 COUNTED_ROWS = 8
+EVALUATED_ROWS = 16  # windows that are measured at a time: their logits are half a gigabyte
 
 
 # ===== The Transformer
@@ -73,36 +77,35 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
-        self.query_norm, self.key_norm = (
-            nn.RMSNorm(self.HEAD, eps=1e-5),
-            nn.RMSNorm(self.HEAD, eps=1e-5),
-        )
+        self.norm1 = nn.RMSNorm(width, eps=1e-5)
+        self.norm2 = nn.RMSNorm(width, eps=1e-5)
+        self.query_norm = nn.RMSNorm(self.HEAD, eps=1e-5)
+        self.key_norm = nn.RMSNorm(self.HEAD, eps=1e-5)
         # A matrix each rather than one for all three: Muon makes the update of each orthogonal.
-        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.gate, self.up = (
-            nn.Linear(width, inner, bias=False),
-            nn.Linear(width, inner, bias=False),
-        )
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
         for last in (self.output, self.down):  # each block starts as the identity
             nn.init.zeros_(last.weight)
 
-    # (B, T, C), the angles (T, HEAD / 2) twice
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C) → (B, T, C); cos, sin (T, HEAD / 2): of the positions' angles."""
+
         def heads(y: Tensor) -> Tensor:  # (B, T, C) → (B, heads, T, HEAD)
             return y.unflatten(-1, (-1, self.HEAD)).transpose(1, 2)
 
-        def turned(y: Tensor) -> Tensor:
+        def turned(y: Tensor) -> Tensor:  # by the rotary angles, in fp32
             a, b = y.float().chunk(2, dim=-1)
             return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
         h = self.norm1(x)
-        q, k, v = heads(self.query(h)), heads(self.key(h)), heads(self.value(h))
-        q, k = (
-            turned(norm(y)).to(v.dtype) for norm, y in ((self.query_norm, q), (self.key_norm, k))
-        )
+        v = heads(self.value(h))
+        q = turned(self.query_norm(heads(self.query(h)))).to(v.dtype)
+        k = turned(self.key_norm(heads(self.key(h)))).to(v.dtype)
         read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.output(read.transpose(1, 2).flatten(2))
         h = self.norm2(x)
@@ -122,8 +125,8 @@ class Llama(nn.Module):
         self.final_norm = nn.RMSNorm(config.C, eps=1e-5)
         self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
         half = LlamaBlock.HEAD // 2
-        # (T, HEAD / 2)
-        turns = torch.arange(config.block_size)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+        speeds = 10_000.0 ** (-torch.arange(half) / half)  # (HEAD / 2,), as in Llama
+        turns = torch.arange(config.block_size)[:, None] * speeds  # (T, HEAD / 2)
         self.register_buffer("cos", turns.cos(), persistent=False)
         self.register_buffer("sin", turns.sin(), persistent=False)
 
@@ -137,6 +140,7 @@ class Llama(nn.Module):
         return self.final_norm(x)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, None]:
+        """ids (B, T) → logits (B, T, V), and no state."""
         return self.lm_head(self.hidden(ids)), None
 
 
@@ -154,7 +158,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(h, weight).float().flatten(0, 1), targets.flatten())
 
 
-class Contestant:
+class Entrant:
     """A name, the config of its optimisation, and its network with the weights that every run of it
     begins with."""
 
@@ -276,13 +280,18 @@ class Batches:
 
     def __init__(self, tokens: np.ndarray, block: int, batch: int, seed: int, device: str):
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
-        self.block, self.batch, self.seed, self.device = block, batch, seed, device
+        self.block = block
+        self.batch = batch
+        self.seed = seed
+        self.device = device
+        # One block less than there are, since an epoch begins somewhere within the first one.
         self.per_epoch = (len(tokens) - 1 - block) // block // batch
         if self.per_epoch < 1:
             raise InputError(
                 f"tokens: train has {len(tokens)} tokens; a batch needs {batch} windows of {block}"
             )
-        self.epoch, self.starts = -1, torch.empty(0)
+        self.epoch = -1  # whose order `starts` has; none yet
+        self.starts = torch.empty(0)  # where each window begins, in the order of the epoch
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """ids and targets, both (batch, block), of step `step`."""
@@ -291,11 +300,11 @@ class Batches:
             random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             first = torch.randint(self.block, (), generator=random)
             order = torch.randperm(self.per_epoch * self.batch, generator=random)
-            self.epoch, self.starts = epoch, (first + self.block * order).to(self.device)
+            self.epoch = epoch
+            self.starts = (first + self.block * order).to(self.device)
         starts = self.starts[place * self.batch : (place + 1) * self.batch]
-        rows = self.tokens[
-            starts[:, None] + torch.arange(self.block + 1, device=self.device)
-        ].long()
+        places = starts[:, None] + torch.arange(self.block + 1, device=self.device)
+        rows = self.tokens[places].long()  # (batch, block + 1)
         return rows[:, :-1], rows[:, 1:]
 
 
@@ -307,7 +316,8 @@ def cast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or cpu_multiplies_bf16())
 
 
-def finish(device: str) -> None:
+def wait_for(device: str) -> None:
+    """Waits until the device has done all that it was given, so that a clock may be read."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -318,20 +328,20 @@ def measured_nats(model: nn.Module, tokens: Tensor, block: int, device: str) -> 
     total = torch.zeros((), dtype=torch.float64, device=device)
     last = len(tokens) - 1
     whole = last // block * block
-    ids, targets = tokens[:whole].view(-1, block), tokens[1 : whole + 1].view(-1, block)
-    # of 16 windows, whose logits are half a gigabyte
-    pieces = list(zip(ids.split(16), targets.split(16), strict=True))
+    ids = tokens[:whole].view(-1, block)
+    targets = tokens[1 : whole + 1].view(-1, block)
+    pieces = list(zip(ids.split(EVALUATED_ROWS), targets.split(EVALUATED_ROWS), strict=True))
     if whole < last:
         pieces.append((tokens[None, whole:last], tokens[None, whole + 1 :]))
     for ids, targets in pieces:
-        # another program would be for this alone
+        # Compiled, this would need a program of its own for each shape.
         with cast(device), torch.compiler.set_stance("force_eager"):
             logits = model(ids)[0]
         total += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
     return total.item()
 
 
-def operations_per_token(entrant: Contestant, batches: Batches, device: str) -> float:
+def operations_per_token(entrant: Entrant, batches: Batches, device: str) -> float:
     """Floating-point operations of products, forward and backward; attention counts as if it were
     not causal."""
     with FlopCounterMode(display=False) as counter, cast(device):
@@ -342,7 +352,7 @@ def operations_per_token(entrant: Contestant, batches: Batches, device: str) -> 
 
 
 def one_step(
-    entrant: Contestant,
+    entrant: Entrant,
     optimizers: list,
     config: Config,
     rate: float,
@@ -358,31 +368,36 @@ def one_step(
     return loss.detach()
 
 
-def warm_up(entrant: Contestant, batches: Batches, device: str) -> dict[str, float]:
+def warm_up(entrant: Entrant, batches: Batches, device: str) -> dict[str, float]:
     """Compiles, by some steps whose results are thrown away: the seconds of the first, and the
     least of the others."""
-    optimizers, seconds = entrant.optimizers(entrant.config), []
+    optimizers = entrant.optimizers(entrant.config)
+    seconds = []
     for step in range(WARM_STEPS):
         began = time.perf_counter()
         one_step(entrant, optimizers, entrant.config, 1e-6, batches(step), device)
-        finish(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - began)
     return {"compile_seconds": seconds[0], "step_ms": 1e3 * min(seconds[1:])}
 
 
-def train(
-    entrant: Contestant, config: Config, batches: Batches, seconds: float, limit: int | None,
+def train_for(
+    entrant: Entrant, config: Config, batches: Batches, seconds: float, limit: int | None,
     device: str,
     evaluations: int, evaluate: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Trains from the initial weights for `seconds`, or `limit` steps if they are over first.
     `evaluate` is called `evaluations` times at equal distances, the last time at the end, with the
-    run so far, which is also what returns."""
+    figures of the run so far. Returns the figures at the end."""
     optimizers = entrant.optimizers(config)
     under_way: deque[torch.cuda.Event] = deque()
-    used, step, measured, peak, losses = 0.0, 0, 0, 0, []
+    used = 0.0  # seconds of training, without evaluations
+    step = 0
+    measured = 0  # evaluations that were due so far
+    peak = 0  # bytes of the device's memory in training
+    losses = []
     entrant.model.train()
-    finish(device)
+    wait_for(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -390,7 +405,7 @@ def train(
         share = (used + time.perf_counter() - began) / seconds
         share = max(share, step / limit) if limit else share
         if share * evaluations >= measured + 1:
-            finish(device)
+            wait_for(device)
             used += time.perf_counter() - began
             if device == "cuda":
                 peak = max(peak, torch.cuda.max_memory_allocated())
@@ -406,7 +421,7 @@ def train(
             if share >= 1:
                 return state
             entrant.model.train()
-            finish(device)
+            wait_for(device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
@@ -431,131 +446,128 @@ class Lines:
             file.write(json.dumps(values) + "\n")
 
 
+class Race:
+    """One contestant on the card: what it is trained on, measured by and written to."""
+
+    def __init__(
+        self,
+        entrant: Entrant,
+        args: argparse.Namespace,
+        arrays: dict[str, np.ndarray],
+        sizes: dict[str, int],
+    ):
+        """arrays, sizes: the tokens and the text's bytes of each split."""
+        self.entrant = entrant
+        self.args = args
+        self.sizes = sizes
+        self.device = args.device
+        self.block = entrant.config.block_size
+        self.write = Lines(Path(args.out) / f"{entrant.name}.jsonl")
+        self.batches = Batches(arrays["train"], self.block, args.batch, args.seed, args.device)
+        self.held_out = {
+            split: torch.from_numpy(arrays[split].astype(np.int64)).to(args.device)
+            for split in ("validation", "test")
+        }
+
+    def say(self, text: str) -> None:
+        """Prints a line about this contestant at once."""
+        print(f"{self.entrant.name}: {text}", flush=True)
+
+    def bits_per_byte(self, split: str) -> float:
+        """Of the split's first --eval_tokens tokens."""
+        tokens = self.held_out[split][: self.args.eval_tokens]
+        # exact for a whole split, near enough for a part of it
+        size = self.sizes[split] * (len(tokens) / len(self.held_out[split]))
+        nats = measured_nats(self.entrant.model, tokens, self.block, self.device)
+        return nats / math.log(2) / size
+
+    def best_scale(self) -> float:
+        """The one of --rates, in units of the contestant's own learning rate, whose short run ends
+        with the least loss on validation; the only one where there is one."""
+        args = self.args
+        if len(args.rates) == 1:
+            return args.rates[0]
+        found = {}
+        for scale in args.rates:
+            config = self.entrant.config
+            tried = config.model_copy(update=rates(config, config.lr * scale))
+            train_for(
+                self.entrant, tried, self.batches, args.choice_seconds, args.limit, self.device,
+                evaluations=1, evaluate=lambda state: None,
+            )  # fmt: skip
+            bits = self.bits_per_byte("validation")
+            found[scale] = bits if math.isfinite(bits) else math.inf  # a run that diverged
+            self.write(
+                kind="choice", model=self.entrant.name, lr=tried.lr, muon_lr=tried.muon_lr,
+                validation=bits,
+            )  # fmt: skip
+            self.say(f"lr {tried.lr:g}: {bits:.4f} after {args.choice_seconds:g} s")
+        return min(found, key=found.__getitem__)
+
+    def evaluate(self, state: dict[str, Any]) -> None:
+        """Measures on validation in the middle of a run, and adds it to `state`."""
+        state["validation"] = self.bits_per_byte("validation")
+        self.write(kind="evaluation", model=self.entrant.name, **state)
+        self.say(
+            f"{state['seconds']:.1f} s, {state['tokens']:,} tokens, "
+            f"validation {state['validation']:.4f} bits/byte"
+        )
+
+
 def compete(
-    entrant: Contestant,
+    entrant: Entrant,
     args: argparse.Namespace,
     arrays: dict[str, np.ndarray],
     sizes: dict[str, int],
 ) -> dict[str, Any]:
     """Compiles, chooses a rate if there are several, trains and measures one contestant; returns
     its last line."""
-    device, config, write = (
-        args.device,
-        entrant.config,
-        Lines(Path(args.out) / f"{entrant.name}.jsonl"),
-    )
-    batches = Batches(arrays["train"], config.block_size, args.batch, args.seed, device)
-    held_out = {
-        split: torch.from_numpy(arrays[split].astype(np.int64)).to(device)
-        for split in ("validation", "test")
+    race = Race(entrant, args, arrays, sizes)
+    tables = {entrant.model.token_embedding.weight, entrant.model.lm_head.weight}  # may be one
+    about = {
+        "parameters": sum(p.numel() for p in entrant.model.parameters()),
+        "embedding_parameters": sum(p.numel() for p in tables),
     }
-
-    def bits_per_byte(split: str) -> float:
-        tokens = held_out[split][: args.eval_tokens]
-        # exact for a whole split, near enough for a part of it
-        size = sizes[split] * (len(tokens) / len(held_out[split]))
-        return measured_nats(entrant.model, tokens, config.block_size, device) / math.log(2) / size
-
-    parameters = sum(p.numel() for p in entrant.model.parameters())
-    embeddings = sum(
-        p.numel() for p in {entrant.model.token_embedding.weight, entrant.model.lm_head.weight}
-    )
-    operations = operations_per_token(entrant, batches, device)
+    operations = operations_per_token(entrant, race.batches, args.device)
     if not args.eager:
         entrant.compile()
-    speed = warm_up(entrant, batches, device)
-    write(
-        kind="start", model=entrant.name, parameters=parameters, embedding_parameters=embeddings,
-        operations_per_token=operations, config=config.model_dump(mode="json",
-        exclude_defaults=True),
+    speed = warm_up(entrant, race.batches, args.device)
+    race.write(
+        kind="start", model=entrant.name, **about, operations_per_token=operations,
+        config=entrant.config.model_dump(mode="json", exclude_defaults=True),
         train_tokens=len(arrays["train"]), environment=environment(), **speed,
     )  # fmt: skip
-    print(
-        f"{entrant.name}: {(parameters - embeddings) / 1e6:.2f}M parameters and"
-        f" {embeddings / 1e6:.2f}M of embeddings, {operations / 1e6:.0f} MFLOP a token, first step"
-        f" {speed['compile_seconds']:.1f} s, then {speed['step_ms']:.1f} ms",
-        flush=True,
+    race.say(
+        f"{(about['parameters'] - about['embedding_parameters']) / 1e6:.2f}M parameters and"
+        f" {about['embedding_parameters'] / 1e6:.2f}M of embeddings,"
+        f" {operations / 1e6:.0f} MFLOP a token, first step"
+        f" {speed['compile_seconds']:.1f} s, then {speed['step_ms']:.1f} ms"
     )
-    if len(args.rates) > 1:
-        found = {}
-        for scale in args.rates:
-            tried = config.model_copy(update=rates(config, config.lr * scale))
-            train(
-                entrant,
-                tried,
-                batches,
-                args.choice_seconds,
-                args.limit,
-                device,
-                1,
-                lambda state: None,
-            )
-            found[scale] = bits_per_byte("validation")
-            write(
-                kind="choice",
-                model=entrant.name,
-                lr=tried.lr,
-                muon_lr=tried.muon_lr,
-                validation=found[scale],
-            )
-            print(
-                f"{entrant.name}: lr {tried.lr:g}: {found[scale]:.4f} after"
-                f" {args.choice_seconds:g} s",
-                flush=True,
-            )
-        best = min(
-            found, key=lambda scale: found[scale] if math.isfinite(found[scale]) else math.inf
-        )
-    else:
-        best = args.rates[0]
-    config = config.model_copy(update=rates(config, config.lr * best))
-
-    def evaluate(state: dict[str, Any]) -> None:
-        state["validation"] = bits_per_byte("validation")
-        write(kind="evaluation", model=entrant.name, **state)
-        print(
-            f"{entrant.name}: {state['seconds']:.1f} s, {state['tokens']:,} tokens, "
-            f"validation {state['validation']:.4f} bits/byte",
-            flush=True,
-        )
-
-    state = train(
-        entrant, config, batches, args.seconds, args.limit, device, args.evaluations, evaluate
-    )
+    lr = entrant.config.lr * race.best_scale()
+    config = entrant.config.model_copy(update=rates(entrant.config, lr))
+    state = train_for(
+        entrant, config, race.batches, args.seconds, args.limit, args.device, args.evaluations,
+        race.evaluate,
+    )  # fmt: skip
     tokens_per_second = state["tokens"] / state["seconds"]
     result = {
         "kind": "end", "model": entrant.name, "lr": config.lr, "muon_lr": config.muon_lr,
-        "seed": args.seed,
-        "parameters": parameters, "embedding_parameters": embeddings, "batch": args.batch,
-        "block_size": config.block_size,
+        "seed": args.seed, **about, "batch": args.batch, "block_size": config.block_size,
         "epochs": state["tokens"] / len(arrays["train"]), "tokens_per_second": tokens_per_second,
         "mfu": operations * tokens_per_second / (args.peak_tflops * 1e12), **speed, **state,
-        "test": bits_per_byte("test"),
+        "test": race.bits_per_byte("test"),
     }  # fmt: skip
-    write(**result)
-    print(
-        f"{entrant.name}: test {result['test']:.4f} bits/byte, {tokens_per_second:,.0f} tokens/s",
-        flush=True,
-    )
+    race.write(**result)
+    race.say(f"test {result['test']:.4f} bits/byte, {tokens_per_second:,.0f} tokens/s")
     return result
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def entrants_table(results: list[dict[str, Any]]) -> str:
+    """A row for each contestant in Markdown, the best on validation first."""
     header = [
-        "model",
-        "parameters",
-        "+ embeddings",
-        "lr, Muon's",
-        "seconds",
-        "tokens",
-        "epochs",
-        "tokens/s",
-        "MFU",
-        "GiB",
-        "compiled in",
-        "validation bits/byte",
-        "test bits/byte",
-    ]
+        "model", "parameters", "+ embeddings", "lr, Muon's", "seconds", "tokens", "epochs",
+        "tokens/s", "MFU", "GiB", "compiled in", "validation bits/byte", "test bits/byte",
+    ]  # fmt: skip
     rows = [
         [r["model"], f"{(r['parameters'] - r['embedding_parameters']) / 1e6:.2f}M",
          f"{r['embedding_parameters'] / 1e6:.2f}M",
@@ -571,74 +583,38 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def read_arguments() -> argparse.Namespace:
     parser = Parser(__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--tokens", required=True, metavar="FILE", help="the token file, which --pack makes"
-    )
-    parser.add_argument(
-        "--pack",
-        metavar="FOLDER",
-        help="make the token file of this folder's texts, and do nothing else",
-    )
-    parser.add_argument(
-        "--vocab_size",
-        type=int,
-        default=16_000,
-        help="of --pack's SentencePiece tokenizer (default 16000)",
-    )
+    add = parser.add_argument
     models = ["best=configs/best-30m.json", "llama"]
     known = f"{', '.join(LLAMAS)} or NAME=FILE, a WaveletLM's config (default {' '.join(models)})"
-    parser.add_argument("--models", nargs="+", default=models, metavar="MODEL", help=known)
-    parser.add_argument(
-        "--out",
-        default="logs/gpu_compare",
-        help="folder of the files of lines (default logs/gpu_compare)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=170.0,
-        help="of training, for each contestant (default 170)",
-    )
-    parser.add_argument(
-        "--evaluations",
-        type=int,
-        default=10,
-        help="measurements of validation in them (default 10)",
-    )
-    parser.add_argument(
-        "--rates",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="learning rates, in units of its own (default 1)",
-    )
-    parser.add_argument(
-        "--choice_seconds",
-        type=float,
-        default=15.0,
-        help="of a run that chooses among them (default 15)",
-    )
-    parser.add_argument("--batch", type=int, default=128, help="windows in a step (default 128)")
-    parser.add_argument(
-        "--block_size", type=int, help="tokens in a window (default: the configs', 512)"
-    )
-    parser.add_argument("--limit", type=int, help="steps of a run at the most")
-    parser.add_argument(
-        "--eval_tokens",
-        type=int,
-        help="tokens of a split that are measured at the most (default: all)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1, help="of weights and of the order of windows (default 1)"
-    )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="default cuda")
-    parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument(
-        "--peak_tflops",
-        type=float,
-        default=989.0,
-        help="the card's in bf16, for MFU (default an H100's, 989)",
-    )
+    # fmt: off
+    add("--tokens", required=True, metavar="FILE", help="the token file, which --pack makes")
+    add("--pack", metavar="FOLDER",
+        help="make the token file of this folder's texts, and do nothing else")
+    add("--vocab_size", type=int, default=16_000,
+        help="of --pack's SentencePiece tokenizer (default 16000)")
+    add("--models", nargs="+", default=models, metavar="MODEL", help=known)
+    add("--out", default="logs/gpu_compare",
+        help="folder of the files of lines (default logs/gpu_compare)")
+    add("--seconds", type=float, default=170.0,
+        help="of training, for each contestant (default 170)")
+    add("--evaluations", type=int, default=10,
+        help="measurements of validation in them (default 10)")
+    add("--rates", type=float, nargs="+", default=[1.0],
+        help="learning rates, in units of its own (default 1)")
+    add("--choice_seconds", type=float, default=15.0,
+        help="of a run that chooses among them (default 15)")
+    add("--batch", type=int, default=128, help="windows in a step (default 128)")
+    add("--block_size", type=int, help="tokens in a window (default: the configs', 512)")
+    add("--limit", type=int, help="steps of a run at the most")
+    add("--eval_tokens", type=int,
+        help="tokens of a split that are measured at the most (default: all)")
+    add("--seed", type=int, default=1,
+        help="of weights and of the order of windows (default 1)")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="default cuda")
+    add("--eager", action="store_true", help="do not compile")
+    add("--peak_tflops", type=float, default=989.0,
+        help="the card's in bf16, for MFU (default an H100's, 989)")
+    # fmt: on
     return parser.parse_args()
 
 
@@ -647,17 +623,8 @@ def main() -> None:
     if args.pack:
         pack(Path(args.pack), Path(args.tokens), args.vocab_size)
         return
-    if (
-        min(
-            args.seconds,
-            args.choice_seconds,
-            args.batch,
-            args.evaluations,
-            *args.rates,
-            args.limit or 1,
-        )
-        <= 0
-    ):
+    sizes = (args.seconds, args.choice_seconds, args.batch, args.evaluations, args.limit or 1)
+    if min(*sizes, *args.rates) <= 0:
         raise InputError(
             "seconds, choice_seconds, batch, evaluations, rates and limit must be above 0"
         )
@@ -667,16 +634,16 @@ def main() -> None:
     # flash attention wherever it is, rather than whichever this torch prefers
     torch.backends.cuda.enable_cudnn_sdp(False)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    arrays, vocab_size, sizes = read_packed(Path(args.tokens))
+    arrays, vocab_size, text_bytes = read_packed(Path(args.tokens))
     results = []
     for model in args.models:
-        entrant = Contestant(model, vocab_size, args.device, args.seed, args.block_size)
-        results.append(compete(entrant, args, arrays, sizes))
+        entrant = Entrant(model, vocab_size, args.device, args.seed, args.block_size)
+        results.append(compete(entrant, args, arrays, text_bytes))
         del entrant
         torch._dynamo.reset()  # lets go of the network, and of the code made for it
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    print(table(results))
+    print(entrants_table(results))
 
 
 if __name__ == "__main__":

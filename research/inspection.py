@@ -2,9 +2,10 @@
 
     python -m research.inspection --checkpoint logs/RUN
 
-writes inspection.png and inspection.md: the wavelet's lag filters, the scales' weights and routing,
-and, over a text, the energy of each scale, the activity of the gates and the use of the memories'
-slots."""
+It writes inspection.png and inspection.md: the wavelet's lag filters, the scales' weights and
+routing, and, over a text, the energy of each scale, the activity of the gates and the use of the
+memories' slots.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -53,13 +54,12 @@ def lag_filters(model: nn.Module) -> dict[str, list[tuple[list[int], list[float]
         if not isinstance(module, Lifting):
             continue
         levels = []
-        for level, (first, last) in enumerate(
-            zip(module.first_lag, module.longest_lag, strict=True)
-        ):
-            logits = module.dilation_logits
-            weights = (
-                [1.0] if logits is None else logits[level].detach().float().softmax(0).tolist()
-            )
+        logits = module.dilation_logits
+        for level, first in enumerate(module.first_lag):
+            last = module.longest_lag[level]
+            weights = [1.0]  # of the single lag, where none is learned
+            if logits is not None:
+                weights = logits[level].detach().float().softmax(0).tolist()
             levels.append((list(range(first, last + 1)), weights))
         filters[name] = levels
     return filters
@@ -131,7 +131,8 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
 @torch.inference_mode()
 def watch(model: nn.Module, tokens: np.ndarray, piece: int) -> Activity:
     """The activity over tokens (n,), read once in pieces with the state carried on."""
-    activity, state = Activity(), model.start(1, stream=True)
+    activity = Activity()
+    state = model.start(1, stream=True)
     with watching(model, activity):
         for start in range(0, len(tokens), piece):
             ids = torch.from_numpy(tokens[start : start + piece].astype(np.int64))[None]
@@ -158,10 +159,11 @@ def per_block(model: nn.Module, attribute: str) -> dict[str, np.ndarray]:
     return found
 
 
-# The page and the picture
+# ===== The page and the picture
 
 
 def numbers(values) -> list[str]:
+    """As cells of a table, with three digits."""
     return [f"{value:.3g}" for value in values]
 
 
@@ -182,13 +184,11 @@ def page(model: nn.Module, activity: Activity, about: str) -> str:
         parts.append(
             "## Lag filters\n\n" + markdown_table(["wavelet", "level", "lag: weight"], rows)
         )
-    rows = [
-        [name, NAMES[i], f"{size:.3g}"]
-        for name, sizes in per_block(model, "feature_map").items()
-        for i, size in sorted(enumerate(np.linalg.norm(sizes, axis=1)), key=lambda row: -row[1])[
-            :MOST
-        ]
-    ]
+    rows = []
+    for name, vectors in per_block(model, "feature_map").items():
+        lengths = np.linalg.norm(vectors, axis=1)
+        longest = sorted(enumerate(lengths), key=lambda row: -row[1])[:MOST]
+        rows += [[name, NAMES[i], f"{length:.3g}"] for i, length in longest]
     if rows:
         parts.append(
             "## Token features of the largest vectors\n\n"
@@ -224,7 +224,7 @@ def page(model: nn.Module, activity: Activity, about: str) -> str:
     return "\n".join(parts)
 
 
-def draw(model: nn.Module, activity: Activity, path: Path) -> None:
+def draw_activity(model: nn.Module, activity: Activity, path: Path) -> None:
     """Lag filters, scale weights, the first blocks' routing, energy, gates and slots."""
     figure = new_figure(13, 8)
     axes = figure.subplots(2, 3).flatten()
@@ -292,7 +292,7 @@ def main() -> None:
     about = f"`{args.checkpoint}`, {activity.tokens:,} {tokenizer.name} tokens of {text.source}"
     with written_whole(out / "inspection.md") as beside:
         beside.write_text(page(model, activity, about), encoding="utf-8")
-    draw(model, activity, out / "inspection.png")
+    draw_activity(model, activity, out / "inspection.png")
     print(f"{out / 'inspection.md'}\n{out / 'inspection.png'}")
 
 

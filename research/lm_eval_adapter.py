@@ -3,9 +3,10 @@
     python -m research.lm_eval_adapter --model waveletlm --model_args checkpoint=logs/RUN \\
         --tasks lambada_openai
 
-takes every option of the harness's own command. It runs on a GPU where there is one, else on the
-CPU, unless --device says. A checkpoint has no token for the beginning of a text: where a task asks
-for the probability of a text from its first token on, a line end stands before it."""
+It takes every option of the harness's own command, and runs on a GPU where there is one, else on
+the CPU, unless --device says. A checkpoint has no token for the beginning of a text: where a task
+asks for the probability of a text from its first token on, a line end stands before it.
+"""
 
 import contextlib
 import sys
@@ -24,11 +25,10 @@ from inference.sampling import Reader, bare_prompt
 
 HERE = Path(__file__).resolve().parents[1]
 BEFORE_A_TEXT = "\n"
-# tokens, of all rows together, that are read at a time: bounds memory, and has no bearing on the
-# figures
+# Tokens, of all rows together, that are read at a time: bounds memory, and changes no figure.
 PIECE = 512
-# texts that are read side by side unless --batch_size says: enough to keep a CPU's matrix products
-# busy
+# Texts that are read side by side unless --batch_size says: enough to keep a CPU's matrix products
+# busy.
 BATCH = 16
 
 
@@ -89,7 +89,9 @@ class WaveletAdapter(LM):
                 f"checkpoint: {checkpoint} has no tokenizer beside it (tokenizer.json)"
             )
         self.model.eval()
-        self._where, self.context, self.max_new_tokens = device, context, int(max_new_tokens)
+        self._where = device
+        self.context = context
+        self.max_new_tokens = int(max_new_tokens)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """The tokens of both together, and how many of them are the context's. Spaces between both
@@ -101,8 +103,8 @@ class WaveletAdapter(LM):
         return before + self.tokenizer.encode(continuation), len(before)
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The indices of texts of these lengths in batches of like length, the longest first: what
-        does not fit in memory does not at once."""
+        """The indices of texts of these lengths, in batches of about the same length. The longest
+        come first, so that a batch that is too large for memory fails at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         return [
             order[start : start + self.batch_size]
@@ -110,41 +112,36 @@ class WaveletAdapter(LM):
         ]
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log p(continuation | context) in nats, and if it is the
-        greedy one."""
+        """For each (context, continuation): log p(continuation | context) in nats, and whether the
+        continuation is what greedy decoding would write."""
         return self.log_probabilities([self.encode_pair(*request.args) for request in requests])
 
     @torch.inference_mode()
     def log_probabilities(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Of each (ids, before): log p(ids[before:] | ids[:before]) in nats, and if it is the
-        greedy one; `before` is at least 1. Shorter texts of a batch are padded on the right, which
-        no prediction of theirs sees."""
+        """For each (ids, before): log p(ids[before:] | ids[:before]) in nats, and whether greedy
+        decoding would write the same; `before` is at least 1.
+
+        Shorter texts of a batch are padded on the right, where their predictions don't see it.
+        """
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for batch in self.batches([len(ids) for ids, _ in pairs]):
-            # (R, T)
-            text = pad_sequence([torch.tensor(pairs[i][0]) for i in batch], batch_first=True).to(
-                self._where
-            )
+            rows = [torch.tensor(pairs[i][0]) for i in batch]
+            text = pad_sequence(rows, batch_first=True).to(self._where)  # (R, T)
             ends = torch.tensor([[len(pairs[i][0])] for i in batch], device=text.device)  # (R, 1)
             befores = torch.tensor([[pairs[i][1]] for i in batch], device=text.device)
             state = self.model.start(len(batch), stream=True)
-            totals, greedy = (
-                torch.zeros_like(ends[:, 0], dtype=torch.float64),
-                torch.ones_like(ends[:, 0], dtype=torch.bool),
-            )
-            for piece in (
-                text[:, :-1].split(max(1, PIECE // len(batch)), dim=1) if text.size(1) > 1 else ()
-            ):
+            totals = torch.zeros_like(ends[:, 0], dtype=torch.float64)  # (R,)
+            greedy = torch.ones_like(ends[:, 0], dtype=torch.bool)
+            each = max(1, PIECE // len(batch))
+            for piece in text[:, :-1].split(each, dim=1) if text.size(1) > 1 else ():
                 logits, state = self.model(piece, state)
                 totals, greedy = self.added(totals, greedy, logits, text, befores, ends)
-                text, befores, ends = (
-                    text[:, piece.size(1) :],
-                    befores - piece.size(1),
-                    ends - piece.size(1),
-                )
-            for i, pair in zip(
-                batch, zip(totals.tolist(), greedy.tolist(), strict=True), strict=True
-            ):
+                # Positions are counted from the next piece on.
+                text = text[:, piece.size(1) :]
+                befores = befores - piece.size(1)
+                ends = ends - piece.size(1)
+            figures = zip(totals.tolist(), greedy.tolist(), strict=True)
+            for i, pair in zip(batch, figures, strict=True):
                 results[i] = pair
         return results
 
@@ -159,13 +156,14 @@ class WaveletAdapter(LM):
         counted = (position >= befores) & (position < ends)  # (R, n)
         if not counted.any():
             return totals, greedy
-        log_p, target = logits.float().log_softmax(-1), text[:, 1 : n + 1]
+        log_p = logits.float().log_softmax(-1)
+        target = text[:, 1 : n + 1]
         own = log_p.gather(2, target[..., None]).squeeze(2).double()
         right = log_p.argmax(-1) == target
         return totals + own.masked_fill(~counted, 0).sum(1), greedy & (right | ~counted).all(1)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Of each text: the log probability of all its tokens, in nats; 0 of one without any."""
+        """For each text: the log probability of all its tokens, in nats; 0 for an empty one."""
         texts = [
             self.tokenizer.encode(BEFORE_A_TEXT) + self.tokenizer.encode(request.args[0])
             for request in requests
@@ -183,9 +181,12 @@ class WaveletAdapter(LM):
         ]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Each context's continuation up to the first of its stop texts, which is left out. Spaces
-        at a context's end are left to the model, which has seen hardly any word begin after one of
-        its own, and are no part of the answer."""
+        """Each context's continuation up to the first of its stop texts, which is left out.
+
+        Spaces at a context's end are taken off it: tokens of words begin with their space, so the
+        model has hardly seen a word that follows a space of its own. The spaces that it then writes
+        are no part of the answer.
+        """
         bare = [bare_prompt(request.args[0], self.tokenizer) for request in requests]
         prompts = [self.tokenizer.encode(context or BEFORE_A_TEXT) for context in bare]
         answers = [""] * len(prompts)
@@ -229,27 +230,33 @@ class WaveletAdapter(LM):
                 return
             if len(left) < len(rows):
                 rows = [rows[row] for row in left]
-                text, token, reader.state = text[left], token[left], reader.state.select(left)
+                text = text[left]
+                token = token[left]
+                reader.state = reader.state.select(left)
             reader.make_room(text)
             text = torch.cat([text, token], dim=1)
             logits = reader.read(token)
 
 
 class Wish:
-    """A text that the harness asks for: how its tokens are chosen, what there is of it so far, and
-    when it is done."""
+    """A text that the harness asks for: how its tokens are chosen, those chosen so far, and whether
+    it is done."""
 
     def __init__(self, tokenizer, settings: dict, most: int, spaced: bool = False):
-        """`spaced`: spaces at its beginning are the prompt's, and no part of it."""
+        """settings: the harness's, with "until", "do_sample", "temperature" and "max_gen_toks";
+        most: tokens at the most where they don't say; spaced: spaces at the text's beginning belong
+        to the prompt, and are left out."""
         stops = settings.get("until") or []
         self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
-        self.temperature = (
-            float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-        )
-        self.tokenizer, self.most = tokenizer, int(settings.get("max_gen_toks", most))
+        self.temperature = 0.0  # the most probable token, always
+        if settings.get("do_sample"):
+            self.temperature = float(settings.get("temperature") or 0.0)
+        self.tokenizer = tokenizer
+        self.most = int(settings.get("max_gen_toks", most))
         self.spaced = spaced
         self.made: list[int] = []
-        self.answer, self.done = "", self.most < 1
+        self.answer = ""
+        self.done = self.most < 1
 
     def choose(self, logits: Tensor) -> int:
         """The next token after logits (V,), which is noted."""

@@ -11,9 +11,8 @@
   key again. The lift of the value over a text that holds another value there, and how often the
   value is the most probable token.
 - Multi-query associative recall (after Arora et al., "Zoology", 2023): pairs of key and value, then
-  keys in another order
-  between filler, each to be answered by its value. Accuracy on sequences that were never seen;
-  chance is 1 in 128.
+  keys in another order between filler, each to be answered by its value. Accuracy on sequences that
+  were never seen; chance is 1 in 128.
 """
 
 import itertools
@@ -41,10 +40,18 @@ from training.optimizers import (
     set_rate,
 )
 
-KEY, VALUE = 3, 1  # tokens of a needle
-BATCH = 16
-PAIRS, LENGTH = 8, 128  # of an associative recall sequence
-KEYS, VALUES, FILLER = 128, 128, 0  # ids: 0 the filler, 1 to 128 keys, 129 to 256 values
+# A needle: three tokens of a vocabulary of thousands are a key that no text has by chance.
+KEY = 3
+VALUE = 1  # token
+BATCH = 16  # windows that are read at a time, which bounds the memory of their logits
+
+# Associative recall: a sequence of 128 tokens begins with 8 pairs of key and value. Id 0 is the
+# filler, 1 to 128 are keys, 129 to 256 values.
+PAIRS = 8
+LENGTH = 128
+KEYS = 128
+VALUES = 128
+FILLER = 0
 MQAR_VOCABULARY = 1 + KEYS + VALUES
 HELD_OUT = 2**40  # seeds from here on are of the test, those before of training
 
@@ -71,8 +78,8 @@ def loss_by_position(
     model: nn.Module, tokens: np.ndarray, block_size: int, limit: int
 ) -> dict[str, float]:
     """Mean nats of the tokens at positions 1, 2–3, 4–7, … of a window, by the range's name."""
-    # (block_size − 1,)
-    nats = token_nats(model, windows_of(tokens, block_size, limit)).double().mean(0)
+    windows = windows_of(tokens, block_size, limit)
+    nats = token_nats(model, windows).double().mean(0)  # (block_size − 1,)
     edges = [2**i for i in range(int(math.log2(block_size - 1)) + 1)] + [block_size]
     return {
         f"{low}-{high - 1}": nats[low - 1 : high - 1].mean().item()
@@ -104,9 +111,10 @@ def needle_by_distance(
     values ranked first, and median rank."""
     text = windows_of(tokens, block_size, limit)
     generator = torch.Generator().manual_seed(seed)
-    length, vocab = KEY + VALUE, model.vocab_size
-    key, value, other = (
-        torch.randint(vocab, (len(text), n), generator=generator) for n in (KEY, VALUE, VALUE)
+    length = KEY + VALUE
+    key, value, other = (  # (N, KEY), (N, VALUE), (N, VALUE)
+        torch.randint(model.vocab_size, (len(text), n), generator=generator)
+        for n in (KEY, VALUE, VALUE)
     )
     results = {}
     distance = 4
@@ -114,7 +122,8 @@ def needle_by_distance(
         question = text.clone()
         question[:, -length:] = torch.cat([key, value], 1)
         at = block_size - 2 * length - distance
-        nats, logits = {}, None
+        nats = {}
+        logits = None
         for name, told in (("told", value), ("misled", other)):
             ids = question.clone()
             ids[:, at : at + length] = torch.cat([key, told], 1)
@@ -134,10 +143,11 @@ def needle_by_distance(
 
 @torch.inference_mode()
 def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """ids (N, T) → the logits after the last token, (N, V) in fp32."""
     return model(ids)[0][:, -1].float()
 
 
-# Multi-query associative recall
+# ===== Multi-query associative recall
 
 
 def recall_batch(
@@ -147,17 +157,17 @@ def recall_batch(
     else −100 (not scored)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int, count: int) -> Tensor:  # without repetition in a row
+    def distinct(high: int, count: int) -> Tensor:
+        """(rows, count) numbers below `high`, in random order, none twice in a row."""
         return torch.rand(rows, high, generator=generator).argsort(1)[:, :count]
 
-    keys, values = (
-        1 + draw(KEYS, pairs),
-        1 + KEYS + torch.randint(VALUES, (rows, pairs), generator=generator),
-    )
+    keys = 1 + distinct(KEYS, pairs)
+    values = 1 + KEYS + torch.randint(VALUES, (rows, pairs), generator=generator)
     ids = torch.full((rows, length), FILLER)
     answers = torch.full((rows, length), -100)
-    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
-    places = 2 * pairs + draw(length - 2 * pairs, pairs)
+    ids[:, 0 : 2 * pairs : 2] = keys
+    ids[:, 1 : 2 * pairs : 2] = values
+    places = 2 * pairs + distinct(length - 2 * pairs, pairs)  # where keys are asked for
     ids.scatter_(1, places, keys)
     answers.scatter_(1, places, values)
     return ids, answers
@@ -192,6 +202,7 @@ def train_recall(
 
 @torch.inference_mode()
 def recall_accuracy(model: nn.Module, rows: int) -> float:
+    """The share of right answers on so many sequences that training has not seen."""
     was_training = model.training
     ids, answers = recall_batch(rows, HELD_OUT)
     guesses = torch.cat([model.eval()(part)[0].argmax(-1) for part in ids.split(64)])

@@ -24,10 +24,12 @@ def median_ms(call: Callable[[], object], n: int = 10, warm_up: int = 3) -> tupl
     GPU idle before each."""
     for _ in range(warm_up):
         call()
-    device, host = [], []
+    device = []
+    host = []
     for _ in range(n):
         torch.cuda.synchronize()
-        before, after = torch.cuda.Event(True), torch.cuda.Event(True)
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
         began = time.perf_counter()
         before.record()
         call()
@@ -59,9 +61,11 @@ def interleaved(
     twice: bool = False,
 ) -> dict:
     """The median seconds of each call (or what `middle` makes of all its times), all called in
-    turn, `rounds` times or until `seconds` are over (twice at least). If `twice`, each is made once
-    more before it is timed: a text is written step after step, so that a step finds of its weights
-    what the caches could keep of them, not what another call has left there."""
+    turn, `rounds` times or until `seconds` are over (twice at least).
+
+    twice: each call is made once more before it is timed. A text is written step after step, so a
+    step finds in the caches what they keep of its own weights, not what another call left there.
+    """
     times: dict = {name: [] for name in calls}
     for call in calls.values():  # warms up, and compiles
         call()
@@ -78,22 +82,22 @@ def interleaved(
     return {name: middle(values) for name, values in times.items()}
 
 
-# How many steps a variant gets
+# ===== How many steps a variant gets
 
 
 def step_timer(
     build: Callable[[Config, int], nn.Module], config: Config, corpus: Corpus, batch: int
 ) -> Callable[[], float]:
-    """Measures the CPU time of a training step: the least of a few, in fp32 on this thread."""
+    """A function that measures the CPU seconds of a training step: the least of a few, in fp32 on
+    this thread."""
 
     def seconds(rounds: int = 3) -> float:
         torch.manual_seed(0)
-        model, times = build(config, corpus.vocab_size), []
+        model = build(config, corpus.vocab_size)
         fill_features(model, corpus.tokenizer)
-        optimizers, windows = (
-            make_optimizers(model, config),
-            Windows(corpus.train, config.block_size, batch, 0),
-        )
+        optimizers = make_optimizers(model, config)
+        windows = Windows(corpus.train, config.block_size, batch, 0)
+        times = []
         for step in range(rounds + 1):  # the first warms up
             began = time.process_time()
             loss, _ = model.loss(*windows.batch(step))
@@ -121,4 +125,5 @@ def seconds_of_each(measure: dict[str, Callable[[], float]], path: Path) -> dict
 
 
 def steps_in(minutes: float, seconds: float) -> int:
+    """How many steps of so many seconds go into these minutes, at least one."""
     return max(1, round(60 * minutes / seconds))

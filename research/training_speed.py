@@ -1,5 +1,4 @@
-"""Training speed and memory against a plain PyTorch version of the same network, interleaved in one
-run.
+"""Training speed and memory against a plain PyTorch version of the same network, in one run.
 
     python -m research.training_speed                    # every table, ten minutes on two cores
     python -m research.training_speed --only step,loss   # some of them
@@ -7,10 +6,13 @@ run.
 The plain version computes the same loss from the same weights (checked before anything is timed)
 the way one would write it down first: a loop over scales, butterfly passes for the Walsh–Hadamard
 transform, all logits at once, every memory slot pair, an optimizer that is not fused; in fp32, and
-in bf16 where the CPU multiplies it. Times are medians of rounds in which the versions take turns,
-so that a machine that others use too slows all of them alike. Memory is the peak resident size
-above what the process held with its weights built, each in a process of its own. The machine's rate
-is that of one large matrix product in the same type."""
+in bf16 where the CPU multiplies it.
+
+Times are medians of rounds in which the versions take turns, so that a machine that others use too
+slows all of them alike. Memory is the peak resident size above what the process held with its
+weights built, each in a process of its own. The machine's rate is that of one large matrix product
+in the same type.
+"""
 
 import json
 import math
@@ -40,12 +42,12 @@ BARE = {
     "pkm_enabled": False,
     "fwpkm_enabled": False,
 }  # fmt: skip
-RELEASED = {
+RELEASED_KEYS = {
     key: BARE[key]
     for key in ("C", "layers", "levels", "mlp_expansion", "block_size", "micro_batch_size")
 }
-# released: the lags, routing, widths and memories of config.json too
-NAMED = {"bare": BARE, "released": RELEASED}
+# "released" leaves the lags, routing, widths and memories as config.json has them.
+NAMED = {"bare": BARE, "released": RELEASED_KEYS}
 
 
 # ===== The plain version: functions of the same network's weights
@@ -54,7 +56,8 @@ NAMED = {"bare": BARE, "released": RELEASED}
 def butterfly(x: Tensor) -> Tensor:
     """The orthonormal Walsh–Hadamard transform of the last dimension in log₂P passes of sums and
     differences."""
-    width, half = x.size(-1), 1
+    width = x.size(-1)
+    half = 1
     while half < width:
         pairs = x.unflatten(-1, (-1, 2, half))
         a, b = pairs.unbind(-2)
@@ -83,6 +86,7 @@ def plain_decompose(wavelet: Lifting, cur: Tensor) -> list[Tensor]:
 
 
 def plain_mix(block: Block, coefficients: list[Tensor]) -> list[Tensor]:
+    """`Block.mix`: coefficients (B, T, P) of each scale, mixed over channels."""
     mixers = block.mixers
     z = [butterfly(c) for c in coefficients]
     r = z
@@ -93,9 +97,11 @@ def plain_mix(block: Block, coefficients: list[Tensor]) -> list[Tensor]:
         ]
     mixed = []
     for s, mixer in enumerate(mixers.banks[0]):
-        own, gate = z[s], r[s]
+        own = z[s]
+        gate = r[s]
         if mixer.proj_in is not None:
-            own, gate = mixer.proj_in(own), mixer.proj_in(gate)
+            own = mixer.proj_in(own)
+            gate = mixer.proj_in(gate)
         y = mixer.mixer(own) * F.silu(mixer.gate(gate)) + own @ mixer.V @ mixer.U.T
         if mixer.proj_out is not None:
             y = mixer.proj_out(y)
@@ -126,6 +132,8 @@ def plain_memory(memory: ProductKeyMemory, h: Tensor) -> Tensor:
 def plain_block(
     block: Block, wavelet: Lifting, x: Tensor, e: Tensor, below: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """`Block.forward`: the stream x, the embedding e, the mean of the block below, all (B, T, C) →
+    the new stream and this block's mean."""
     mean = x.float().cumsum(1) / torch.arange(1, x.size(1) + 1)[:, None]
     context = mean if below is None else mean + block.bypass.cross_layer_mix(below)
     x = x + block.embedding_residual_gamma * e
@@ -147,8 +155,10 @@ def plain_block(
 
 
 def plain_loss(model: WaveletLM, ids: Tensor, targets: Tensor) -> Tensor:
+    """`WaveletLM.loss`: mean nats of targets (B, T) after ids (B, T)."""
     e = model.token_embedding(ids)
-    x, below = model.dropout_embedding(e), None
+    x = model.dropout_embedding(e)
+    below = None
     for i in range(model.config.layers):
         x, below = plain_block(*model.block(i), x, e, below)
     logits = model.lm_head(model.dropout_lm_head(model.final_ln(x)))
@@ -158,14 +168,15 @@ def plain_loss(model: WaveletLM, ids: Tensor, targets: Tensor) -> Tensor:
 # ===== Steps
 
 
-class Run:
+class Version:
     """One version of a network under training: `step()` is one optimizer step on random tokens."""
 
     def __init__(self, values: dict, plain: bool, bf16: bool, vocab: int = VOCAB):
         self.config = make_config(values, "benchmark")
         torch.manual_seed(0)
         self.model = WaveletLM(self.config, vocab)
-        self.plain, self.bf16 = plain, bf16
+        self.plain = plain
+        self.bf16 = bf16
         if plain:
             groups = [
                 group
@@ -188,15 +199,16 @@ class Run:
         self.ids = torch.randint(vocab, size, generator=torch.Generator().manual_seed(0))
 
     def loss(self) -> Tensor:
-        ids, targets = self.ids[:, :-1], self.ids[:, 1:].contiguous()
+        """Mean nats per token, of this version's own computation."""
+        ids = self.ids[:, :-1]
+        targets = self.ids[:, 1:].contiguous()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            return (
-                plain_loss(self.model, ids, targets)
-                if self.plain
-                else self.model.loss(ids, targets)[0]
-            )
+            if self.plain:
+                return plain_loss(self.model, ids, targets)
+            return self.model.loss(ids, targets)[0]
 
     def step(self) -> None:
+        """One step on the same random tokens every time: gradients, clipping, optimizer."""
         self.loss().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -207,7 +219,7 @@ class Run:
 def check_same(values: dict) -> None:
     """Both versions must have the same loss and gradients, or the comparison is of two different
     things."""
-    runs = [Run(values, plain, bf16=False) for plain in (True, False)]
+    runs = [Version(values, plain, bf16=False) for plain in (True, False)]
     for run in runs:
         run.model.eval()
         run.loss().backward()
@@ -263,7 +275,7 @@ if cpu_multiplies_bf16():  # elsewhere it is imitated, which measures nothing of
 def step_flops(values: dict) -> int:
     """Floating point operations of the matrix products of one step."""
     with FlopCounterMode(display=False) as counter:
-        Run(values, plain=False, bf16=False).loss().backward()
+        Version(values, plain=False, bf16=False).loss().backward()
     return counter.get_total_flops()
 
 
@@ -272,14 +284,15 @@ def step_table(name: str, rounds: int) -> dict:
     configuration."""
     values = NAMED[name]
     check_same(values)
-    runs = {version: Run(values, *how) for version, how in VERSIONS.items()}
+    runs = {version: Version(values, *how) for version, how in VERSIONS.items()}
     kinds = {
         version[-4:]: torch.bfloat16 if bf16 else torch.float32
         for version, (_, bf16) in VERSIONS.items()
     }
     rates = {f"rate {name}": matmul_rate(kind) for name, kind in kinds.items()}
     seconds = interleaved({version: run.step for version, run in runs.items()} | rates, rounds)
-    flops, tokens = step_flops(values), runs["ours fp32"].tokens
+    flops = step_flops(values)
+    tokens = runs["ours fp32"].tokens
     table = {}
     for version in VERSIONS:
         rate = 2 * RATE_SIZE**3 / seconds["rate " + version[-4:]]
@@ -302,11 +315,12 @@ def step_table(name: str, rounds: int) -> dict:
 def step_peak(name: str, version: str) -> dict:
     """The memory of two steps above that of the weights; the second has the optimizer's state
     too."""
-    run = Run(NAMED[name], *VERSIONS[version])
+    run = Version(NAMED[name], *VERSIONS[version])
     return {"bytes": peak_above(lambda: (run.step(), run.step()))}
 
 
 def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """What the head reads (8, 256, 256), its weight (V, 256), and targets (8, 256)."""
     torch.manual_seed(0)
     h = torch.randn(8, 256, 256, requires_grad=True)
     weight = (torch.randn(VOCAB, 256) / 16).requires_grad_()
@@ -322,10 +336,12 @@ LOSSES: dict[str, Callable] = {
 
 
 def loss_pass(which: str) -> Callable[[], object]:
+    """A call that computes one of LOSSES and its gradients."""
     inputs = loss_inputs()
 
     def action() -> None:
-        inputs[0].grad = inputs[1].grad = None
+        inputs[0].grad = None
+        inputs[1].grad = None
         LOSSES[which](*inputs).backward()
 
     return action
@@ -351,17 +367,17 @@ def loss_table(rounds: int) -> dict:
 LENGTHS = (256, 1024, 4096, 16384)
 
 
-def length_run(length: int) -> Run:
+def length_run(length: int) -> Version:
     """A smaller network of the released features, 16,384 tokens a step at every length. Its
     vocabulary is small, so that the head, which costs the same per token at any length, does not
     hide the rest."""
-    values = RELEASED | {
+    values = RELEASED_KEYS | {
         "C": 128,
         "mlp_expansion": 4,
         "block_size": length,
-        "micro_batch_size": max(LENGTHS) // length,
+        "micro_batch_size": max(LENGTHS) // length,  # the same tokens in a step at every length
     }
-    return Run(values, plain=False, bf16=False, vocab=2048)
+    return Version(values, plain=False, bf16=False, vocab=2048)
 
 
 def length_table(rounds: int) -> dict:
@@ -381,6 +397,7 @@ def length_table(rounds: int) -> dict:
 
 
 def peak_of(what: str) -> dict:
+    """The peak memory of "loss:WHICH", "length:TOKENS" or "CONFIG:VERSION", for --peak."""
     kind, _, which = what.partition(":")
     if kind == "loss":
         return {"bytes": peak_above(loss_pass(which))}
@@ -389,7 +406,7 @@ def peak_of(what: str) -> dict:
     return step_peak(kind, which)
 
 
-def show(title: str, table: dict[str, dict[str, float]]) -> None:
+def print_table(title: str, table: dict[str, dict[str, float]]) -> None:
     """Prints a table in Markdown."""
     columns = list(next(iter(table.values())))
     print(
@@ -439,13 +456,13 @@ def main() -> None:
     if "step" in args.only:
         for name in args.configs.split(","):
             tables[f"step, {name}"] = step_table(name, args.rounds)
-            show(f"step, {name}", tables[f"step, {name}"])
+            print_table(f"step, {name}", tables[f"step, {name}"])
     if "loss" in args.only:
         tables["loss"] = loss_table(args.rounds)
-        show("loss", tables["loss"])
+        print_table("loss", tables["loss"])
     if "length" in args.only:
         tables["length"] = length_table(args.rounds)
-        show("length", tables["length"])
+        print_table("length", tables["length"])
     if args.json:
         figures = {"torch": torch.__version__, "threads": torch.get_num_threads(), "tables": tables}
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from checkpoint import load_model, load_tensors, save_tensors
 from common.command import InputError
 from data.tokenizer import ByteTokenizer
 from inference.decode import Decoder
-from inference.packed import Bits, PackedWeights
+from inference.weights import Bits, PackedWeights
 
 
 @pytest.fixture(scope="module")

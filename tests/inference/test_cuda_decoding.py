@@ -86,7 +86,7 @@ def test_a_gpu_gives_the_cpus_logits(case):
     [{}, {"wavelet_mode": "packets", "per_scale_mixer_widths": None}, {"mixer_top_k": 6}],
 )
 def test_a_quantised_checkpoint_lies_on_the_gpu(overrides, tmp_path):
-    from inference.packed import Bits
+    from inference.weights import Bits
     from quantize import quantise
 
     config = tiny(**overrides)

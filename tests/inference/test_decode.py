@@ -12,8 +12,9 @@ from common.command import InputError
 from inference import packed
 from inference.decode import Decoder
 from inference.graphs import GraphedStep
-from inference.packed import MATRICES, Table, quantised
+from inference.packed import MATRICES, quantised
 from inference.sampling import Settings, generate
+from inference.weights import Table
 
 GREEDY = Settings(temperature=0, repetition_penalty=1)
 

@@ -8,7 +8,8 @@ from helpers import random_ids, random_model, tiny
 from inference import kernels
 from inference.decode import Decoder
 from inference.graphs import GraphedStep
-from inference.packed import Table, quantised
+from inference.packed import quantised
+from inference.weights import Table
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import torch
 from helpers import random_ids, random_model, tiny
 
 from inference.decode import Decoder
-from inference.packed import Bits, PackedWeights
+from inference.weights import Bits, PackedWeights
 from layers.memory import hashed, read_slots
 from layers.state import State
 

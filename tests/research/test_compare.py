@@ -63,7 +63,7 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
     made = []
 
     def finish(command, **_):
-        spec = compare.Run(**json.loads(command[-1]))
+        spec = compare.Training(**json.loads(command[-1]))
         made.append(spec)
         bits = 2.0 + abs(spec.lr - 0.02) + 0.01 * spec.seed
         result = {
@@ -103,7 +103,7 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
 
 def test_the_chosen_rate_lies_between_two_that_are_worse():
     def make(rates):
-        runs = [compare.Run(model, lr, 0, 1.0, 5, False) for model, lr in rates]
+        runs = [compare.Training(model, lr, 0, 1.0, 5, False) for model, lr in rates]
         return {
             r: {"chosen_by": math.nan if r.lr > 0.1 else abs(math.log(r.lr / optimum[r.model]))}
             for r in runs
@@ -136,7 +136,9 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     assert seconds["tiny"] > 0
     # read, not measured again
     assert compare.seconds_of_each(timers, tmp_path / "speed.json") == seconds
-    result = compare.run(entrant, compare.Run("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4)
+    result = compare.train_and_measure(
+        entrant, compare.Training("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4
+    )
     assert len(result["curve"]) == compare.CURVE_POINTS
     assert (
         result["curve"][-1][:2] == [1 / 60, result["tokens"]]
