@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common.command import InputError
 from common.files import check_regular, read_json, written_whole
 from common.hub import download, names_a_repository
-from config import Config, load_config, make_config, without_removed
+from config import Config, load_config, make_config, next_power_of_two, without_removed
 from data.corpus import HUB
 from data.prepare import UNKNOWN_DATASET, run_folder
 from data.tokenizer import GPT2_TOKENS, Tokenizer, load_tokenizer, named_tokenizer
@@ -560,7 +560,7 @@ def shown_by_tensors(tensors: dict[str, Tensor]) -> dict[str, Any]:
         return len({re.match(pattern, name)[1] for name in tensors if re.match(pattern, name)})
 
     width = tensors["token_embedding.weight"].size(1)
-    padded = 1 << (width - 1).bit_length()
+    padded = next_power_of_two(width)
     levels = tensors["layers.0.scale_weights"].numel() - 1
     mixers = r"layers\.0\.(?:scale_mixers|scale_mixers_by_depth\.0)"
     hidden = shape(r"layers\.0\.lifting_wavelet\.(?:wavelets\.0\.)?predict_nets\.0\.0\.weight")

@@ -37,6 +37,11 @@ LONGEST = 10**12  # of a run, in steps or tokens
 LOWEST_TEMPERATURE = 1e-6
 
 
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two ≥ n, for n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def option(default: Any, meaning: str, effect: str = "", **limits: Any) -> Any:
     """A key: its default, what it means, what it was measured to do (shown in docs/options.md) and
     its limits."""
@@ -455,7 +460,7 @@ class Config(BaseModel):
     @property
     def padded_width(self) -> int:
         """P, the next power of two ≥ C: the width of wavelet coefficients."""
-        return 1 << (self.C - 1).bit_length()
+        return next_power_of_two(self.C)
 
     @property
     def scales(self) -> int:
@@ -493,7 +498,7 @@ def _contradictions(c: Config) -> Iterator[str]:
 def _of_the_network(c: Config) -> Iterator[str]:
     if c.wavelet_crawl_k % 2 == 0:
         yield f"wavelet_crawl_k: {c.wavelet_crawl_k} is even; lags are centred, so it must be odd"
-    padded = 1 << (c.cell_width - 1).bit_length()
+    padded = next_power_of_two(c.cell_width)
     if c.mixer_top_k >= padded:
         yield f"mixer_top_k: {c.mixer_top_k} is not below P, {padded}; 0 takes all coefficients"
     widths = c.per_scale_mixer_widths
