@@ -12,15 +12,10 @@ import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from checkpoint import (
-    MODEL_FILE,
-    PACKED_FORMAT,
-    add_checkpoint_options,
-    load_asked,
-    save_tensors,
-)
+from checkpoint import MODEL_FILE, PACKED_FORMAT, add_checkpoint_options, load_asked
 from common.command import InputError, Parser, run_command
 from common.files import check_regular, write_whole
+from common.tensors import save_tensors
 from config import Config, save_config
 from data.prepare import DATA_FILE
 from data.tokenizer import Tokenizer

@@ -11,17 +11,11 @@ from helpers import SHARED, random_ids, random_model, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from checkpoint import (
-    load_model,
-    original_config,
-    save_model,
-    save_original,
-    save_tensors,
-    to_original,
-)
+from checkpoint import load_model, original_config, save_model, save_original, to_original
+from common import tensors as tensors_on_disk
 from common.command import InputError
 from common.files import written_whole
+from common.tensors import save_tensors
 from config import Config, load_config, save_config
 from data.tokenizer import ByteTokenizer
 from model import build_model
@@ -220,7 +214,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(accident, tmp_pa
         Path(path).write_bytes(before[: len(before) // 2])
         raise accident
 
-    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    monkeypatch.setattr(tensors_on_disk, "save_file", write_half)
     with pytest.raises(InputError if isinstance(accident, OSError) else type(accident)) as caught:
         save_model(random_model(tiny(), seed=1), file)
     assert file.read_bytes() == before and set(os.listdir(tmp_path)) == names

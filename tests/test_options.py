@@ -19,7 +19,8 @@ from helpers import (
     tiny,
 )
 
-from checkpoint import fill, load_tensors, save_model
+from checkpoint import fill, save_model
+from common.tensors import load_tensors
 from config import Config
 from model import Block, build_model
 

@@ -13,8 +13,9 @@ from helpers import random_ids, random_model, save_byte_run, tiny
 import evaluate
 import generate
 import quantize
-from checkpoint import load_model, load_tensors, save_tensors
+from checkpoint import load_model
 from common.command import InputError
+from common.tensors import load_tensors, save_tensors
 from data.tokenizer import ByteTokenizer
 from inference.decode import Decoder
 from inference.weights import Bits, PackedWeights

@@ -34,8 +34,8 @@ from helpers import (
 )
 
 import train as train_module
-from checkpoint import load_tensors
 from common.command import InputError, run_command
+from common.tensors import load_tensors
 from config import make_config
 from data.order import Windows
 from data.prepare import prepare

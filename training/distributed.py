@@ -23,9 +23,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import check_finite, check_tensor, open_tensors, save_tensors
 from common.command import InputError
 from common.device import chosen_device
+from common.tensors import check_finite, check_tensor, open_tensors, save_tensors
 from config import Config
 from training.optimizers import local
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import MODEL_FILE, own_tensors, save_model
+from checkpoint import MODEL_FILE, save_model
+from common.tensors import own_tensors
 from data.order import evaluation_slice
 from data.tokenizer import text_bytes
 from training.optimizers import learning_rate, warmup_steps

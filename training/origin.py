@@ -12,16 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoint import (
-    MODEL_FILE,
-    PACKED_FORMAT,
-    check_tensors,
-    load_model,
-    open_tensors,
-    own_tensors,
-)
+from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model
 from common.command import InputError, shown
 from common.files import read_json
+from common.tensors import check_tensors, open_tensors, own_tensors
 from config import Config, make_config
 from data.tokenizer import Tokenizer
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from checkpoint import check_tensor, check_tensors, load_plain, own_tensors, save_plain
 from common.command import InputError, shown
 from common.device import cpu_multiplies_bf16
+from common.tensors import check_tensor, check_tensors, load_plain, own_tensors, save_plain
 from config import Config
 from data.order import total_steps, training_order
 from data.prepare import Corpus

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers import NO_DROPOUT, SMALL, run_in_child, start_child
 
-from checkpoint import load_tensors, save_tensors
 from common.command import InputError
+from common.tensors import load_tensors, save_tensors
 from config import load_config, make_config
 from data.prepare import prepare
 from training.distributed import Shards, World, join, own_part

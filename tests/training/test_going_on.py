@@ -10,8 +10,9 @@ import torch
 from helpers import ROOT, SMALL, run, save_byte_run
 
 import train as train_module
-from checkpoint import load_model, load_tensors, save_model, save_original
+from checkpoint import load_model, save_model, save_original
 from common.command import InputError
+from common.tensors import load_tensors
 from config import make_config, save_config
 from data.tokenizer import (
     ByteTokenizer,

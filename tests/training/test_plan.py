@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import VOCAB
 
-from checkpoint import own_tensors
 from common.command import InputError
+from common.tensors import own_tensors
 from model import build_model
 from training.optimizers import make_optimizers, state_tensors
 from training.plan import SavedTensors, plan, print_plan
