@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 NEW = 24  # tokens, which takes a prompt of 24 past the networks' block_size of 32
 
 
-def greedy(model: Any, ids: Tensor, new: int = NEW, penalty: float = 1.0, **others: Any) -> Tensor:
-    choosing = GenerationConfig(
-        do_sample=False, max_new_tokens=new, repetition_penalty=penalty, pad_token_id=0
-    )
-    return model.generate(ids, generation_config=choosing, **others)
+def greedy(model: Any, ids: Tensor, mask: Tensor | None = None, **choosing: Any) -> Tensor:
+    settings = {"do_sample": False, "max_new_tokens": NEW, "repetition_penalty": 1.0} | choosing
+    config = GenerationConfig(**settings, pad_token_id=0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, generation_config=config)
 
 
 def network(folder: str, asked: dict[str, Tensor]) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def one_network_in_detail(folder: str, asked: dict[str, Tensor]) -> dict[str, An
     low = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="bfloat16")
     given = {
         "bf16 logits": low(ids).logits.float(),
-        "penalised": greedy(model, ids, penalty=1.3),
-        "padded": greedy(model, batch.input_ids, attention_mask=batch.attention_mask)[:, -NEW:],
+        "penalised": greedy(model, ids, repetition_penalty=1.3),
+        "padded": greedy(model, batch.input_ids, batch.attention_mask)[:, -NEW:],
         "alone": torch.cat([greedy(model, row)[:, -NEW:] for row in alone]),
         "padded logits": model(**batch).logits[:, -1],
         "alone logits": torch.cat([model(row).logits[:, -1] for row in alone]),

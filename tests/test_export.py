@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import sentencepiece
 import torch
 from cases import CASES, network
 from helpers import ROOT, SHARED, VOCAB, random_ids, randomised, save_byte_run, tiny
@@ -310,6 +311,18 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(monkeypatch, run, tmp_path)
     (run / "tokenizer.json").unlink()
     line = refused(monkeypatch, "--checkpoint", run, "--out", tmp_path / "out")
     assert "no tokenizer" in line
+
+
+def test_a_sentencepiece_of_unigrams_is_refused(tmp_path):
+    kinds = pytest.importorskip("inference.huggingface.tokenizer", exc_type=ImportError)
+    pytest.importorskip("google.protobuf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a bear met a fox"] * 9), model_prefix=str(tmp_path / "m"),
+        model_type="unigram", vocab_size=270, byte_fallback=True, hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"m\.model: is no SentencePiece of byte pairs"):
+        kinds.of_sentencepiece(tmp_path / "m.model")
 
 
 def test_what_fails_on_the_way_leaves_nothing(monkeypatch, run, tmp_path):

@@ -108,20 +108,16 @@ def merges_of(model: Any, names: list[str]) -> list[tuple[str, str]]:
 
 
 def of_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """A SentencePiece model of byte pairs or unigrams, with its byte fallback.
+    """A SentencePiece model of byte pairs, with its byte fallback.
 
     Its pieces have spaces in place of SentencePiece's ▁. So spaces need no replacing, and a ▁ in a
     text is no piece but three bytes, as ours reads it."""
     model, names = pieces_of(path)
-    spec = model.trainer_spec
-    if spec.model_type == spec.BPE:
-        vocab = {name: i for i, name in enumerate(names)}
-        made = tokenizers.Tokenizer(models.BPE(vocab, merges_of(model, names), byte_fallback=True))
-    elif spec.model_type == spec.UNIGRAM:
-        scored = [(name, p.score) for name, p in zip(names, model.pieces, strict=True)]
-        made = tokenizers.Tokenizer(models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=True))
-    else:
-        raise InputError(f"{path}: is neither of byte pairs nor of unigrams; it cannot be exported")
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        # Of two cuts of a text that are as probable, the packages take different ones.
+        raise InputError(f"{path}: is no SentencePiece of byte pairs; others cannot be exported")
+    vocab = {name: i for i, name in enumerate(names)}
+    made = tokenizers.Tokenizer(models.BPE(vocab, merges_of(model, names), byte_fallback=True))
     kinds = model.SentencePiece
     whole = [n for p, n in zip(model.pieces, names, strict=True) if p.type == kinds.USER_DEFINED]
     if whole:  # a piece that no merge crosses
