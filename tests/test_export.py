@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import filelock
 import huggingface_hub
 import pytest
 import sentencepiece
@@ -52,20 +53,22 @@ NETWORKS = {
         "tie_embedding_to_lm_head": True, "ngram_slots": 11, "ngram_width": 6,
     },
 }  # fmt: skip
+MERGES = Path(os.environ.get("TIKTOKEN_CACHE_DIR", SHARED / "tiktoken"))  # GPT-2's
 TEXTS = [
     "", " ", "   leading and   several spaces", "two lines\n\n and\tmore\r\n",
     "émoji 🙂👩‍👩‍👧 中文",
     "▁ and▁▁ ▁\n▁", "<unk></s><|endoftext|><0x41>\0", "def f(x):\n        return '''it's'''\n",
 ]  # fmt: skip
-# a character of two bytes that is cut in half, in the pieces of every tokenizer
+IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))
+LONGER = torch.randint(256, (2, 75), generator=torch.Generator().manual_seed(2))
 ALPHABET = " \n\ta▁é🙂中e.,thin'<0x>"
 
 
-def run_of(folder: Path, config: Config, tokenizer, texts_vocab: int) -> Path:
+def run_of(folder: Path, config: Config, tokenizer) -> Path:
     """A run's folder, with a randomised network over the tokenizer's tokens."""
     folder.mkdir()
     torch.manual_seed(0)
-    model = randomised(build_model(config, texts_vocab))
+    model = randomised(build_model(config, tokenizer.vocab_size))
     fill_features(model, tokenizer)
     save_model(model, folder / MODEL_FILE)
     save_config(config, folder / "config.json")
@@ -81,8 +84,7 @@ def tokenizers() -> dict:
         "bytes": ByteTokenizer(),
         "sentencepiece": SentencePieceTokenizer(train_sentencepiece(iter([*pages, source]), 1200)),
     }
-    if (SHARED / "tiktoken").is_dir():
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+    if MERGES.is_dir():
         known["gpt2"] = GPT2Tokenizer()
     return known
 
@@ -93,8 +95,19 @@ def texts() -> list[str]:
     return TEXTS + ["".join(draw.choices(ALPHABET, k=30)) for _ in range(100)]
 
 
-def given_outside(asked: dict, place: Path) -> dict:
-    """What exported_folder.py gives, run away from the repository and without any hub."""
+def export_all(place: Path) -> None:
+    """Makes a run of each network and each tokenizer in `place`, exports them, and has
+    exported_folder.py save what they give, away from the repository and without any hub."""
+    for name, options in NETWORKS.items():
+        run = run_of(place / f"run {name}", tiny(**options), ByteTokenizer())
+        export.export(run, place / name)
+    kinds = tokenizers()
+    for name, tokenizer in kinds.items():
+        export.export(run_of(place / f"run {name}", tiny(layers=1), tokenizer), place / name)
+    asked = {
+        "networks": {str(place / name): {"ids": IDS, "long ids": LONGER} for name in NETWORKS},
+        "tokenizers": {str(place / name): texts() for name in kinds},
+    }
     torch.save(asked, place / "asked.pt")
     known = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "cache")}
     # a copy, since a script's own folder is where Python looks for modules first
@@ -102,42 +115,34 @@ def given_outside(asked: dict, place: Path) -> dict:
     command = [sys.executable, script, place / "asked.pt", place / "given.pt"]
     done = subprocess.run(command, cwd=place, env=known, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(place / "given.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_samples():
-    """Cards get a sample of two tokens, which takes no time."""
+def little_is_done():
+    """Cards get a sample of two tokens, and GPT-2's merges come from a folder."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(MERGES))
         patch.setattr(export, "SAMPLE_TOKENS", 2)
         yield
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> types.SimpleNamespace:
-    """Every network and tokenizer exported, the models and tokenizers themselves, and what the
-    other process gives for the same ids and texts."""
+def made(tmp_path_factory, worker_id) -> types.SimpleNamespace:
+    """The models and tokenizers that were exported, and what the other process gave for them. It
+    takes seconds, so of several workers the first does it for all."""
     pytest.importorskip("transformers", reason="the extra 'export' is not installed")
     pytest.importorskip("google.protobuf", reason="the extra 'export' is not installed")
-    place = tmp_path_factory.mktemp("exports")
-    ids = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))
-    longer = torch.randint(256, (2, 75), generator=torch.Generator().manual_seed(2))
-    own = types.SimpleNamespace(models={}, tokenizers=tokenizers(), ids=ids, longer=longer)
-    for name, options in NETWORKS.items():
-        run_of(place / f"run {name}", tiny(**options), ByteTokenizer(), 256)
-        export.export(place / f"run {name}", place / name)
-        own.models[name] = load_model(place / f"run {name}")[0]
-    for name, tokenizer in own.tokenizers.items():
-        run = run_of(place / f"run {name}", tiny(layers=1), tokenizer, tokenizer.vocab_size)
-        export.export(run, place / name)
-    asked = {
-        "networks": {
-            str(place / name): {"ids": ids, "long ids": longer} for name in NETWORKS
-        },
-        "tokenizers": {str(place / name): texts() for name in own.tokenizers},
-    }  # fmt: skip
-    own.given = given_outside(asked, place)
-    own.place = place
+    base = tmp_path_factory.getbasetemp()
+    place = (base if worker_id == "master" else base.parent) / "exports"
+    with filelock.FileLock(f"{place}.lock"):
+        if not (place / "given.pt").is_file():
+            place.mkdir()
+            export_all(place)
+    own = types.SimpleNamespace(models={}, tokenizers={}, place=place)
+    for run in place.glob("run *"):
+        name = run.name.removeprefix("run ")
+        own.models[name], _, own.tokenizers[name] = load_model(run)
+    own.given = torch.load(place / "given.pt", weights_only=True)
     return own
 
 
@@ -159,26 +164,26 @@ def greedy(model, ids: torch.Tensor, penalty: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_folder_gives_the_logits_of_its_checkpoint(made, pair):
+def test_a_folder_gives_the_logits_of_its_checkpoint(pair):
     model, given = pair
-    torch.testing.assert_close(given["logits"], model(made.ids)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(given["logits"], model(IDS)[0], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_past_block_size_it_gives_those_of_a_stream(made, pair):
+def test_past_block_size_it_gives_those_of_a_stream(pair):
     model, given = pair
-    logits, _ = model(made.longer, model.start(2, stream=True))
+    logits, _ = model(LONGER, model.start(2, stream=True))
     torch.testing.assert_close(given["long logits"], logits, rtol=0, atol=1e-5)
 
 
-def test_generate_gives_the_tokens_of_our_greedy_decoding(made, pair):
+def test_generate_gives_the_tokens_of_our_greedy_decoding(pair):
     model, given = pair
-    assert torch.equal(given["greedy"], greedy(model, made.ids, 1.0))
+    assert torch.equal(given["greedy"], greedy(model, IDS, 1.0))
 
 
 def test_generate_gives_those_of_the_decoder_with_a_repetition_penalty(made, detail):
     decoder = Decoder(made.models["best"])
-    assert torch.equal(detail["penalised"], greedy(decoder, made.ids, 1.3))
+    assert torch.equal(detail["penalised"], greedy(decoder, IDS, 1.3))
     assert not torch.equal(detail["penalised"], detail["greedy"])
 
 
@@ -215,7 +220,7 @@ def test_what_transformers_does_by_two_ways_is_the_same(detail, one, other):
 
 def test_labels_give_the_loss_of_the_next_token_and_its_gradient(made, detail):
     model = made.models["best"]
-    loss, _ = model.loss(made.ids[:, :-1], made.ids[:, 1:])
+    loss, _ = model.loss(IDS[:, :-1], IDS[:, 1:])
     (gradient,) = torch.autograd.grad(loss, [model.token_embedding.weight])
     torch.testing.assert_close(detail["loss"], loss)
     torch.testing.assert_close(detail["gradient"], gradient)
@@ -233,7 +238,7 @@ def test_the_last_logits_can_be_had_alone(detail):
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "gpt2"])
 def test_texts_are_read_and_written_as_by_our_tokenizer(made, kind):
     if kind not in made.tokenizers:
-        pytest.skip(f"{SHARED / 'tiktoken'} is absent")
+        pytest.skip(f"{MERGES} is absent")
     tokenizer, given = made.tokenizers[kind], made.given[str(made.place / kind)]
     assert given["ids"] == [tokenizer.encode(text) for text in texts()]
     assert given["texts"] == texts()
@@ -311,6 +316,14 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(monkeypatch, run, tmp_path)
     (run / "tokenizer.json").unlink()
     line = refused(monkeypatch, "--checkpoint", run, "--out", tmp_path / "out")
     assert "no tokenizer" in line
+
+
+def test_what_is_not_installed_is_named(monkeypatch, run, tmp_path):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.delitem(sys.modules, "inference.huggingface.tokenizer", raising=False)
+    line = refused(monkeypatch, "--checkpoint", run, "--out", tmp_path / "out")
+    assert "pip install '.[export]'" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sentencepiece_of_unigrams_is_refused(tmp_path):
