@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 NEW = 24  # tokens, which takes a prompt of 24 past the networks' block_size of 32
 
 
-def greedy(model: Any, ids: Tensor, mask: Tensor | None = None, **choosing: Any) -> Tensor:
+def greedy(
+    model: Any, ids: Tensor, mask: Tensor | None = None, state: Any = None, **choosing: Any
+) -> Tensor:
     settings = {"do_sample": False, "max_new_tokens": NEW, "repetition_penalty": 1.0} | choosing
     config = GenerationConfig(**settings, pad_token_id=0)
     mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, generation_config=config)
+    return model.generate(ids, attention_mask=mask, state=state, generation_config=config)
 
 
 def network(folder: str, asked: dict[str, Tensor]) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def one_network_in_detail(folder: str, asked: dict[str, Tensor]) -> dict[str, An
         "padded logits": model(**batch).logits[:, -1],
         "alone logits": torch.cat([model(row).logits[:, -1] for row in alone]),
         "without a state": greedy(model, ids, use_cache=False),
+        "from a state": torch.cat([ids[:, :10], greedy(model, ids[:, 10:], state=first.state)], 1),
         "beams": greedy(model, ids, num_beams=3),
         "beams without a state": greedy(model, ids, num_beams=3, use_cache=False),
         "in chunks": torch.cat([first.logits, model(ids[:, 10:], state=first.state).logits], 1),
@@ -67,6 +70,10 @@ def one_network_in_detail(folder: str, asked: dict[str, Tensor]) -> dict[str, An
         model.generate(**right, max_new_tokens=1)
     except ValueError as error:
         given["padded on the right"] = str(error)
+    try:
+        model(batch.input_ids, batch.attention_mask, state=model(batch.input_ids).state)
+    except ValueError as error:
+        given["padded behind a state"] = str(error)
     model.train()
     model(ids, labels=ids).loss.backward()
     given["gradient"] = model.get_input_embeddings().weight.grad

@@ -198,12 +198,14 @@ def test_padding_on_the_left_is_not_read(detail):
         detail["padded logits"].detach(), detail["alone logits"].detach(), rtol=0, atol=1e-5
     )
     assert "padded on the left" in detail["padded on the right"]
+    assert "has no padding" in detail["padded behind a state"]
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         ("greedy", "without a state"),
+        ("greedy", "from a state"),
         ("beams", "beams without a state"),
         ("logits", "in chunks"),
         ("logits", "in a tuple"),

@@ -56,8 +56,9 @@ class WaveletLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: WaveletLMConfig):
         super().__init__(config)
         self.network = build_model(Config(**config.network), config.vocab_size)
-        names = {cell: name for name, cell in self.named_modules()}
-        places = [names[cell] for cell in self.network.cells]  # "network", or of each of its cells
+        places_of = {module: place for place, module in self.named_modules()}
+        # "network" itself, or each of its cells
+        places = [places_of[cell] for cell in self.network.cells]
         self._tied_weights_keys = {
             f"{place}.lm_head.weight": f"{place}.token_embedding.weight" for place in places
         }
@@ -118,7 +119,9 @@ class WaveletLMForCausalLM(PreTrainedModel, GenerationMixin):
         (B, T): those of input_ids, shifted here; −100 is left out."""
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions, output_hidden_states: WaveletLM has none to give")
-        if state is not None:
+        if state is not None and attention_mask is not None:
+            if not attention_mask[:, -input_ids.size(1) :].all():
+                raise ValueError("attention_mask: a text that goes on from a state has no padding")
             attention_mask = None
         hidden, state = self.read(input_ids, padding_of(attention_mask, input_ids), state)
         if isinstance(logits_to_keep, int):
@@ -148,9 +151,10 @@ class WaveletLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("attention_mask: texts to go on from are padded on the left")
         if state is not None and not is_first_iteration:
             input_ids = input_ids[:, -1:]  # all before it is in the state
+            attention_mask = None
         return {
             "input_ids": input_ids,
-            "attention_mask": attention_mask if state is None else None,
+            "attention_mask": attention_mask,
             "state": state,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep or 1,
