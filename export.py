@@ -14,12 +14,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from checkpoint import load_model
+from checkpoint import Loaded, add_checkpoint_options, load_asked
 from common.command import InputError, Parser, run_command
 from common.files import write_whole
 from common.tensors import own_tensors, save_tensors
 from config import Config
-from data.prepare import run_folder
 from data.tokenizer import Tokenizer
 from inference.decode import PackedModel
 from inference.huggingface.source import network_source
@@ -142,14 +141,13 @@ def card(name: str, run: Path, model: LanguageModel, config: Config, tokenizer: 
     )
 
 
-def write_folder(
-    folder: Path, name: str, run: Path, model: LanguageModel, config: Config, tokenizer: Tokenizer
-) -> None:
+def write_folder(folder: Path, name: str, loaded: Loaded) -> None:
     """Fills `folder`, which is there and empty; `name` is what its card calls it."""
+    model, config, tokenizer = loaded.model, loaded.config, loaded.tokenizer
     try:
         from inference.huggingface.tokenizer import filler_token, tokenizer_files
 
-        texts = tokenizer_files(tokenizer, run / "tokenizer.model")
+        texts = tokenizer_files(tokenizer)
     except ImportError as error:
         raise InputError(f"{NEEDS} ({error})") from None
     end = tokenizer.end_of_text
@@ -160,28 +158,26 @@ def write_folder(
     for file in CLASS_FILES:
         texts[file] = (CLASSES / file).read_text(encoding="utf-8")
     texts["LICENSE"] = (HERE / "LICENSE").read_text(encoding="utf-8")
-    texts["README.md"] = card(name, run, model, config, tokenizer)
+    texts["README.md"] = card(name, loaded.folder, model, config, tokenizer)
     for file, text in texts.items():
         write_whole(folder / file, text.encode())
     tensors = {f"network.{name}": tensor for name, tensor in own_tensors(model).items()}
     save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Writes `out`, which is new or empty, from a checkpoint: all of it or nothing. Raises
-    `InputError` for what cannot be exported."""
-    model, config, tokenizer = load_model(checkpoint)
-    if isinstance(model, PackedModel):
+def export(checkpoint: str, out: Path, tokenizer: str = "") -> None:
+    """Writes `out`, which is new or empty, from what --checkpoint and --tokenizer ask for: all of
+    it or nothing. Raises `InputError` for what cannot be exported."""
+    loaded = load_asked(checkpoint, tokenizer)
+    if isinstance(loaded.model, PackedModel):
         raise InputError(
             f"checkpoint: {checkpoint} is quantised, in a layout of our own; give the run that it"
             " was made from"
         )
-    if tokenizer is None:
-        raise InputError(f"checkpoint: {checkpoint} has no tokenizer beside it (tokenizer.json)")
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir(parents=True)
-        write_folder(beside, out.name, run_folder(checkpoint), model, config, tokenizer)
+        write_folder(beside, out.name, loaded)
         os.replace(beside, out)
     except OSError as error:
         raise InputError(f"out: {out} cannot be written ({error.strerror})") from None
@@ -216,12 +212,7 @@ def push(folder: Path, name: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="run directory, .safetensors file, or an old .pt",
-    )
+    add_checkpoint_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     parser.add_argument(
         "--push",
@@ -239,7 +230,7 @@ def main() -> None:
         raise InputError(f"out: {out} is there already and not empty; give a new folder")
     if args.push is not None:
         check_name(args.push)
-    export(Path(args.checkpoint), out)
+    export(args.checkpoint, out, args.tokenizer)
     print(f"exported: {out}")
     if args.push is not None:
         print(f"pushed: {push(out, args.push)}")

@@ -97,7 +97,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
             raise InputError(f"{source}: is no SentencePiece model; give a .model file") from error
-        self._model = model
+        self.model = model  # the .model file's bytes
         self.vocab_size = self._processor.get_piece_size()
         self.name = f"sentencepiece-{self.vocab_size}"
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -139,7 +139,7 @@ class SentencePieceTokenizer:
 
     def save(self, folder: Path) -> None:
         # The .json comes last: where it is, the model is whole.
-        write_whole(folder / "tokenizer.model", self._model)
+        write_whole(folder / "tokenizer.model", self.model)
         values = {
             "type": "sentencepiece",
             "vocab_size": self.vocab_size,

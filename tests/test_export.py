@@ -100,10 +100,10 @@ def export_all(place: Path) -> None:
     exported_folder.py save what they give, away from the repository and without any hub."""
     for name, options in NETWORKS.items():
         run = run_of(place / f"run {name}", tiny(**options), ByteTokenizer())
-        export.export(run, place / name)
+        export.export(str(run), place / name)
     kinds = tokenizers()
     for name, tokenizer in kinds.items():
-        export.export(run_of(place / f"run {name}", tiny(layers=1), tokenizer), place / name)
+        export.export(str(run_of(place / f"run {name}", tiny(layers=1), tokenizer)), place / name)
     asked = {
         "networks": {str(place / name): {"ids": IDS, "long ids": LONGER} for name in NETWORKS},
         "tokenizers": {str(place / name): texts() for name in kinds},
@@ -320,6 +320,16 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(monkeypatch, run, tmp_path)
     assert "no tokenizer" in line
 
 
+def test_a_tokenizer_is_taken_for_a_checkpoint_that_has_none(monkeypatch, run, tmp_path):
+    pytest.importorskip("tokenizers")
+    (run / "tokenizer.json").unlink()
+    out = tmp_path / "out"
+    asked = ("export.py", "--checkpoint", run, "--tokenizer", "bytes", "--out", out)
+    monkeypatch.setattr(sys, "argv", [*map(str, asked)])
+    export.main()
+    assert (out / "tokenizer.json").is_file()
+
+
 def test_what_is_not_installed_is_named(monkeypatch, run, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.delitem(sys.modules, "inference.huggingface.tokenizer", raising=False)
@@ -336,8 +346,9 @@ def test_a_sentencepiece_of_unigrams_is_refused(tmp_path):
         model_type="unigram", vocab_size=270, byte_fallback=True, hard_vocab_limit=False,
         minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"m\.model: is no SentencePiece of byte pairs"):
-        kinds.of_sentencepiece(tmp_path / "m.model")
+    tokenizer = SentencePieceTokenizer((tmp_path / "m.model").read_bytes(), exact=False)
+    with pytest.raises(InputError, match="is no SentencePiece of byte pairs"):
+        kinds.of_sentencepiece(tokenizer)
 
 
 def test_what_fails_on_the_way_leaves_nothing(monkeypatch, run, tmp_path):

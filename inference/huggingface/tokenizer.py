@@ -6,14 +6,19 @@ tokens are read in no text, as our tokenizers read none: their names are spelt o
 import itertools
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from common.command import InputError
-from data.tokenizer import SPACE, ByteTokenizer, GPT2Tokenizer, Tokenizer
+from data.tokenizer import (
+    SPACE,
+    ByteTokenizer,
+    GPT2Tokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 # Texts on which both have to agree before anything is written: spaces of all kinds, line ends,
 # scripts, characters of several code points, what looks like special tokens, SentencePiece's ▁.
@@ -76,12 +81,12 @@ def of_gpt2(tokenizer: GPT2Tokenizer) -> tokenizers.Tokenizer:
     return made
 
 
-def pieces_of(path: Path) -> tuple[Any, list[str]]:
-    """The SentencePiece model in a file, and its pieces with spaces for ▁."""
+def pieces_of(file: bytes) -> tuple[Any, list[str]]:
+    """The SentencePiece model in a file's bytes, and its pieces with spaces for ▁."""
     from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which this alone does
 
     model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
+    model.ParseFromString(file)
     kinds = model.SentencePiece
     written = {kinds.NORMAL, kinds.USER_DEFINED}
     names = [
@@ -107,15 +112,18 @@ def merges_of(model: Any, names: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-def of_sentencepiece(path: Path) -> tokenizers.Tokenizer:
+def of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """A SentencePiece model of byte pairs, with its byte fallback.
 
     Its pieces have spaces in place of SentencePiece's ▁. So spaces need no replacing, and a ▁ in a
     text is no piece but three bytes, as ours reads it."""
-    model, names = pieces_of(path)
+    model, names = pieces_of(tokenizer.model)
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
         # Of two cuts of a text that are as probable, the packages take different ones.
-        raise InputError(f"{path}: is no SentencePiece of byte pairs; others cannot be exported")
+        raise InputError(
+            f"tokenizer: {tokenizer.name} is no SentencePiece of byte pairs; others cannot be"
+            " exported"
+        )
     vocab = {name: i for i, name in enumerate(names)}
     made = tokenizers.Tokenizer(models.BPE(vocab, merges_of(model, names), byte_fallback=True))
     kinds = model.SentencePiece
@@ -151,15 +159,15 @@ def filler_token(tokenizer: Tokenizer) -> int:
     return tokenizer.encode("\0")[0] if end is None else end
 
 
-def tokenizer_files(tokenizer: Tokenizer, model: Path) -> dict[str, str]:
-    """The files by which transformers reads text as `tokenizer` does: name -> text. `model` is the
-    SentencePiece model, where it is one. Raises `InputError` where that cannot be had."""
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files by which transformers reads text as `tokenizer` does: name -> text. Raises
+    `InputError` where that cannot be had."""
     if isinstance(tokenizer, ByteTokenizer):
         made = of_bytes()
     elif isinstance(tokenizer, GPT2Tokenizer):
         made = of_gpt2(tokenizer)
     else:
-        made = of_sentencepiece(model)
+        made = of_sentencepiece(tokenizer)
     check_equal(made, tokenizer)
     filler = made.id_to_token(filler_token(tokenizer))
     settings = {
