@@ -221,7 +221,9 @@ class Config(BaseModel):
         True, "each block adds the token's embedding again, gated per channel"
     )
     token_features: bool = option(
-        False, "what a token's text looks like (features.py), by a learned map, joins its embedding"
+        False,
+        "what a token's text looks like (layers/features.py), by a learned map, joins its"
+        " embedding",
     )
     ngram_slots: int = option(
         0,

@@ -225,13 +225,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    out = Path(args.out)
+    out = Path(args.out).resolve()  # "." too has a name then
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"out: {out} is there already and not empty; give a new folder")
     if args.push is not None:
         check_name(args.push)
     export(args.checkpoint, out, args.tokenizer)
-    print(f"exported: {out}")
+    print(f"exported: {args.out}")
     if args.push is not None:
         print(f"pushed: {push(out, args.push)}")
 

@@ -8,9 +8,9 @@
             x → LayerNorm → MLP + memories → + x
 
 Nothing here attends and nothing has a position. Only these look back: the lags of the lifting
-wavelet, the running mean, and (if asked) the memories that a text writes and the table of n-grams
-(layers/memory.py). What they need of the past is a `State` of fixed size (layers/state.py), so one
-code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
+wavelet, the running mean, and (if asked) fast weights, the associative memory and the table of
+n-grams (layers/memory.py). What they need of the past is a `State` of fixed size (layers/state.py),
+so one code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
 
 What a config chooses is decided once, in `parts_of`: there a part that no shipped config switches
 on comes in from layers/variants.py. A part that a network does not have is None.

@@ -5,9 +5,9 @@
     python train.py --resume logs/RUN              # goes on where a run was stopped or killed
     python train.py --resume logs/RUN --max_steps 2000   # and further than it was to go
     python train.py --init_from logs/RUN --dataset new/  # begins with trained weights
-    python train.py --plan 8 --config FILE         # what it would need on 8 GPUs (see plan.py)
+    python train.py --plan 8 --config FILE         # what it would need on 8 GPUs (training/plan.py)
     python train.py --profile                      # a few steps, and where their time went
-    torchrun --nproc_per_node=8 train.py           # several GPUs (see distributed.py)
+    torchrun --nproc_per_node=8 train.py           # several GPUs (training/distributed.py)
 
 A run's folder, named by the first line of output, holds all there is to know of it. A step depends
 on the seed, its number and the weights alone, so a resumed run takes the very steps that it would

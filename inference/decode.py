@@ -379,6 +379,10 @@ class Decoder:
 
         Raises `InputError` for bits that don't exist, and where a file does not fit the model.
         """
+        if weights is not None and weights.given is not None:
+            model.eval()  # its shapes alone are used, so it is nobody's to train
+        if model.training:
+            raise ValueError("a Decoder reads with a model in eval mode; call model.eval() first")
         self.config = model.config
         self.vocab_size = model.vocab_size
         weights = PackedWeights(Bits.of(bits)) if weights is None else weights

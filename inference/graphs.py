@@ -84,7 +84,7 @@ class GraphedStep:
         if decoder.device.type == "cuda":
             self.capture()
         elif compiled:
-            self.program(self.ids, self.position, self.held)  # the first call compiles
+            self.program(self.ids, self.position, self.held, self.past)  # the first call compiles
         self.load(start)  # the steps above have changed the state
 
     def capture(self) -> None:
@@ -94,11 +94,11 @@ class GraphedStep:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM):
-                self.program(self.ids, self.position, self.held)
+                self.program(self.ids, self.position, self.held, self.past)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.logits = self.program(self.ids, self.position, self.held)
+            self.logits = self.program(self.ids, self.position, self.held, self.past)
         self.graph = graph
 
     def then(self, token: Tensor, rule: Callable[[Tensor], None]) -> Callable[[], None]:
@@ -112,7 +112,7 @@ class GraphedStep:
 
         def turn() -> None:
             self.ids.copy_(token)
-            rule(self.program(self.ids, self.position, self.held))
+            rule(self.program(self.ids, self.position, self.held, self.past))
 
         if self.graph is None:
             return turn
@@ -121,19 +121,21 @@ class GraphedStep:
             turn()
         return graph.replay
 
-    def advance(self, ids: Tensor, position: Tensor, held: list[dict]) -> Tensor:
+    def advance(
+        self, ids: Tensor, position: Tensor, held: list[dict], past: dict[str, Tensor]
+    ) -> Tensor:
         """The step itself, by operations that write to tensors which stay where they are.
 
-        ids (B, 1) → logits (B, V); position (1,) and held are the step's own, given as arguments
-        because torch.compile treats them so as inputs, not as constants.
+        ids (B, 1) → logits (B, V); position (1,), held and past are the step's own, given as
+        arguments because torch.compile treats them so as inputs, not as constants.
         """
         seen = [
             self.look_back(block, parts, rings, position)
             for block, parts, rings in zip(self.decoder.blocks, held, self.rings, strict=True)
         ]
-        logits, written, past = self.decoder.run(ids, seen, self.past)  # (B, 1, V)
-        for name, last_ids in past.items():
-            self.past[name].copy_(last_ids)
+        logits, written, new_past = self.decoder.run(ids, seen, past)  # (B, 1, V)
+        for name, last_ids in new_past.items():
+            past[name].copy_(last_ids)
         for i, (parts, rings, new) in enumerate(zip(held, self.rings, written, strict=True)):
             for name, value in new.items():
                 if name in rings:
@@ -197,7 +199,7 @@ class GraphedStep:
         """ids (B, 1) int64 → fp32 logits (B, V), which the next call overwrites."""
         self.ids.copy_(ids, non_blocking=True)
         if self.graph is None:
-            self.logits = self.program(self.ids, self.position, self.held)
+            self.logits = self.program(self.ids, self.position, self.held, self.past)
         else:
             self.graph.replay()
         return self.logits

@@ -66,7 +66,8 @@ class AssociativeMemory(nn.Module):
 
     def forward(self, h: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         with torch.autocast(h.device.type, enabled=False):
-            rates = F.linear(h.float(), self.forget_write.weight, self.forget_write.bias)
+            to_rates = self.forget_write
+            rates = F.linear(h.float(), to_rates.weight.float(), to_rates.bias.float())
         read, state = recall(self.query_key(h), self.value_gate(h), rates, self.taps, state)
         return self.output(read), state
 

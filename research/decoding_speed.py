@@ -2,7 +2,7 @@
 
     python -m research.decoding_speed --threads 2              # every table
     python -m research.decoding_speed --threads 2 --compile    # and compiled steps beside
-    python -m research.decoding_speed --kernels                # the products of packed.py, by rows
+    python -m research.decoding_speed --kernels                # inference/packed.py's products
     python -m research.decoding_speed --recipes A.json B.json  # networks of several config files
     python -m research.decoding_speed --bound                  # bytes a token of config.json reads
 

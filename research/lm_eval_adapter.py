@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import evaluate as own_evaluate
-from checkpoint import load_model
+from checkpoint import load_asked
 from common.command import InputError, run_command
 from inference.sampling import Reader, bare_prompt
 
@@ -61,7 +61,8 @@ except ImportError:
 
 @register_model("waveletlm")
 class WaveletAdapter(LM):
-    """The harness's requests, answered by a checkpoint. `context` is that of whole texts and of
+    """The harness's requests, answered by a checkpoint. `tokenizer` is that of the commands'
+    --tokenizer, for a checkpoint that has none. `context` is that of whole texts and of
     generation past block_size; a continuation's probability always comes from one pass with the
     state carried on. `batch_size` texts of about the same length are read side by side ("auto":
     16), each after the other where it is 1."""
@@ -72,6 +73,7 @@ class WaveletAdapter(LM):
         device: str = "cpu",
         context: str = "stream",
         max_new_tokens: int = 256,
+        tokenizer: str = "",
         batch_size: int | str | None = None,
         **_,
     ):
@@ -83,11 +85,10 @@ class WaveletAdapter(LM):
         self.batch_size = BATCH if str(batch_size or "auto").startswith("auto") else int(batch_size)
         if self.batch_size < 1:
             raise InputError(f"batch_size: {batch_size} must be at least 1")
-        self.model, self.config, self.tokenizer = load_model(checkpoint, device)
-        if self.tokenizer is None:
-            raise InputError(
-                f"checkpoint: {checkpoint} has no tokenizer beside it (tokenizer.json)"
-            )
+        loaded = load_asked(str(checkpoint), tokenizer, device)
+        self.model = loaded.model
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
         self.model.eval()
         self._where = device
         self.context = context

@@ -820,6 +820,13 @@ def test_associative_memory_equals_the_recurrence(monkeypatch):
     torch.testing.assert_close(last, pairs, atol=1e-5, rtol=1e-5)
 
 
+def test_a_network_with_an_associative_memory_runs_in_bf16():
+    model = random_model(tiny(recall_heads=2, recall_dim=4)).to(torch.bfloat16)
+    with torch.no_grad():
+        logits, _ = model(random_ids(1, 9))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
 def test_associative_memory_finds_what_followed_a_token(monkeypatch):
     """Untrained: where a token comes again, the key that its query fits best, in every head, is
     that of the next position."""

@@ -5,6 +5,7 @@ schedule of its own, and a note in its env.json of what it began from. Everythin
 its folder from its first save on, before its first step: the checkpoint may go."""
 
 import hashlib
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoint import MODEL_FILE, PACKED_FORMAT, load_model
+from checkpoint import BESIDE, PACKED_FORMAT, chosen_file, load_model
 from common.command import InputError, shown
 from common.files import read_json
+from common.hub import download, names_a_repository
 from common.tensors import check_tensors, open_tensors, own_tensors
 from config import Config, make_config
 from data.tokenizer import Tokenizer
@@ -54,14 +56,12 @@ class Origin:
 
 
 def read_origin(checkpoint: str) -> Origin:
-    """Reads the weights of a run directory, a .safetensors file or an old .pt. Raises `InputError`
-    where there are none, or where they are quantised."""
+    """Reads the weights of a run directory, a .safetensors file, an old .pt or `owner/name[:file]`
+    of the hub. Raises `InputError` where there are none, or where they are quantised."""
     path = Path(checkpoint)
-    file = path
-    if path.is_dir():
-        file = path / MODEL_FILE
-        if not file.is_file():
-            file = path / "best_model.pt"  # of the first implementation
+    if names_a_repository(checkpoint):
+        path = download(checkpoint, chosen_file, BESIDE)
+    file = path / chosen_file(os.listdir(path), path) if path.is_dir() else path
     if file.suffix == ".safetensors" and file.is_file():
         # Asked of the header, before gigabytes are read.
         metadata = open_tensors(file).metadata() or {}
@@ -95,10 +95,10 @@ def config_from(origin: Origin, file: str | None, given: dict[str, Any]) -> Conf
     own = origin.config.model_dump(mode="json")
     for key in fixed_keys(origin):
         # As JSON, in which lists are lists: what is of a wrong type is different too.
-        if key in asked and asked[key] != fixed_value(origin, key):
+        if key in asked and asked[key] not in fixed_values(origin, key):
             raise InputError(
                 f"{place(key, file, given)}{key}: {shown(asked[key])}, but the weights in"
-                f" {origin.file} have {shown(fixed_value(origin, key))}; leave it out"
+                f" {origin.file} have {shown(fixed_values(origin, key)[0])}; leave it out"
             )
     kept = {key: value for key, value in own.items() if key not in PLACE_KEYS}
     return make_config(kept | asked, file or str(origin.file), given)
@@ -119,12 +119,15 @@ def fixed_keys(origin: Origin) -> list[str]:
     return keys
 
 
-def fixed_value(origin: Origin, key: str) -> Any:
-    """The value that a fixed key must have, as JSON has it."""
+def fixed_values(origin: Origin, key: str) -> list[Any]:
+    """The values that a fixed key may have, as JSON has them."""
     # A SentencePiece may come from a .model file, of a config that says nothing of its size.
     if key == "vocab_size":
-        return origin.vocab_size
-    return origin.config.model_dump(mode="json", include={key})[key]
+        return [origin.vocab_size]
+    values = [origin.config.model_dump(mode="json", include={key})[key]]
+    if key == "tokenizer":
+        values.append(origin.tokenizer.name)  # what "auto" came to
+    return values
 
 
 def check_vocabulary(origin: Origin, tokenizer: Tokenizer) -> None:

@@ -540,7 +540,7 @@ class Trainer:
                 ]
                 for blocks in carried
             ]
-        except (AttributeError, TypeError):  # no lists of dicts of tensors
+        except (AttributeError, TypeError, ValueError):  # no lists of dicts of tensors
             return False
         return len(found) == self.config.grad_accum and all(own in (None, shapes) for own in found)
 

@@ -54,6 +54,11 @@ def test_decoder_gives_the_models_logits(case):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="eval"):
+        Decoder(random_model(tiny(layers=1)).train())
+
+
 def test_last_only_is_the_last_of_all(decoder):
     ids = random_ids(3, 9)
     torch.testing.assert_close(decoder(ids)[0], decoder(ids, last_only=False)[0][:, -1:])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, run, save_byte_run
+from helpers import ROOT, SMALL, run, save_byte_run, tiny
 
 import train as train_module
 from checkpoint import load_model, save_model, save_original
@@ -22,7 +22,7 @@ from data.tokenizer import (
 )
 from model import build_model
 from quantize import main as quantize_main
-from training.origin import check_vocabulary, read_origin
+from training.origin import check_vocabulary, config_from, read_origin
 from training.record import read_metrics
 from training.trainer import Trainer
 
@@ -332,3 +332,17 @@ def test_a_save_of_before_schedules_could_change_goes_on_with_its_config(finishe
 def test_the_pages_name_the_keys_of_the_schedule():
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in train_module.SCHEDULE_KEYS)
+
+
+@pytest.mark.parametrize("name", ["best_model.pt", "best_model_wikitext-103.pt"])
+def test_a_folder_of_old_weights_is_an_origin_under_any_of_their_names(tmp_path, name):
+    model = build_model(tiny(layers=1), 256)
+    save_original(model, tmp_path)
+    (tmp_path / "best_model.pt").rename(tmp_path / name)
+    ByteTokenizer().save(tmp_path)
+    origin = read_origin(str(tmp_path))
+    assert origin.file.name == name
+    # The tokenizer may be named as what it came to be, too.
+    assert config_from(origin, None, {"tokenizer": "bytes"}).tokenizer == "bytes"
+    with pytest.raises(InputError, match="tokenizer"):
+        config_from(origin, None, {"tokenizer": "gpt2"})
