@@ -299,7 +299,7 @@ class Mixer(nn.Module):
         self.gate = None
         if config.use_mixer_gate:
             self.gate = nn.Linear(width, width, bias=False)  # G (w, w)
-            nn.init.normal_(self.gate.weight, std=0.02)
+            nn.init.normal_(self.gate.weight, std=0.02)  # so small that all gates begin alike
         self.U = self.V = None
         if config.low_rank:
             # (w, rank) both: small beside W, but not zero, or neither would get a gradient
@@ -522,7 +522,8 @@ class ProductKeyMemory(nn.Module):
         slot, weight = self.lookup(h.flatten(0, 1))  # (N, heads·top_k) both
         values = self.values.weight  # (heads·slots, C)
         weight = weight.to(values.dtype)
-        read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)
+        # Σ weight · value in one kernel: no (N, heads·top_k, C) is ever made.
+        read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)  # (N, C)
         return read.view_as(h)
 
 
@@ -538,7 +539,7 @@ class FastWeightMemory(ProductKeyMemory):
         self.chunk = config.fwpkm_chunk_size  # n
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        if self.training or not self.writes:
+        if self.training or not self.writes:  # an ordinary memory, without a state
             return {}
         slots, width = self.values.weight.shape
         return {
@@ -555,15 +556,15 @@ class FastWeightMemory(ProductKeyMemory):
         own = slot + delta.size(1) * row[:, None]
         weight = weight.to(delta.dtype)
         values = self.values.weight
-        read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)
-        flat = delta.flatten(0, 1)
+        read = F.embedding_bag(slot, values, mode="sum", per_sample_weights=weight)  # of v
+        flat = delta.flatten(0, 1)  # (B·slots, C): every row's own Δ, one after the other
         read = read + F.embedding_bag(own, flat, mode="sum", per_sample_weights=weight)
         return read.view_as(h), own, weight
 
     def write(self, h: Tensor, delta: Tensor) -> Tensor:
         """A gradient step on Δ (B, slots, C) by the whole chunk h (B, n, C)."""
         read, own, weight = self.read(h[:, :-1], delta)
-        wanted = h[:, 1:]
+        wanted = h[:, 1:]  # what comes next is what a read should have given
         gradient = 2 * (read - wanted) / wanted[0].numel()  # of a row's mean squared error by read
         change = -self.lr * weight[..., None] * gradient.flatten(0, 1)[:, None]  # (B·t, reads, C)
         flat = delta.flatten(0, 1)
@@ -581,7 +582,7 @@ class FastWeightMemory(ProductKeyMemory):
         # Piece by piece up to where the first row's chunk is full: rows may have begun at
         # different times.
         while h.size(1):
-            room = self.chunk - int(held.max())
+            room = self.chunk - int(held.max())  # asks the device: such a step is no CUDA graph
             piece, h = h.tensor_split([min(room, h.size(1))], dim=1)
             reads.append(self.read(piece, delta)[0])
             place = held[:, None] + torch.arange(piece.size(1), device=h.device)
@@ -716,7 +717,7 @@ class Block(nn.Module):
         branches = {
             "mlp": self.ffwd, "pkm": self.pkm, "fwpkm": self.fwpkm, "recall": self.recall,
         }  # fmt: skip
-        for name, branch in branches.items():
+        for name, branch in branches.items():  # a learned factor of each, 1 at first
             alpha = None if branch is None else nn.Parameter(torch.tensor(1.0))
             self.register_parameter(f"alpha_{name}", alpha)
 
@@ -749,7 +750,7 @@ class Block(nn.Module):
         """The stream with what the wavelet branch adds to it; arguments as in `forward`."""
         bias = mean = None
         averages: BlockState = {}
-        if self.bypass is not None:
+        if self.bypass is not None:  # of the stream as it comes in, before the norm
             bias, mean, averages = self.bypass(x, below, state)  # bias (S, B, T, C)
         if self.embedding_residual_gamma is not None:
             x = x + self.embedding_residual_gamma * e
@@ -757,6 +758,7 @@ class Block(nn.Module):
         if bias is not None:
             c = c + self.padded(bias)
         gain = self.folded_branch(c, wavelet) if self.folds else self.wavelet_branch(c, wavelet)
+        # "spectral": the first implementation's word for the wavelet branch
         x = self.residual_alpha_spectral * x + self.dropout_projection(gain)
         return x, mean, lags | averages
 
@@ -768,7 +770,7 @@ class Block(nn.Module):
         if self.coarse_modulation is not None:
             c = self.coarse_modulation(c)
         y = self.dropout_mixer(self.mixers(c.flatten(1, 2)))  # (S, N, P)
-        y = (y * self.scale_weights[:, None, None]).view_as(before)
+        y = (y * self.scale_weights[:, None, None]).view_as(before)  # (S, B, T, P)
         return y if self.scale_norm_out is None else self.scale_norm_out(y)
 
     def wavelet_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
@@ -839,7 +841,7 @@ class WaveletLM(nn.Module):
         self.wavelets = nn.ModuleList(parts.wavelet() for _ in range(wavelets))
         self.final_ln = nn.LayerNorm(config.C)
         self.dropout_lm_head = nn.Dropout(config.dropout_lm_head)
-        self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.C, vocab_size, bias=False)  # (V, C)
         # of each block application in training: later ones are dropped more often
         rate, n = config.stochastic_depth_rate, config.applications
         self.drop_rates = [rate * i / n for i in range(n)]
@@ -865,7 +867,7 @@ class WaveletLM(nn.Module):
     def start(self, rows: int, stream: bool = False) -> State:
         """The state at the start of `rows` texts. With stream its running mean is over the last
         block_size positions, for texts longer than that."""
-        like = self.token_embedding.weight.detach()
+        like = self.token_embedding.weight.detach()  # for type and device
         blocks = []
         for i in range(self.config.applications):
             block, wavelet = self.block(i)
@@ -878,11 +880,11 @@ class WaveletLM(nn.Module):
     def embed(self, ids: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The embedding of ids (B, T), (B, T, C), and what the embedding remembers."""
         e = self.token_embedding(ids)
-        if self.embed_scale != 1.0:
+        if self.embed_scale != 1.0:  # a product by one would be a pass over memory
             e = e * self.embed_scale
         if self.ngrams is None:
             return e, {}
-        read, past = self.ngrams(ids, state["ids"])
+        read, past = self.ngrams(ids, state["ids"])  # (B, T, C), (B, n − 1)
         return e + read, {"ids": past}
 
     def hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -900,7 +902,7 @@ class WaveletLM(nn.Module):
     def apply_block(self, i: int, x: Tensor, e: Tensor, below: Tensor | None, state: BlockState):
         """Block application i: returns the new x, its average and its new state."""
         block, wavelet = self.block(i)
-        if self.recomputes and self.training:
+        if self.recomputes and self.training:  # gradient_checkpointing: memory for time
             applied = checkpoint(block, x, e, below, wavelet, state, use_reentrant=False)
         else:
             applied = block(x, e, below, wavelet, state)
@@ -919,7 +921,7 @@ class WaveletLM(nn.Module):
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) int64 → logits (B, T, V), and the state after them. state None: a start."""
         hidden, state = self.hidden(ids, state)
-        return F.linear(hidden, self.head_weight()), state
+        return F.linear(hidden, self.head_weight()), state  # (B, T, V)
 
     def loss(
         self, ids: Tensor, targets: Tensor, state: State | None = None
