@@ -14,9 +14,13 @@ import train as train_module
 from checkpoint import save_model
 from common.command import run_command
 from config import Config, make_config, save_config
+from data.prepare import prepare
 from data.tokenizer import ByteTokenizer
 from layers.features import FeatureEmbedding
 from model import build_model
+from training.distributed import World
+from training.record import Record
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -168,3 +172,10 @@ def only_run(tmp_path):
 
 
 NO_DROPOUT = dict.fromkeys((k for k in Config.model_fields if k.startswith("dropout_")), 0.0)
+
+
+def new_trainer(config: Config, place: Path, device: str) -> Trainer:
+    """A trainer of `config` before its first step, whose run's folder is `place`/run."""
+    (place / "run").mkdir(exist_ok=True)
+    record = Record(place / "run", quiet=True)
+    return Trainer(config, record, prepare(config, lambda line: None), World(device))

@@ -12,7 +12,6 @@ from helpers import random_model, save_byte_run, tiny
 
 import evaluate
 import quantize
-from checkpoint import save_model
 from common.command import InputError
 from config import load_config, save_config
 from data.prepare import original_text, read_tokens, run_corpus
@@ -121,29 +120,17 @@ def test_the_original_text_is_its_rows_joined_by_blank_lines(shared):
 
 def test_the_original_protocol_has_its_own_name_and_settings(tmp_path, monkeypatch, capsys):
     model = random_model_of_bytes()
-    save_model(model, tmp_path / "best_model.safetensors")
-    save_config(model.config, tmp_path / "config.json")
-    ByteTokenizer().save(tmp_path)
+    save_byte_run(model.config, tmp_path)  # of the same weights
     text = " \n = Title = \n \n Some words .\n" * 20
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    command = [
-        "evaluate.py",
-        "--checkpoint",
-        str(tmp_path),
-        "--data",
-        str(tmp_path / "text.txt"),
-        "--json",
-    ]
-    monkeypatch.setattr(sys, "argv", [*command, "--protocol", "original"])
-    evaluate.main()
-    result = json.loads(capsys.readouterr().out)
+    asked = ("--data", str(tmp_path / "text.txt"), "--protocol", "original")
+    result, _ = evaluation(monkeypatch, capsys, tmp_path, *asked)
     expected = np.array(list(original_text(text).encode()))
     assert (result["protocol"], result["window"], result["stride"]) == ("original", 256, 128)
     assert result["tokens"] == len(expected) - 1
     assert result["nats"] == pytest.approx(score(model, expected, 256, 128, "window"), rel=1e-6)
-    monkeypatch.setattr(sys, "argv", [*command, "--protocol", "original", "--stride", "64"])
     with pytest.raises(InputError, match="protocol"):
-        evaluate.main()
+        evaluation(monkeypatch, capsys, tmp_path, *asked, "--stride", "64")
 
 
 def test_figures_are_in_their_units():
@@ -170,23 +157,12 @@ def test_bigram_nats_equal_the_formula():
 
 def test_the_command_prints_the_promised_json(tmp_path, monkeypatch, capsys):
     model = random_model_of_bytes()
-    save_model(model, tmp_path / "best_model.safetensors")
-    save_config(model.config, tmp_path / "config.json")
-    ByteTokenizer().save(tmp_path)
+    save_byte_run(model.config, tmp_path)  # of the same weights
     (tmp_path / "text.txt").write_text(
         "Some läng text, for the byte tokenizer.\n" * 20, encoding="utf-8"
     )
-    command = [
-        "evaluate.py",
-        "--checkpoint",
-        str(tmp_path),
-        "--data",
-        str(tmp_path / "text.txt"),
-        "--json",
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    evaluate.main()
-    result = json.loads(capsys.readouterr().out)
+    asked = ("--data", str(tmp_path / "text.txt"))
+    result, _ = evaluation(monkeypatch, capsys, tmp_path, *asked)
     size = (tmp_path / "text.txt").stat().st_size
     assert (result["bytes"], result["tokens"], result["words"]) == (size - 1, size - 1, 8 * 20)
     assert result["bits_per_byte"] == pytest.approx(result["nats"] / math.log(2) / (size - 1))
@@ -194,13 +170,11 @@ def test_the_command_prints_the_promised_json(tmp_path, monkeypatch, capsys):
     assert result["tokenizer"] == "bytes"
     assert {"token_perplexity", "word_perplexity", "window", "stride"} <= result.keys()
     (tmp_path / "text.html").write_text("<p>a</p>")
-    monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "text.html")])
     with pytest.raises(InputError, match=r"text\.html: .*unknown kind"):
-        evaluate.main()
+        evaluation(monkeypatch, capsys, tmp_path, "--data", str(tmp_path / "text.html"))
     for extra in (["--window", "0"], ["--stride", "33"], ["--data", "nowhere"]):
-        monkeypatch.setattr(sys, "argv", command + extra)
         with pytest.raises(InputError, match=extra[0][2:]):
-            evaluate.main()
+            evaluation(monkeypatch, capsys, tmp_path, *asked, *extra)
 
 
 class Twos(torch.nn.Module):

@@ -26,6 +26,7 @@ from helpers import (
     NO_DROPOUT,
     ROOT,
     SMALL,
+    new_trainer,
     only_run,
     run,
     run_in_child,
@@ -38,10 +39,8 @@ from common.command import InputError, run_command
 from common.tensors import load_tensors
 from config import make_config
 from data.order import Windows
-from data.prepare import prepare
 from data.tokens import FORMAT, HEADER_BYTES, TokenFile
 from layers.features import token_features
-from training.distributed import World
 from training.loop import hours
 from training.optimizers import LossScale
 from training.profiling import work_per_token
@@ -218,13 +217,7 @@ def trainer_of(tmp_path, text, **overrides):
     config = make_config(
         SMALL | {"dataset": str(text), "cache_dir": str(tmp_path / "cache")} | overrides, "test"
     )
-    (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(
-        config,
-        Record(tmp_path / "run", quiet=True),
-        prepare(config, lambda line: None),
-        World("cpu"),
-    )
+    return new_trainer(config, tmp_path, "cpu")
 
 
 def weights(trainer):

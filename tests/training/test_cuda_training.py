@@ -8,15 +8,12 @@ import copy
 
 import pytest
 import torch
-from helpers import random_ids, random_model, tiny
+from helpers import new_trainer, random_ids, random_model, tiny
 
 from common.command import InputError
 from config import make_config
-from data.prepare import prepare
 from layers.loss import linear_cross_entropy
-from training.distributed import World
 from training.optimizers import make_optimizers
-from training.record import Record
 from training.trainer import EAGER_STEPS, Trainer
 
 pytestmark = [
@@ -48,13 +45,7 @@ def trainer_of(tmp_path, **overrides) -> Trainer:
     config = make_config(
         NETWORK | keys | {"warmup_fraction": 0.0, "micro_batch_size": 4} | overrides, "test"
     )
-    (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(
-        config,
-        Record(tmp_path / "run", quiet=True),
-        prepare(config, lambda line: None),
-        World("cuda"),
-    )
+    return new_trainer(config, tmp_path, "cuda")
 
 
 def losses(trainer: Trainer, steps: int) -> list[float]:
