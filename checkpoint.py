@@ -112,10 +112,9 @@ def load_asked(
 ) -> Loaded:
     """What --checkpoint and --tokenizer ask for. Raises `InputError` where there is no such, or no
     tokenizer though the command `needs_text`."""
-    path = Path(checkpoint)
     from_hub = names_a_repository(checkpoint)
+    path = brought_here(checkpoint)
     if from_hub:
-        path = download(checkpoint, chosen_file, BESIDE)
         say_on_stderr(f"note: {checkpoint} is kept at {path}")
     model, config, own = load_model(path, device, tokenizer)
     if own is None and needs_text:
@@ -126,6 +125,18 @@ def load_asked(
         )
     folder = run_folder(path)
     return Loaded(model, config, own, folder, None if from_hub else folder)
+
+
+def brought_here(checkpoint: str) -> Path:
+    """The path of a checkpoint on this machine; one that owner/name[:file] names is downloaded."""
+    if names_a_repository(checkpoint):
+        return download(checkpoint, chosen_file, BESIDE)
+    return Path(checkpoint)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of weights that `path` is, or has as a run directory."""
+    return path / chosen_file(os.listdir(path), path) if path.is_dir() else path
 
 
 def say_on_stderr(line: str) -> None:
@@ -163,8 +174,7 @@ def load_model(
     The tokenizer is the one that `tokenizer` names (bytes, gpt2, a .model file), else the one
     beside the checkpoint, else GPT-2's where the vocabulary is its; else None. `say` gets a line
     for what was taken and nothing tells: a tokenizer, and values of a missing config.json."""
-    path = Path(path)
-    file = path / chosen_file(os.listdir(path), path) if path.is_dir() else path
+    file = weights_file(Path(path))
     if not file.is_file() and not file.exists():
         raise InputError(
             f"{file}: no such checkpoint; give a run directory, a .safetensors file or an old .pt"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import Loaded, add_checkpoint_options, load_asked
-from common.command import InputError, Parser, run_command
+from common.command import InputError, Parser, first_line, run_command
 from common.files import write_whole
 from common.tensors import own_tensors, save_tensors
 from config import Config
@@ -202,9 +202,8 @@ def push(folder: Path, name: str) -> str:
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of a WaveletLM")
     except Exception as error:
         # Its errors are those of whatever HTTP library it has, another one from version to version.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"push: {name} cannot be uploaded ({reason}); {folder} is whole: hf upload"
+            f"push: {name} cannot be uploaded ({first_line(error)}); {folder} is whole: hf upload"
             f" {name} {folder} sends it when that is mended"
         ) from None
     return f"https://huggingface.co/{name}"

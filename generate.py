@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Loaded, add_checkpoint_options, load_asked
-from common.command import InputError, Parser, run_command
+from common.command import InputError, Parser, first_line, run_command
 from common.device import DEVICE_HELP, chosen_device
 from common.files import check_regular, read_utf8
 from config import Config
@@ -318,9 +318,8 @@ def compile_step(decoder: Decoder, settings: Settings) -> None:
         else:
             decoder.compile(rows, stream)
     except (RuntimeError, OSError, ImportError) as error:  # no C++ compiler, say
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"compile: torch cannot compile here, so leave the option out ({reason})"
+            f"compile: torch cannot compile here, so leave the option out ({first_line(error)})"
         ) from None
     say_figures({"seconds_to_compile": time.perf_counter() - began})
 

@@ -45,10 +45,10 @@ from common.device import autocast_type
 from config import Config
 from layers import variants
 from layers.features import FeatureEmbedding
-from layers.lags import CausalFilter, HaarCoefficients
+from layers.lags import CausalFilter, HaarCoefficients, haar_reconstruction
 from layers.loss import linear_cross_entropy
 from layers.memory import AssociativeMemory, NgramEmbedding
-from layers.state import BlockState, State, remember
+from layers.state import BlockState, State, remember, start_of_lags
 
 # ===== Hadamard transform of the channels
 
@@ -150,8 +150,7 @@ class Lifting(nn.Module):
 
     def start(self, rows: int, like: Tensor) -> BlockState:
         """The inputs of each level that its lags reach back to; like: for type and device."""
-        lags = enumerate(self.longest_lag)
-        return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in lags}
+        return start_of_lags(self.longest_lag, self.width, rows, like)
 
     def lagged(self, joined: Tensor, level: int, length: int) -> Tensor:
         """The last `length` positions of `joined` (B, longest lag + T, P), delayed."""
@@ -203,8 +202,7 @@ class Haar(nn.Module):
         self.register_buffer("shares", shares, persistent=False)
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        lags = enumerate(self.longest_lag)
-        return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in lags}
+        return start_of_lags(self.longest_lag, self.width, rows, like)
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), as `Lifting.decompose` orders them."""
@@ -214,10 +212,7 @@ class Haar(nn.Module):
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
-        cur = u[0]
-        for detail in u[1:]:
-            cur = (cur + detail) / math.sqrt(2)
-        return cur
+        return haar_reconstruction(u)
 
 
 # ===== Bypass: a summary of all the text so far, added to every scale's coefficients

@@ -44,6 +44,11 @@ class InputError(ValueError):
     with code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in its first line; of one that says nothing its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def explain(error: BaseException) -> str | None:
     """What to say of an error in place of its traceback; None where it is a fault of the
     program."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import safetensors
 
-from common.command import InputError
+from common.command import InputError, first_line
 
 # A name that a process writes to until the file is whole: it tells the process's number and its
 # machine, should a killed one leave it behind.
@@ -38,7 +38,7 @@ def written_whole(path: Path, advice: str = "") -> Iterator[Path]:
             os.fsync(file.fileno())  # the name must not reach the disk before the contents
         os.replace(beside, path)
     except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be written ({reason}){advice}") from None
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing is to be removed

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-from common.command import InputError
+from common.command import InputError, first_line
 
 NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:\\]+))?")
 SUFFIXES = (".pt", ".safetensors", ".json")  # of what is a file's name, not a data set's or model's
@@ -52,8 +52,7 @@ def download(name: str, choose: Callable[[Sequence[str], str], str], beside: Seq
         raise
     except Exception as error:
         # network, access and names: its errors are of many kinds, some of them the network's own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"checkpoint: nothing is at {identity} here, and from the Hugging Face hub it cannot be"
-            f" had ({reason}); check the name, network and access"
+            f" had ({first_line(error)}); check the name, network and access"
         ) from error

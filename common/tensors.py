@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.command import InputError
+from common.command import InputError, first_line
 from common.files import check_regular, written_whole
 
 
@@ -62,7 +62,7 @@ def save_plain(values: dict[str, Any], path: Path) -> None:
             torch.save(values, file)
         except RuntimeError as error:
             # torch's writer hides the system's error, such as a full disk
-            raise OSError(str(error).splitlines()[0]) from None
+            raise OSError(first_line(error)) from None
 
 
 def open_tensors(path: Path) -> safetensors.safe_open:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import InputError
+from common.command import InputError, first_line
 from config import Config
 from data.library import library_documents, library_files, unit
 from data.readers import (
@@ -559,7 +559,7 @@ def _hub_error(config: Config, error: Exception) -> InputError:
     """What to say of a data set that `datasets` cannot read. Where a local file is broken, it is
     looked for, since `datasets` does not name it."""
     identity, _, _ = _hub_source(config)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     if Path(identity).exists():
         right = "give whole .parquet ones"
         if config.dataset_name:

@@ -91,17 +91,6 @@ def _cut(text: str) -> int:
     return ENCODE_CHARACTERS
 
 
-def encode_documents(
-    pieces: Iterator[tuple[bool, str]], tokenizer: Tokenizer, separate: bool = False
-) -> Iterator[tuple[bool, str, list[int]]]:
-    """Yields (starts a document, text, its tokens) of what `cut_documents` makes of `pieces`; an
-    end of text is a piece without text."""
-    for first, text, ends in cut_documents(pieces, separate, tokenizer.end_of_text):
-        yield first, text, tokenizer.encode(text)
-        if ends:
-            yield False, "", [tokenizer.end_of_text]
-
-
 # ===== Counting
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.command import InputError
+from common.command import InputError, first_line
 from common.files import check_regular, parse_json
 
 TEXT, LINES, TABLE = ".txt", ".jsonl", ".parquet"
@@ -106,10 +106,8 @@ def skip_bytes(file: BinaryIO, count: int) -> None:
 
 def broken(path: Path, place: str, error: BaseException) -> InputError:
     """The error that says where a file cannot be read on, and why."""
-    reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [""])[0]
-    return InputError(
-        f"{path}: cannot be read {place} ({reason or type(error).__name__}); give a whole file"
-    )
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return InputError(f"{path}: cannot be read {place} ({reason}); give a whole file")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,6 +50,15 @@ def with_lagged(u: Tensor, past: Tensor, sign: int) -> Tensor:
     return out
 
 
+def haar_reconstruction(u: Tensor) -> Tensor:
+    """The inverse of the fixed Haar wavelet: coefficients (S, B, T, P) → (B, T, P), by
+    cur ← (cur + detail) / √2 from coarse to fine."""
+    cur = u[0]
+    for detail in u[1:]:
+        cur = (cur + detail) / math.sqrt(2)
+    return cur
+
+
 class HaarCoefficients(torch.autograd.Function):
     """`Lifting.decompose` of the fixed wavelet: one buffer for all scales, no lag is joined to
     anything, and the factors of √2 are multiplied in as a coefficient is written.

@@ -18,6 +18,13 @@ def remember(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return joined, last
 
 
+def start_of_lags(longest: Sequence[int], width: int, rows: int, like: Tensor) -> BlockState:
+    """What a wavelet remembers at the start of `rows` texts: of each level the inputs that its
+    longest lag reaches back to, as zeros of the type of `like`."""
+    lags = enumerate(longest)
+    return {f"lag{level}": like.new_zeros(rows, n, width) for level, n in lags}
+
+
 class State:
     """What the network keeps of the text so far.
 

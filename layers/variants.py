@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 
 from config import Config
+from layers.lags import haar_reconstruction
 from layers.loss import linear_cross_entropy
-from layers.state import BlockState, State, ids_name, remember
+from layers.state import BlockState, State, ids_name, remember, start_of_lags
 
 # ===== Wavelets
 
@@ -50,8 +51,7 @@ class GatedHaar(nn.Module):
         self.longest_lag = [2**level for level in range(config.levels)]
 
     def start(self, rows: int, like: Tensor) -> BlockState:
-        lags = enumerate(self.longest_lag)
-        return {f"lag{level}": like.new_zeros(rows, n, self.width) for level, n in lags}
+        return start_of_lags(self.longest_lag, self.width, rows, like)
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), the approximation first."""
@@ -66,10 +66,7 @@ class GatedHaar(nn.Module):
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
-        cur = u[0]
-        for detail in u[1:]:
-            cur = (cur + detail) / math.sqrt(2)
-        return cur
+        return haar_reconstruction(u)
 
 
 def basis_weights(config: Config) -> nn.Parameter:
@@ -355,7 +352,26 @@ def parametrise(blocks: Iterable[nn.Module], config: Config) -> None:
 # ===== Several passes, several cells
 
 
-class Loops:
+class SeveralPasses:
+    """What a network has that makes `passes`: (what the head reads after each pass, new state)."""
+
+    def hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """What the head reads after the last pass, and the state after ids (B, T)."""
+        hidden, state = self.passes(ids, state)
+        return hidden[-1], state
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
+        """Mean cross-entropy in nats over all targets (B, T), averaged over the passes, and the
+        state after ids."""
+        hidden, state = self.passes(ids, state)
+        weight = self.head_weight()
+        losses = [linear_cross_entropy(h, weight, targets) for h in hidden]
+        return sum(losses) / len(losses), state
+
+
+class Loops(SeveralPasses):
     """loop_iterations: a network whose whole stack of blocks is passed through several times, every
     time with a state of its own; the loss averages over the passes. It comes before the network's
     class among the bases."""
@@ -380,15 +396,6 @@ class Loops:
             hidden.append(self.dropout_lm_head(self.final_ln(x)))
         return hidden, State(blocks, remembered)
 
-    def hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        hidden, state = self.passes(ids, state)
-        return hidden[-1], state
-
-    def loss(self, ids: Tensor, targets: Tensor, state: State | None = None):
-        hidden, state = self.passes(ids, state)
-        losses = [linear_cross_entropy(h, self.lm_head.weight, targets) for h in hidden]
-        return sum(losses) / len(losses), state
-
 
 class CrossCellGate(nn.Module):
     """h_i ← h_i·(1 + tanh(A·mean of the other cells' h)), A zero at first."""
@@ -404,7 +411,7 @@ class CrossCellGate(nn.Module):
         return [x * (1 + torch.tanh(self.A((total - x) / (len(xs) - 1)))) for x in xs]
 
 
-class MultinodalLM(nn.Module):
+class MultinodalLM(SeveralPasses, nn.Module):
     """Several whole networks (cells), each with its own seed, in step; their logits are averaged or
     summed. Its state holds the blocks of one cell after the other, within a cell by pass."""
 
@@ -455,7 +462,8 @@ class MultinodalLM(nn.Module):
         return self.gates[i // self.gate_interval](xs)
 
     def passes(self, ids: Tensor, state: State | None) -> tuple[list[Tensor], State]:
-        """What the head reads after each pass, (B, T, cells·C) each, and the new state."""
+        """What the head reads after each pass, (B, T, cells·C) each, and the new state:
+        Σ_i h_i W_iᵀ is one product of all h joined."""
         state = self.start(ids.size(0)) if state is None else state
         cells = list(self.cells)
         each = len(state.blocks) // len(cells)
@@ -483,11 +491,6 @@ class MultinodalLM(nn.Module):
             hidden.append(torch.cat(ends, dim=-1) * self.share)
         return hidden, State([block for own in after for block in own], remembered)
 
-    def hidden(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """What the head reads, (B, T, cells·C): Σ_i h_i W_iᵀ is one product of all h joined."""
-        hidden, state = self.passes(ids, state)
-        return hidden[-1], state
-
     def head_weight(self) -> Tensor:
         """(V, cells·C)."""
         return torch.cat([cell.lm_head.weight for cell in self.cells], dim=1)
@@ -495,14 +498,6 @@ class MultinodalLM(nn.Module):
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         hidden, state = self.hidden(ids, state)
         return F.linear(hidden, self.head_weight()), state
-
-    def loss(self, ids: Tensor, targets: Tensor, state: State | None = None):
-        """Mean cross-entropy in nats over all targets (B, T), averaged over the passes, and the
-        state after ids."""
-        hidden, state = self.passes(ids, state)
-        weight = self.head_weight()
-        losses = [linear_cross_entropy(h, weight, targets) for h in hidden]
-        return sum(losses) / len(losses), state
 
     def tie_weights(self) -> None:
         for cell in self.cells:

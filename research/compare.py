@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -55,6 +54,7 @@ from training.optimizers import (
     rates,
     set_rate,
 )
+from training.profiling import peak_memory
 from training.record import environment
 
 CURVE_POINTS = 10  # measurements on validation during a run
@@ -160,8 +160,7 @@ def train_and_measure(
             measured = bits_per_byte(model, corpus, "validation", CURVE_TOKENS)
             minutes = spec.minutes * done / spec.steps
             curve.append([minutes, done * batch * config.block_size, measured])
-    mib = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, else in KiB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mib
+    peak = peak_memory("cpu") / 2**20
     return {
         "model": entrant.name, "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes,
         "optimizer": config.optimizer,

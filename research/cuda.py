@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.command import Parser, run_command
 from common.device import free
+from common.files import write_whole
 from config import load_config
 from data.prepare import Corpus
 from research import cuda_decoding
@@ -58,9 +59,8 @@ class Results(dict):
 
     def save(self) -> None:
         """Writes all figures so far, whole or not at all."""
-        beside = self.folder / "results.json.part"
-        beside.write_text(json.dumps(self, indent=1, default=str), encoding="utf-8")
-        beside.replace(self.folder / "results.json")
+        text = json.dumps(self, indent=1, default=str)
+        write_whole(self.folder / "results.json", text.encode())
 
 
 # ===== The card

@@ -5,7 +5,6 @@ schedule of its own, and a note in its env.json of what it began from. Everythin
 its folder from its first save on, before its first step: the checkpoint may go."""
 
 import hashlib
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoint import BESIDE, PACKED_FORMAT, chosen_file, load_model
+from checkpoint import PACKED_FORMAT, brought_here, load_model, weights_file
 from common.command import InputError, shown
 from common.files import read_json
-from common.hub import download, names_a_repository
 from common.tensors import check_tensors, open_tensors, own_tensors
 from config import Config, make_config
 from data.tokenizer import Tokenizer
@@ -58,10 +56,7 @@ class Origin:
 def read_origin(checkpoint: str) -> Origin:
     """Reads the weights of a run directory, a .safetensors file, an old .pt or `owner/name[:file]`
     of the hub. Raises `InputError` where there are none, or where they are quantised."""
-    path = Path(checkpoint)
-    if names_a_repository(checkpoint):
-        path = download(checkpoint, chosen_file, BESIDE)
-    file = path / chosen_file(os.listdir(path), path) if path.is_dir() else path
+    file = weights_file(brought_here(checkpoint))
     if file.suffix == ".safetensors" and file.is_file():
         # Asked of the header, before gigabytes are read.
         metadata = open_tensors(file).metadata() or {}
@@ -70,7 +65,7 @@ def read_origin(checkpoint: str) -> Origin:
                 f"init_from: {file} is quantised, and has no weights to train; give the run that it"
                 " was made from"
             )
-    model, config, tokenizer = load_model(path)  # which says what is wrong with the path
+    model, config, tokenizer = load_model(file)  # which says what is wrong with it
     tensors = {name: tensor.detach() for name, tensor in own_tensors(model).items()}
     return Origin(file.resolve(), digest(file), config, model.vocab_size, tokenizer, tensors)
 

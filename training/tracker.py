@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from common.command import InputError
+from common.command import InputError, first_line
 from common.files import read_json, write_whole
 from config import Config
 
@@ -75,9 +75,8 @@ class Service:
             with aside():
                 self.run = module.init(**options)
         except Exception as error:  # each service has errors of its own: no network, no login, …
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"tracker: {name} cannot begin ({reason}); mend that, or take none"
+                f"tracker: {name} cannot begin ({first_line(error)}); mend that, or take none"
             ) from None
 
     def log(self, values: dict[str, float], step: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common.command import InputError, shown
+from common.command import InputError, first_line, shown
 from common.device import cpu_multiplies_bf16
 from common.tensors import check_tensor, check_tensors, load_plain, own_tensors, save_plain
 from config import Config
@@ -232,9 +232,7 @@ class Trainer:
         except RuntimeError as error:
             # a capture that cannot end leaves its own as the current one
             torch.cuda.set_stream(stream)
-            self.record.say(
-                f"no CUDA graph, training goes on without: {str(error).strip().splitlines()[0]}"
-            )
+            self.record.say(f"no CUDA graph, training goes on without: {first_line(error)}")
             # What was captured so far has left gradients that no step has computed.
             self.model.zero_grad(set_to_none=True)
 
@@ -649,9 +647,7 @@ def compiled_loss(trainer: Trainer) -> Callable:
         trainer.record.say(f"compiled in {time.perf_counter() - started:.0f} s")
     except (RuntimeError, OSError, ImportError) as error:
         # no compiler, no Triton, an unsupported operation
-        trainer.record.say(
-            f"not compiled, training goes on without: {str(error).strip().splitlines()[0]}"
-        )
+        trainer.record.say(f"not compiled, training goes on without: {first_line(error)}")
         compiled = trainer.model.loss
     trainer.model.zero_grad(set_to_none=True)  # the trial was no step
     return compiled

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,14 @@ from config import Config
 from data import corpus, encoding, library, readers
 from data import prepare as prepare_module
 from data.corpus import SPLITS, documents, source_fingerprint
-from data.encoding import encode_documents
+from data.encoding import cut_documents
 from data.order import Blend, Lanes, Windows, evaluation_slice, permuted, training_order
 from data.prepare import prepare, prepare_split, run_corpus
 from data.tokenizer import (
     ByteTokenizer,
     GPT2Tokenizer,
     SentencePieceTokenizer,
+    Tokenizer,
     load_tokenizer,
     text_bytes,
     train_sentencepiece,
@@ -84,6 +86,17 @@ def token_file(path, lengths, tokenizer=None):
         start += length
     write_token_file(path, [iter(pieces)], tokenizer or ByteTokenizer(), "key")
     return TokenFile(path, "key")
+
+
+def encode_documents(
+    pieces: Iterator[tuple[bool, str]], tokenizer: Tokenizer, separate: bool = False
+) -> Iterator[tuple[bool, str, list[int]]]:
+    """Yields (starts a document, text, its tokens) of what `cut_documents` makes of `pieces`; an
+    end of text is a piece without text."""
+    for first, text, ends in cut_documents(pieces, separate, tokenizer.end_of_text):
+        yield first, text, tokenizer.encode(text)
+        if ends:
+            yield False, "", [tokenizer.end_of_text]
 
 
 # ===== The corpus
