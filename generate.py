@@ -23,7 +23,7 @@ from common.device import DEVICE_HELP, chosen_device
 from common.files import check_regular, read_utf8
 from config import Config
 from data.tokenizer import Tokenizer
-from inference import kernels
+from inference import cpu_kernels, kernels
 from inference.decode import Decoder, PackedModel
 from inference.endings import Ending, Endings, ended_text
 from inference.graphs import can_be_captured, graphed
@@ -325,7 +325,9 @@ def compile_step(decoder: Decoder, settings: Settings) -> None:
 
 
 def say_what_is_slower(decoder: Decoder) -> None:
-    """What a GPU is not used for that it could be."""
+    """What the device is not used for that it could be."""
+    if decoder.device.type == "cpu" and (reason := cpu_kernels.missing()):
+        print(f"note: weights are multiplied by torch's own kernels: {reason}", file=sys.stderr)
     if decoder.device.type != "cuda":
         return
     if not kernels.HAS_TRITON:

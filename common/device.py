@@ -1,7 +1,9 @@
 """Which device to use, and what this one multiplies fast."""
 
 import gc
+import platform
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,6 +36,15 @@ def chosen_device(device: str) -> str:
         torch.cuda.set_device(int(match[1]))
         return f"cuda:{int(match[1])}"
     return "cuda" if has_gpu and device != "cpu" else "cpu"
+
+
+def cpu_name() -> str:
+    """This CPU's name and what torch makes of it, such as "AMD EPYC, AVX512"."""
+    info = Path("/proc/cpuinfo")  # Linux's; elsewhere Python knows the family at best
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = match[1].strip() if match else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -45,6 +45,13 @@ def written_whole(path: Path, advice: str = "") -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """The folder of what is made once on a machine and can be made again at any time; it need not
+    exist. XDG_CACHE_HOME is where a user wants such things."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "waveletlm"
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all. Raises `InputError` as `written_whole` does."""
     with written_whole(path) as beside:

@@ -433,12 +433,15 @@ class Decoder:
         if self.device.type == "cpu":
             # Kernels are then called from C++, which costs less than from Python.
             options["cpp_wrapper"] = True
+        ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+        self(
+            ids, self.start(rows, stream)
+        )  # the ways of the products are chosen, not while tracing
         run = types.MethodType(own_code(Decoder.run), self)
         # One program for exactly these shapes: no Python between its parts, no checks of sizes.
         self.program = torch.compile(run, fullgraph=True, dynamic=False, options=options)
         self.rows = rows
         # The first call compiles.
-        ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self(ids, self.start(rows, stream))
 
     def start(self, rows: int, stream: bool = False) -> DecoderState:

@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference import fused
-from inference.packed import GROUP, product_gelu, product_sum, round_up
+from inference import cpu_kernels, fused
+from inference.cpu_kernels import Link
+from inference.packed import GROUP, round_up
 from inference.tape import Tape
 from inference.weights import PackedWeights
 from layers.memory import AssociativeMemory, NgramEmbedding, read_slots, recall
@@ -71,7 +72,7 @@ class FoldedNet:
 
     def inside(self, x: Tensor) -> Tensor:
         """What the last layer reads, from the network's input x (N, P): (N, hidden width or P)."""
-        return x if self.hidden is None else product_gelu(self.hidden, x, self.hidden_bias)
+        return x if self.hidden is None else self.hidden(x, bias=self.hidden_bias, finish="gelu")
 
 
 class FoldedLifting:
@@ -111,9 +112,42 @@ class FoldedLifting:
         self.predict_bias = torch.stack([net.bias for net in self.predict])  # (J, P)
         # whether one row is multiplied by our own GPU kernels
         self.has_kernels = self.predict[0].last.row_kernel is not None
+        self.chain = self.make_chain()  # a CPU's, for one row
         # Indices of the gathers, made when first needed: by rows and buffer size for tapes, by rows
         # and 0 for rings, and (1, −1) for the kernel.
         self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+
+    def make_chain(self) -> cpu_kernels.Chain | None:
+        """All products of `step` as one call of our own CPU kernels, if there are such.
+
+        Its room has rows of P numbers: the J levels' inputs, the approximation, the details from
+        coarse to fine, the J odd inputs; behind them is what a network's hidden layer gives.
+        """
+        nets = [*self.predict, *self.update]
+        matrices = [m for net in nets for m in (net.hidden, net.last) if m is not None]
+        if any(matrix.kernel is None for matrix in matrices):
+            return None
+        hidden = (3 * self.levels + 1) * self.width
+        self.room_size = hidden + max(matrix.outputs for matrix in matrices)
+        links = []
+
+        def through(net: FoldedNet, x: int, y: int, **last) -> None:
+            inputs = self.width
+            if net.hidden is not None:
+                bias = net.hidden_bias
+                links.append(Link(net.hidden.kernel, inputs, x, hidden, bias=bias, finish="gelu"))
+                x = hidden
+                inputs = net.hidden.outputs
+            links.append(Link(net.last.kernel, inputs, x, y, **last))
+
+        for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
+            cur = level * self.width
+            detail = (2 * self.levels - level) * self.width  # the finest, of level 0, comes last
+            odd = (2 * self.levels + 1 + level) * self.width
+            through(predict, cur, detail, add=odd)
+            bias = update.bias
+            through(update, detail, cur + self.width, add=cur, beta=math.sqrt(0.5), bias=bias)
+        return cpu_kernels.Chain(links)
 
     def lagged(self, tape: Tape) -> Tensor:
         """The odd input of every level at the next token, divided by √2: (B, J, P).
@@ -195,7 +229,7 @@ class FoldedLifting:
             odd = sum(share * joined[:, first : first + length] for share, first in lags)
             joined_inputs.append(joined[:, length:])  # the last `longest` of them
             detail = predict.last(predict.inside(cur), odd.flatten(0, 1) + predict.bias)  # (N, P)
-            cur = update.last(update.inside(detail), cur, math.sqrt(0.5)) + update.bias
+            cur = update.last(update.inside(detail), cur, math.sqrt(0.5), update.bias)
             details.append(detail)
         remembered = Tape(torch.stack(joined_inputs, dim=2), tape.length)  # (B, longest, J, P)
         return torch.stack([cur, *reversed(details)]), {"lags": remembered}
@@ -203,6 +237,8 @@ class FoldedLifting:
     def step(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
         """`decompose` of one token: cur (B, P), and odd (B, J, P), as `lagged` gives it →
         coefficients (S, B, P), and the entry of the tape, as a list of J tensors (B, P)."""
+        if self.chain is not None and cur.size(0) == 1 and not torch.compiler.is_compiling():
+            return self.step_by_chain(cur, odd)
         odd = odd + self.predict_bias
         if self.has_kernels and cur.size(0) == 1:
             rows = self.room(cur)
@@ -213,10 +249,20 @@ class FoldedLifting:
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
             inputs.append(cur)  # what the level's lags will look back on
             detail = predict.last(predict.inside(cur), odd[:, level])
-            # approx = cur·√½ + Update(detail)/√2; the product's own sum has room for one addend
-            cur = update.last(update.inside(detail), cur, math.sqrt(0.5)).add_(update.bias)
+            # approx = cur·√½ + Update(detail)/√2
+            cur = update.last(update.inside(detail), cur, math.sqrt(0.5), update.bias)
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": inputs}
+
+    def step_by_chain(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
+        """`step` of one text by `make_chain`'s products; the tape's entry is a tensor (1, J, P)."""
+        room = cur.new_empty(self.room_size)
+        count = 2 * self.levels + 1
+        rows = room[: (count + self.levels) * self.width].view(-1, self.width)
+        rows[0] = cur[0]
+        torch.add(odd[0], self.predict_bias, out=rows[count:])
+        self.chain(room)
+        return rows[self.levels : count, None], {"lags": rows[None, : self.levels]}
 
     def room(self, like: Tensor) -> list[Tensor | None]:
         """For `step_by_kernels`: 2·J + 1 rows (1, P) of one tensor, each for the result of one
@@ -466,7 +512,7 @@ class FoldedReconstruction:
             scales = [y[0], *self.hidden.gelu(y[1:], self.hidden_bias).unbind(0)]
         # Where mixers differ in width, their scales are filled up to one; the filler is cut off.
         joined = torch.cat([s[:, :n] for s, n in zip(scales, self.widths, strict=True)], dim=1)
-        return product_sum(self.last, joined, self.bias, x, alpha)  # (N, C)
+        return self.last(joined, x, alpha, self.bias)  # (N, C)
 
 
 # ===== Bypass
@@ -537,8 +583,8 @@ class MLP:
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """h, the normed stream, and x, the stream, both (N, C) → alpha·x + MLP(h), (N, C)."""
         for matrix, bias in self.inner:
-            h = product_gelu(matrix, h, bias) if self.has_gelu else matrix(h, bias)
-        return product_sum(self.last, h, self.bias, x, alpha)
+            h = matrix(h, bias=bias, finish="gelu" if self.has_gelu else "")
+        return self.last(h, x, alpha, self.bias)
 
 
 class Memory:

@@ -1,23 +1,23 @@
-"""Weight matrices prepared for inference at 32, 16, 8 or 4 bits, each with the product that is
-fastest for its type.
+"""Weight matrices prepared for inference at 32, 16, 8 or 4 bits, and their products.
 
 A product of one row reads each weight once and does two operations with it, so it takes as long as
 its bytes take to come from memory. From some tens of rows on it takes as long as its arithmetic.
-Every class here therefore has two routes, chosen by the number of rows N, behind one interface:
+Which kernel is the fastest depends on the CPU and on the number of rows N. So every class here
+names the ways that its product can be computed, and on a CPU the fastest is found by timing them
+(routes.py). The interface is one:
 
-    matrix(x, add, beta) = x Wᵀ + beta·add      x (N, in), W (out, in), add and result (N, out)
+    matrix(x, add, beta, bias) = x Wᵀ + beta·add + bias     x (N, in), W (out, in), add (N, out)
 
-x may be of any float type. Few rows are multiplied by the quantised numbers as they lie. For many
-rows, where unpacking costs little beside the product, weights are unpacked a slice at a time. On a
-GPU one row is multiplied by the kernels of kernels.py.
+x may be of any float type. Few rows are multiplied by the quantised numbers as they lie: on a CPU
+by the library of cpu_kernels.py or by torch's kernels, one row on a GPU by those of kernels.py. For
+many rows, where unpacking costs little beside the product, weights are unpacked a slice at a time.
 
-The limits of the routes were chosen on two cores each of a CPU with bf16 instructions (AVX-512) and
-of one without (AVX2), by
-
-    python -m research.decoding_speed --kernels
+    python -m research.decoding_speed --kernels           # times every way of every width
     python -m research.cuda_decoding --only products      # a GPU's
 """
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -25,16 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import wide_type
-from inference import kernels
+from inference import cpu_kernels, kernels
+from inference.routes import fastest, shape_class
 
-# The most rows for which the route for few rows was measured to be the faster one.
-FEW_FLOAT = 128  # W xᵀ in fp32, in place of x Wᵀ
-FEW_HALF = 4  # bf16 on a CPU that has no instructions for it
-FEW_INT8 = 16
-FEW_INT4 = 64
-FEW_STACKED = 4  # several fp32 matrices in one batched product
-
-FROM_ONEDNN = 8  # rows from which oneDNN is the fastest in fp32, where there is AVX-512
 GROUP = 64  # input channels that share a scale and an offset at 4 bits
 
 # What is unpacked at a time for many rows: a slice should stay in the cache until it is multiplied.
@@ -136,37 +129,21 @@ def quantised(weight: Tensor, bits: int, group: int = GROUP) -> dict[str, Tensor
 
 # ===== Products of one matrix
 
+# The most rows that our own CPU kernels are tried for, by bits; beyond these the products of a
+# library, which keep weights in registers for many rows, were faster by a multiple.
+MOST_ROWS = {32: 16, 16: 16, 8: 64, 4: 64}
+FEW_ROWS = 8  # for which our own are taken where nothing is measured
+
 
 def filled(x: Tensor, width: int) -> Tensor:
     """x (N, in) with zeros after it up to `width`: (N, width), contiguous."""
     return F.pad(x, (0, width - x.size(1))) if x.size(1) < width else x.contiguous()
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ of x (N, in) and W (out, in) of one type: (N, out).
-
-    In fp32 on a CPU this takes what is fastest for so many rows: W xᵀ for a few (torch's MKL on an
-    AMD CPU), oneDNN from FROM_ONEDNN rows on where there is AVX-512. Both were measured to be up to
-    three times as fast as F.linear.
-    """
-    if x.dtype == torch.float32 and x.device.type == "cpu":
-        if x.size(0) >= FROM_ONEDNN and onednn_is_faster() and not torch.compiler.is_compiling():
-            return onednn_product(x, weight)
-        if x.size(0) <= FEW_FLOAT:
-            return (weight @ x.T).T  # (out, N) → (N, out)
-    return F.linear(x, weight)
-
-
 def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ by oneDNN; `weight` as it lies or in oneDNN's own layout."""
     # No bias, and nothing fused behind the product ("none", with no scalars and no algorithm).
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def onednn_is_faster() -> bool:
-    """Whether there are oneDNN and AVX-512, with which its fp32 products were the faster ones."""
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.backends.mkldnn.is_available() and has_avx512
 
 
 def plus(y: Tensor, add: Tensor | None, beta: float) -> Tensor:
@@ -183,45 +160,145 @@ def row_kernel(tensors: dict[str, Tensor]) -> "kernels.Stack | None":
     return kernels.Stack([tensors]) if kernels.usable(device) else None
 
 
-def by_row_kernel(kernel: kernels.Stack, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
-    """The product of x (1, in) by our own kernel; add (out,) or (1, out)."""
-    return kernel(x, add if add is None else add.view(1, -1), beta)
+def cpu_kernel(tensors: dict[str, Tensor]) -> "cpu_kernels.Stack | None":
+    """Our own kernel for products of few rows on a CPU; None where there is none."""
+    device = next(iter(tensors.values())).device
+    return cpu_kernels.Stack([tensors]) if cpu_kernels.usable(device) else None
 
 
-class FloatMatrix:
-    """W (out, in) in fp32, by the products that read memory fastest on a CPU.
+class Routed(ABC):
+    """Something with several ways to compute one thing, of which it takes the fastest. A way is a
+    method, known by its name."""
 
-    One row: W is cut into row blocks which are multiplied as a batch, since MKL's product of a
-    matrix and one vector reached a quarter of the memory's bandwidth on an AMD CPU, and its batched
-    one reached it. More rows: `product`.
-    """
+    opaque = frozenset({"by_onednn"})  # ways that torch.compile cannot make a part of a program
 
-    kind = torch.float32  # the type that x is multiplied in; the other classes have it too
-    BLOCKS = 8  # of rows, which 1, 2, 4 or 8 threads share evenly
+    def __init__(self, key: str):
+        """key: kind and class of shapes, as in `routes.fastest`."""
+        self.key = key
+        self.chosen: dict[int, str] = {}  # by rows
+
+    @abstractmethod
+    def ways(self, rows: int) -> list[str]:
+        """The ways for so many rows; what is taken where nothing is measured comes first. On a GPU
+        there is one."""
+
+    def way(self, rows: int, *example) -> str:
+        """The fastest way for so many rows. example: arguments to time the ways with."""
+        if torch.compiler.is_compiling():  # nothing can be timed now
+            fit = [name for name in self.ways(rows) if name not in self.opaque]
+            name = self.chosen.get(rows)
+            return name if name in fit else fit[0]
+        if rows not in self.chosen:
+            names = self.ways(rows)
+            calls = {name: functools.partial(getattr(self, name), *example) for name in names}
+            self.chosen[rows] = fastest(f"{self.key}, {shape_class(rows)} rows", calls)
+        return self.chosen[rows]
+
+
+def with_kernel(rows: int, bits: int, others: list[str]) -> list[str]:
+    """The ways of a product of so many rows where there is one by our own CPU kernel."""
+    if rows > MOST_ROWS[bits]:
+        return others
+    return ["by_kernel", *others] if rows <= FEW_ROWS else [*others, "by_kernel"]
+
+
+class Matrix(Routed):
+    """W (out, in) at some width, ready to multiply by. Each way is a method of x (N, in), add
+    (N, out) or None, and beta, that gives x Wᵀ + beta·add."""
+
+    bits: int
+    kind: torch.dtype  # the type that x is multiplied in
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         """tensors: as `quantised` gives them; outputs: the rows of W that are not filler."""
-        weight = tensors["float32"]
+        first = next(iter(tensors.values()))
+        super().__init__(f"{self.bits} bits {shape_class(outputs, first.size(1))}")
         self.outputs = outputs
+        self.on_cpu = first.device.type == "cpu"
+        self.row_kernel = row_kernel(tensors)  # a GPU's, for one row
+        self.kernel = cpu_kernel(tensors)  # a CPU's, for few rows
+
+    def by_kernel(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By our own CPU kernel."""
+        return self.kernel(x, add, beta)
+
+    def __call__(
+        self,
+        x: Tensor,
+        add: Tensor | None = None,
+        beta: float = 1.0,
+        bias: Tensor | None = None,
+        finish: str = "",
+    ) -> Tensor:
+        """x (N, in) → x Wᵀ + beta·add + bias (N, out), or with finish "gelu" its GELU. add: (N,
+        out), (1, out) or (out,); bias: (out,)."""
+        if self.row_kernel is not None and x.size(0) == 1:
+            add = add if add is None else add.view(1, -1)
+            return self.row_kernel(x, add, beta, bias=bias, finish=finish)[:, : self.outputs]
+        way = self.way(x.size(0), x, None, 1.0)
+        if way == "by_kernel":
+            add = add if add is None else add.view(-1, add.size(-1))
+            return self.kernel(x, add, beta, bias=bias, finish=finish)
+        if bias is not None:  # small beside the weights
+            add = bias if add is None else torch.add(bias, add, alpha=beta)
+            beta = 1.0
+        y = getattr(self, way)(x, add, beta)
+        return F.gelu(y) if finish == "gelu" else y
+
+
+class FloatMatrix(Matrix):
+    """W (out, in) in fp32."""
+
+    bits = 32
+    kind = torch.float32
+    BLOCKS = 8  # of rows, which 1, 2, 4 or 8 threads share evenly
+    MOST_COLUMNS = 128  # rows that W xᵀ, in place of x Wᵀ, is tried for
+
+    def __init__(self, tensors: dict[str, Tensor], outputs: int):
+        weight = tensors["float32"]
         # Rows of zeros make the number of rows a multiple of BLOCKS.
         filler = -outputs % self.BLOCKS
-        self.weight = F.pad(weight, (0, 0, 0, filler)) if filler else weight.contiguous()
-        self.blocks = self.weight.view(self.BLOCKS, -1, weight.size(1))  # (BLOCKS, out/BLOCKS, in)
-        self.row_kernel = row_kernel({"float32": self.weight[:outputs]})
+        padded = F.pad(weight, (0, 0, 0, filler)) if filler else weight.contiguous()
+        self.blocks = padded.view(self.BLOCKS, -1, weight.size(1))  # (BLOCKS, out/BLOCKS, in)
+        self.weight = padded[:outputs]
+        super().__init__({"float32": self.weight}, outputs)
+        self.has_onednn = torch.backends.mkldnn.is_available()
 
-    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        """x (N, in) → x Wᵀ + beta·add (N, out), in fp32."""
-        if self.row_kernel is not None and x.size(0) == 1:
-            return by_row_kernel(self.row_kernel, x, add, beta)
+    def ways(self, rows: int) -> list[str]:
+        if not self.on_cpu:
+            return ["by_linear"]
+        columns = ["by_columns"] if rows <= self.MOST_COLUMNS else []
+        onednn = ["by_onednn"] if self.has_onednn else []
+        # From 8 rows on oneDNN was the fastest on a CPU with AVX-512, before that W xᵀ.
+        names = columns + onednn if rows < 8 else onednn + columns
+        if rows == 1:
+            names = ["by_blocks", *names]
+        names = [*names, "by_linear"]
+        return names if self.kernel is None else with_kernel(rows, self.bits, names)
+
+    def by_linear(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By F.linear."""
+        return plus(F.linear(x.float(), self.weight), add, beta)
+
+    def by_columns(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """As W xᵀ: for a few rows MKL was three times as fast so on an AMD CPU."""
+        return plus((self.weight @ x.float().T).T, add, beta)  # (out, N) → (N, out)
+
+    def by_onednn(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By oneDNN, with the weights as they lie."""
+        return plus(onednn_product(x.float(), self.weight), add, beta)
+
+    def by_blocks(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """One row: W is cut into row blocks, which are multiplied as a batch. MKL's product of a
+        matrix and one vector reached a quarter of the memory's bandwidth on an AMD CPU, and its
+        batched one all of it."""
         x = x.float()
-        if x.size(0) > 1 or x.device.type != "cpu":
-            return plus(product(x, self.weight[: self.outputs]), add, beta)
         # x as one column for each block. Of a matrix with a single column torch tells the layout by
         # its strides alone: (1, in) says column-major; x.view(in, 1) would be taken for a row-major
         # matrix, and the product was three times slower. Stride 0 repeats x for all blocks.
         inputs = x.size(1)
         column = x.reshape(inputs).as_strided((self.BLOCKS, inputs, 1), (0, 1, inputs))
-        if add is None or self.weight.size(0) != self.outputs:
+        if add is None or self.blocks.size(0) * self.blocks.size(1) != self.outputs:
             y = torch.bmm(self.blocks, column).view(1, -1)  # (1, out with filler)
             return plus(y[:, : self.outputs], add, beta)
         add = add.reshape(self.BLOCKS, -1, 1)  # without filler, `add` can be cut as W is
@@ -241,100 +318,115 @@ def product_by_slices(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, part.to(x.dtype)) for part in slices], dim=1)
 
 
-class HalfMatrix:
+class HalfMatrix(Matrix):
     """W (out, in) in bf16, in oneDNN's own layout on a CPU that has bf16 instructions."""
 
+    bits = 16
     kind = torch.bfloat16
+    FEW = 4  # rows for which bf16 products are tried on a CPU that imitates them
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
-        """tensors: as `quantised` gives them; outputs: not needed, since W has no filler."""
+        super().__init__(tensors, outputs)
         weight = tensors["float16"]
         self.wide = wide_type(weight.device)
-        on_cpu_with_bf16 = weight.device.type == "cpu" and self.wide == torch.bfloat16
+        on_cpu_with_bf16 = self.on_cpu and self.wide == torch.bfloat16
         self.reordered = on_cpu_with_bf16 and torch.backends.mkldnn.is_available()
         self.weight = weight
         if self.reordered:
-            # 1: laid out for one row, where reading the weights is all that takes time
+            self.kernel = None
+            # 1: laid out for one row, where reading the weights is all that takes time. It is the
+            # only layout that is kept: a second one would be all the weights once more.
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self.row_kernel = row_kernel(tensors)
 
-    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        """x (N, in) → x Wᵀ + beta·add (N, out)."""
-        if self.row_kernel is not None and x.size(0) == 1:
-            return by_row_kernel(self.row_kernel, x, add, beta)
+    def ways(self, rows: int) -> list[str]:
         if self.reordered:
-            y = onednn_product(x.to(torch.bfloat16), self.weight)
-        elif x.size(0) <= FEW_HALF or self.wide == torch.bfloat16:
-            y = F.linear(x.to(torch.bfloat16), self.weight)
-        else:  # products of bf16 would be imitated, slowly
-            y = product_by_slices(x.to(self.wide), self.weight)
-        return plus(y, add, beta)
+            return ["by_onednn"]
+        if self.wide == torch.bfloat16:  # a GPU
+            return ["by_linear"]
+        names = ["by_linear", "by_slices"] if rows <= self.FEW else ["by_slices"]
+        return names if self.kernel is None else with_kernel(rows, self.bits, names)
+
+    def by_onednn(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By oneDNN, in its own layout."""
+        return plus(onednn_product(x.to(torch.bfloat16), self.weight), add, beta)
+
+    def by_linear(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By F.linear in bf16."""
+        return plus(F.linear(x.to(torch.bfloat16), self.weight), add, beta)
+
+    def by_slices(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """In fp32, a slice of W at a time: for a CPU that would imitate products of bf16."""
+        return plus(product_by_slices(x.to(self.wide), self.weight), add, beta)
 
 
-class Int8Matrix:
+class Int8Matrix(Matrix):
     """W (out, in) as int8 rows, each with a scale."""
 
+    bits = 8
     kind = torch.bfloat16
+    FEW = 16  # rows for which torch's kernel was the faster way
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
-        """tensors: as `quantised` gives them; outputs: the rows of W that are not filler."""
+        super().__init__(tensors, outputs)
         self.weight = tensors["int8"]  # (out, in), in a multiple of GROUP
         self.scale = tensors["scale"]  # (out,)
-        self.outputs = outputs
         self.wide = wide_type(self.weight.device)
-        self.row_kernel = row_kernel(tensors)
-        # With a kernel of our own torch's is not used at all: on a GPU it is slow (see runs.md).
-        self.few = FEW_INT8 if self.row_kernel is None else 1
+        if self.kernel is not None:
+            self.kind = torch.float32  # what our own kernel reads and gives
 
-    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        """x (N, in) → x Wᵀ + beta·add (N, out)."""
-        if self.row_kernel is not None and x.size(0) == 1:
-            return by_row_kernel(self.row_kernel, x, add, beta)[:, : self.outputs]
-        if x.size(0) <= self.few:
-            x = filled(x.to(torch.bfloat16), self.weight.size(1))
-            # int8 becomes bf16 in registers, on the way to the product
-            y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
-        else:
-            x = filled(x.to(self.wide), self.weight.size(1))
-            # A row's scale is a factor of its output, so it is applied after the product.
-            y = product_by_slices(x, self.weight).mul_(self.scale)
-        return plus(y, add, beta)
+    def ways(self, rows: int) -> list[str]:
+        few = rows <= self.FEW
+        if not self.on_cpu:
+            # With a kernel of our own torch's is not used at all: on a GPU it is slow (see
+            # runs.md).
+            return ["by_torch" if few and self.row_kernel is None else "by_slices"]
+        names = ["by_torch", "by_slices"] if few else ["by_slices", "by_torch"]
+        return names if self.kernel is None else with_kernel(rows, self.bits, names)
+
+    def by_torch(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By torch's kernel: int8 becomes bf16 in registers, on the way to the product."""
+        x = filled(x.to(torch.bfloat16), self.weight.size(1))
+        return plus(torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale), add, beta)
+
+    def by_slices(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """A slice of W unpacked at a time."""
+        x = filled(x.to(self.wide), self.weight.size(1))
+        # A row's scale is a factor of its output, so it is applied after the product.
+        return plus(product_by_slices(x, self.weight).mul_(self.scale), add, beta)
 
 
-class Int4Matrix:
-    """W (out, in) in 4-bit groups, in the layout of torch's kernel for the device.
+class Int4Matrix(Matrix):
+    """W (out, in) in 4-bit groups, as they lie in a file; in the layout of torch's kernel besides
+    where there is no kernel of our own."""
 
-    On a CPU outputs lie in blocks: (out/block, in, block/2) bytes. A byte's low half is an output
-    of the block's first half, and its high half the corresponding output of the second half.
-    """
-
+    bits = 4
     kind = torch.bfloat16
+    FEW = 64  # rows for which torch's kernel was the faster way
 
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
-        """tensors: as `quantised` gives them; outputs: the rows of W that are not filler."""
-        packed = tensors["int4"]  # (out, in/2)
-        steps = tensors["steps"]  # (out, in/group, 2)
-        self.tensors = tensors
-        self.inputs = packed.size(1) * 2
-        self.outputs = outputs
-        self.group = self.inputs // steps.size(1)
-        self.wide = wide_type(packed.device)
-        self.row_kernel = row_kernel(tensors)
-        if self.row_kernel is not None:
-            return  # many rows are then multiplied by `whole`, from the bytes of the file
-        extra = -packed.size(0) % BLOCK
+        super().__init__(tensors, outputs)
+        self.packed = tensors["int4"]  # (out, in/2)
+        self.steps = tensors["steps"]  # (out, groups, 2)
+        self.inputs = self.packed.size(1) * 2
+        self.group = self.inputs // self.steps.size(1)
+        self.wide = wide_type(self.packed.device)
+        if self.kernel is not None:
+            self.kind = torch.float32  # what our own kernel reads and gives
+        elif self.row_kernel is None:
+            self.lay_out_for_torch()
+
+    def lay_out_for_torch(self) -> None:
+        """Makes what torch's kernel for the device wants."""
+        extra = -self.packed.size(0) % BLOCK
         # The filler's scales and offsets are zero, and so are its weights.
-        packed = F.pad(packed, (0, 0, 0, extra))
-        steps = F.pad(steps, (0, 0, 0, 0, 0, extra))
-        self.steps = steps.transpose(0, 1).contiguous()  # (groups, out, 2)
-        self.block = 0  # outputs in a block of the layout; 0: unknown, so it cannot be unpacked
-        if packed.device.type == "cpu":
-            # torch's kernel cuts outputs by the width of the CPU's registers.
-            self.block = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+        packed = F.pad(self.packed, (0, 0, 0, extra))
+        steps = F.pad(self.steps, (0, 0, 0, 0, 0, extra))
+        self.torch_steps = steps.transpose(0, 1).contiguous()  # (groups, out, 2)
+        if self.on_cpu:
             numbers = from_int4(packed).int()
             # 1: tiles of inputs, which the CPU's layout does not have
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-            self.kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+            self.torch_kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:
             # Tiles of 16 inputs that lie together: 8 of them where they divide the inputs, else 4,
             # which always do, since inputs are whole groups of 64.
@@ -342,122 +434,128 @@ class Int4Matrix:
             # CUDA's kernel wants the even input in a byte's high half: the halves change places.
             swapped = (packed << 4) | (packed >> 4)
             self.weight = torch.ops.aten._convert_weight_to_int4pack(swapped, tiles)
-            self.kernel = torch.ops.aten._weight_int4pack_mm
+            self.torch_kernel = torch.ops.aten._weight_int4pack_mm
 
-    def whole(self) -> Tensor:
-        """W itself, (out, in) in the wide type, from the bytes of a file: on a GPU, for many
-        rows."""
-        q = from_int4(self.tensors["int4"]).to(self.wide) - 8  # (out, in), from −8 to 7
-        q = q.unflatten(1, (-1, self.group))  # (out, groups, group)
-        scale, offset = self.tensors["steps"][..., None].unbind(2)  # (out, groups, 1) each
-        return torch.addcmul(offset, q, scale).flatten(1)
+    def ways(self, rows: int) -> list[str]:
+        if not self.on_cpu:
+            return ["by_torch" if self.row_kernel is None else "by_slices"]
+        if self.kernel is not None:
+            return with_kernel(rows, self.bits, ["by_slices"])
+        return ["by_torch", "by_slices"] if rows <= self.FEW else ["by_slices", "by_torch"]
 
-    def unpacked(self, first: int, last: int) -> Tensor:
-        """The columns of Wᵀ in the blocks `first` to `last` − 1: (in, (last − first)·block)."""
-        blocks = self.weight.view(-1, self.inputs, self.block // 2)  # all of them
-        packed = blocks[first:last].transpose(0, 1)  # (in, last − first, block/2)
-        q = packed.new_empty(*packed.shape[:2], self.block, dtype=self.wide)
-        # A half byte n, from 0 to 15, stands for n − 8. XOR with 8 flips its highest bit, and what
-        # results is n − 8 as a signed number of 4 bits. Shifts of int8 keep the sign: to the left
-        # and back the low half alone remains, to the right the high half.
-        halves = (packed ^ 0x88).view(torch.int8)
-        q[..., : self.block // 2] = (halves << 4) >> 4
-        q[..., self.block // 2 :] = halves >> 4
-        q = q.view(-1, self.group, q.size(1) * self.block)  # (groups, group, outputs)
-        steps = self.steps[:, None, first * self.block : last * self.block]
-        scale, offset = steps.unbind(-1)  # (groups, 1, outputs) each
-        return torch.addcmul(offset, q, scale).flatten(0, 1)  # (in, outputs)
-
-    def product_by_blocks(self, x: Tensor) -> Tensor:
-        """x Wᵀ (N, out with filler) of many rows x (N, in), some blocks unpacked at a time."""
-        x = filled(x.to(self.wide), self.inputs)
-        blocks = self.steps.size(1) // self.block
-        each = max(1, at_a_time(self.inputs) // self.block)  # blocks at a time
-        parts = []
-        for first in range(0, blocks, each):
-            last = min(first + each, blocks)
-            parts.append(x @ self.unpacked(first, last))  # (N, (last − first)·block)
-        return torch.cat(parts, dim=1)
-
-    def __call__(self, x: Tensor, add: Tensor | None = None, beta: float = 1.0) -> Tensor:
-        """x (N, in) → x Wᵀ + beta·add (N, out)."""
-        if self.row_kernel is not None:
-            if x.size(0) == 1:
-                return by_row_kernel(self.row_kernel, x, add, beta)
-            return plus(F.linear(filled(x.to(self.wide), self.inputs), self.whole()), add, beta)
-        if x.size(0) <= FEW_INT4 or not self.block:
-            x = filled(x.to(torch.bfloat16), self.inputs)
-            y = self.kernel(x, self.weight, self.group, self.steps)
-        else:
-            y = self.product_by_blocks(x)
+    def by_torch(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """By torch's kernel, which reads the numbers in a layout of its own."""
+        x = filled(x.to(torch.bfloat16), self.inputs)
+        y = self.torch_kernel(x, self.weight, self.group, self.torch_steps)
         return plus(y[:, : self.outputs], add, beta)  # without the filler of the last block
 
+    def by_slices(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
+        """A slice of W unpacked at a time."""
+        x = filled(x.to(self.wide), self.inputs)
+        each = at_a_time(self.inputs, x.device.type)  # rows of W
+        pairs = zip(self.packed.split(each), self.steps.split(each), strict=True)
+        y = torch.cat([F.linear(x, self.unpacked(*pair)) for pair in pairs], dim=1)
+        return plus(y, add, beta)
 
-Matrix = FloatMatrix | HalfMatrix | Int8Matrix | Int4Matrix
+    def unpacked(self, packed: Tensor, steps: Tensor) -> Tensor:
+        """Rows of W (n, in) in the wide type, from their bytes (n, in/2) and steps (n, groups,
+        2)."""
+        q = packed.new_empty(*packed.shape, 2, dtype=self.wide)
+        # A half byte h, from 0 to 15, stands for h − 8. XOR with 8 flips its highest bit, and what
+        # results is h − 8 as a signed number of 4 bits. Shifts of int8 keep the sign: to the left
+        # and back the low half alone remains, to the right the high half.
+        halves = (packed ^ 0x88).view(torch.int8)
+        q[..., 0] = (halves << 4) >> 4
+        q[..., 1] = halves >> 4
+        q = q.view(packed.size(0), -1, self.group)  # (n, groups, group)
+        scale, offset = steps.to(self.wide)[..., None].unbind(2)  # (n, groups, 1) each
+        return torch.addcmul(offset, q, scale).flatten(1)
+
+
 MATRICES = {32: FloatMatrix, 16: HalfMatrix, 8: Int8Matrix, 4: Int4Matrix}  # by bits
-
-
-def product_gelu(matrix: Matrix, x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x Wᵀ + bias) of x (N, in) and bias (out,): (N, out)."""
-    if matrix.row_kernel is not None and x.size(0) == 1:
-        return matrix.row_kernel(x, bias.view(1, -1), finish="gelu")  # one launch, not three
-    return F.gelu(matrix(x, bias))
-
-
-def product_sum(matrix: Matrix, x: Tensor, bias: Tensor, add: Tensor, beta: float) -> Tensor:
-    """x Wᵀ + bias + beta·add of x (N, in), bias (out,) and add (N, out): (N, out)."""
-    if matrix.row_kernel is not None and x.size(0) == 1:
-        return matrix.row_kernel(x, add, beta, bias=bias)
-    # (out,) + (N, out): small beside the weights
-    return matrix(x, torch.add(bias, add, alpha=beta))
 
 
 # ===== Products of several matrices, one for each scale of the wavelet
 
 
-class FloatStack:
-    """S fp32 matrices as one batched product: x (S, N, in) → (S, N, out).
+class MatrixStack(Routed):
+    """S matrices, one for each scale. Each way is a method of x (S, N, in) and add (S, out) or None
+    that gives x Wᵀ + add, (S, N, out)."""
+
+    def gelu(self, x: Tensor, add: Tensor) -> Tensor:
+        """GELU(x Wᵀ + add) of x (S, N, in) and add (S, out): (S, N, out)."""
+        if self.way(x.size(1), x, None) == "by_kernel":
+            return self.by_kernel(x, add, finish="gelu")
+        return F.gelu(self(x, add))
+
+    def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        """Multiplies y (S, N, out), in place, by activation(x Wᵀ)."""
+        by_kernel = activation is F.silu and self.way(x.size(1), x, None) == "by_kernel"
+        # y is a part of a larger tensor: torch.compile would copy it around a kernel that writes to
+        # it.
+        if by_kernel and not torch.compiler.is_compiling():
+            self.by_kernel(x, None, y=y, finish="gate")
+        else:
+            y.mul_(activation(self(x)))
+
+
+class FloatStack(MatrixStack):
+    """S fp32 matrices as one product: x (S, N, in) → (S, N, out).
 
     Smaller matrices are filled up with zeros to the largest: a few bytes more to read, and one
     product in place of S.
     """
 
     kind = torch.float32
+    FEW = 4  # rows for which W xᵀ was the faster way
 
     def __init__(self, weights: list[Tensor]):
         """weights: (out, in) each, of several sizes."""
         outputs = max(w.size(0) for w in weights)
         inputs = max(w.size(1) for w in weights)
+        super().__init__(f"{len(weights)} of 32 bits {shape_class(outputs, inputs)}")
         same = [F.pad(w, (0, inputs - w.size(1), 0, outputs - w.size(0))) for w in weights]
         self.weight = torch.stack(same)  # (S, out, in)
+        self.kernel = None  # a CPU's, for few rows
+        if cpu_kernels.usable(self.weight.device):
+            self.kernel = cpu_kernels.Stack([{"float32": w} for w in self.weight])
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """x (S, N, in or more), add (S, out) → x Wᵀ + add (S, N, out)."""
-        x = x[..., : self.weight.size(2)]
-        if x.size(1) <= FEW_STACKED and x.device.type == "cpu":
-            # as W xᵀ, which was measured to be faster for few rows
-            if add is None:
-                return torch.bmm(self.weight, x.mT).mT
-            return torch.baddbmm(add[..., None], self.weight, x.mT).mT  # (S, N, out)
+    def ways(self, rows: int) -> list[str]:
+        if self.weight.device.type != "cpu":
+            return ["by_rows"]
+        names = ["by_columns", "by_rows"] if rows <= self.FEW else ["by_rows"]
+        return names if self.kernel is None else with_kernel(rows, 32, names)
+
+    def by_kernel(
+        self, x: Tensor, add: Tensor | None, y: Tensor | None = None, finish: str = ""
+    ) -> Tensor:
+        """By our own CPU kernel; y and finish as in `cpu_kernels.Stack`."""
+        return self.kernel(x, add if add is None else add[:, None], y=y, finish=finish)
+
+    def by_columns(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """As W xᵀ."""
+        if add is None:
+            return torch.bmm(self.weight, x.mT).mT
+        return torch.baddbmm(add[..., None], self.weight, x.mT).mT  # (S, N, out)
+
+    def by_rows(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """As x Wᵀ."""
         if add is None:
             return torch.bmm(x, self.weight.mT)
         return torch.baddbmm(add[:, None], x, self.weight.mT)
 
-    def gelu(self, x: Tensor, add: Tensor) -> Tensor:
-        """GELU(x Wᵀ + add) of x (S, N, in) and add (S, out): (S, N, out)."""
-        return F.gelu(self(x, add))
-
-    def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
-        """Multiplies y (S, N, out), in place, by activation(x Wᵀ)."""
-        y.mul_(activation(self(x)))
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x (S, N, in or more), add (S, out) → x Wᵀ + add (S, N, out)."""
+        x = x[..., : self.weight.size(2)]
+        return getattr(self, self.way(x.size(1), x, None))(x, add)
 
 
-class PackedStack:
+class PackedStack(MatrixStack):
     """S matrices of several shapes that are not all fp32: x (S, N, in) → (S, N, out), filled up
     with zeros to the largest `out`.
 
-    Each matrix has a product of its own, since a batched one takes a single type. For one row on a
-    GPU there is one launch for each number of bits.
+    By our own kernels there is one call, or on a GPU one launch, for each number of bits. By others
+    each matrix has a product of its own, since a batched one takes a single type.
     """
 
     def __init__(
@@ -469,24 +567,41 @@ class PackedStack:
     ):
         """tensors: of each matrix what `quantised` gives for its `bits`; outputs, inputs: the sizes
         of each, without filler."""
+        sizes = shape_class(max(outputs), max(inputs))
+        super().__init__(f"{len(bits)} of {min(bits)} to {max(bits)} bits {sizes}")
+        self.bits = bits
         self.outputs = outputs
         self.inputs = inputs
         self.width = max(outputs)
-        self.kind = torch.float32 if 32 in bits else torch.bfloat16
-        self.stacks: list[kernels.Stack] | None = None  # for one row, one for each number of bits
-        if kernels.usable(next(iter(tensors[0].values())).device):
+        device = next(iter(tensors[0].values())).device
+        scales_of = {b: [s for s, each in enumerate(bits) if each == b] for b in sorted(set(bits))}
+        self.stacks: list[kernels.Stack] | None = None  # a GPU's, for one row
+        if kernels.usable(device):
             self.stacks = []
-            for width in sorted(set(bits)):
-                scales = [s for s, b in enumerate(bits) if b == width]
+            for scales in scales_of.values():
                 stack = kernels.Stack([tensors[s] for s in scales], scales)
                 self.stacks.append(stack)
                 # The matrices for many rows are views of the stack's memory, not a second copy.
                 for s, held in zip(scales, stack.matrices(), strict=True):
                     tensors[s] = held
         self.matrices = [MATRICES[b](t, n) for b, t, n in zip(bits, tensors, outputs, strict=True)]
+        self.cpu_stacks: list[cpu_kernels.Stack] = []
+        # Not at 16 bits, which a CPU with bf16 instructions keeps in oneDNN's layout alone.
+        if cpu_kernels.usable(device) and all(matrix.kernel for matrix in self.matrices):
+            for scales in scales_of.values():
+                own = [inputs[s] for s in scales]
+                stack = cpu_kernels.Stack([tensors[s] for s in scales], scales, own)
+                self.cpu_stacks.append(stack)
+        if len(self.cpu_stacks) > 1:  # they write into one tensor, which a program would copy
+            self.opaque = frozenset({"by_kernel"})
+        fp32 = bool(self.cpu_stacks) or 32 in bits
+        self.kind = torch.float32 if fp32 else torch.bfloat16
+
+    def ways(self, rows: int) -> list[str]:
+        return with_kernel(rows, min(self.bits), ["each"]) if self.cpu_stacks else ["each"]
 
     def one_row(self, x: Tensor, add: Tensor | None, finish: str = "") -> Tensor:
-        """The product of x (S, 1, in) by our own kernels: (S, 1, out). finish: as in
+        """The product of x (S, 1, in) by our own GPU kernels: (S, 1, out). finish: as in
         `kernels.Stack`."""
         kind = self.kind if add is None else torch.promote_types(self.kind, add.dtype)
         y = x.new_empty(x.size(0), self.width, dtype=kind)  # (S, out)
@@ -494,16 +609,19 @@ class PackedStack:
             stack(x[:, 0], add, y=y, finish=finish)
         return y[:, None]
 
-    def gelu(self, x: Tensor, add: Tensor) -> Tensor:
-        """GELU(x Wᵀ + add) of x (S, N, in) and add (S, out): (S, N, out)."""
-        if self.stacks is not None and x.size(1) == 1:
-            return self.one_row(x, add, "gelu")
-        return F.gelu(self(x, add))
+    def by_kernel(
+        self, x: Tensor, add: Tensor | None, y: Tensor | None = None, finish: str = ""
+    ) -> Tensor:
+        """By our own CPU kernels; y and finish as in `cpu_kernels.Stack`."""
+        add = add if add is None else add[:, None]
+        if y is None and len(self.cpu_stacks) > 1:
+            y = x.new_empty(*x.shape[:2], self.width, dtype=torch.float32)
+        for stack in self.cpu_stacks:  # each writes the rows of its own scales
+            y = stack(x, add, y=y, finish=finish)
+        return y
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """x (S, N, in or more), add (S, out) → x Wᵀ + add (S, N, out)."""
-        if self.stacks is not None and x.size(1) == 1:
-            return self.one_row(x, add)
+    def each(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """Matrix by matrix."""
         x = x.to(self.kind)
         parts = []
         for s, matrix in enumerate(self.matrices):
@@ -513,13 +631,21 @@ class PackedStack:
         y = torch.stack(parts)  # (S, N, out)
         return y if add is None else y + add[:, None]
 
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x (S, N, in or more), add (S, out) → x Wᵀ + add (S, N, out)."""
+        if self.stacks is not None and x.size(1) == 1:
+            return self.one_row(x, add)
+        return getattr(self, self.way(x.size(1), x, None))(x, add)
+
+    def gelu(self, x: Tensor, add: Tensor) -> Tensor:
+        if self.stacks is not None and x.size(1) == 1:
+            return self.one_row(x, add, "gelu")
+        return super().gelu(x, add)
+
     def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
-        """Multiplies y (S, N, out), in place, by activation(x Wᵀ)."""
         by_kernels = self.stacks is not None and x.size(1) == 1 and activation is F.silu
-        # y is a part of a larger tensor: torch.compile would copy it around a kernel that writes to
-        # it.
         if by_kernels and not torch.compiler.is_compiling():
             for stack in self.stacks:
                 stack(x[:, 0], y=y[:, 0], finish="gate")
         else:
-            y.mul_(activation(self(x)))
+            super().gate(x, y, activation)

@@ -2,7 +2,7 @@
 
     python -m research.decoding_speed --threads 2              # every table
     python -m research.decoding_speed --threads 2 --compile    # and compiled steps beside
-    python -m research.decoding_speed --kernels                # inference/packed.py's products
+    python -m research.decoding_speed --kernels                # every way of each product
     python -m research.decoding_speed --recipes A.json B.json  # networks of several config files
     python -m research.decoding_speed --bound                  # bytes a token of config.json reads
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from common.command import Parser
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 NAMES = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}  # by bits
 WINDOWS = (256, 1024)  # tokens that are read anew for each new one, by generation without a state
+COLD = 96 * 2**20  # bytes of weights, more than the caches of the CPUs that were tried hold
 PIECE = 512  # tokens of a long text that are read at a time
 # Operations of torch that compute nothing: views, and allocations.
 VIEWS = (
@@ -42,12 +44,6 @@ VIEWS = (
     " select slice split squeeze t transpose unbind unflatten unsqueeze view view_as"
 )
 MAY_COPY = "contiguous float reshape to"  # views or nothing, unless a copy is made inside
-
-
-def read_bandwidth(rounds: int = 5) -> float:
-    """Bytes per second at which this machine reads 512 MB, the best of several."""
-    big = torch.ones(2**27)
-    return big.nbytes / min(interleaved(dict.fromkeys(range(rounds), big.sum), 2).values())
 
 
 def kernels_per_token(decoder: Decoder, state) -> Counter:
@@ -161,15 +157,19 @@ def decoding(args: argparse.Namespace) -> dict:
     for n in WINDOWS:
         ids = torch.randint(args.vocab_size, (1, n))
         calls["recompute", n] = lambda ids=ids: recompute(model, ids)
+    names = decoders | compiled
     places = [(context, 1) for context in states]
     places += [(256, rows) for rows in args.batches if rows > 1]
     for context, rows in places:
         # A compiled program is for one number of rows, and takes a minute: only for one row.
-        for name, decoder in (decoders | compiled if rows == 1 else decoders).items():
+        for name, decoder in (names if rows == 1 else decoders).items():
             calls[name, context, rows] = stepper(decoder, states[context], rows)
-    bandwidth = read_bandwidth()
+    # In turn with the steps, since on a machine that others share it changes from second to second.
+    big = torch.ones(2**27)  # 512 MB
+    calls["read", 0, 0] = big.sum
     middle = min if args.fastest else statistics.median
     seconds = interleaved(calls, args.rounds, args.seconds, middle, twice=True)
+    bandwidth = big.nbytes / seconds["read", 0, 0]
     prefill = {}
     if args.prefill:
         prompt = torch.randint(args.vocab_size, (1, 4096))
@@ -183,7 +183,7 @@ def decoding(args: argparse.Namespace) -> dict:
         "read_bandwidth_gb_per_s": bandwidth / 1e9,
         "recompute_ms": {n: 1e3 * seconds["recompute", n] for n in WINDOWS},
         "steps": [
-            step_figures(key, seconds, sizes, bandwidth) for key in calls if key[0] != "recompute"
+            step_figures(key, seconds, sizes, bandwidth) for key in calls if key[0] in names
         ],
         "seconds_to_first_token_4096": prefill,
         "kernels_per_token": {name: sum(counts.values()) for name, counts in kernels_of.items()},
@@ -233,23 +233,51 @@ def print_decoding(result: dict) -> None:
         print(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
 
 
+def passes(weight: Tensor, bits: int, rows: int) -> dict[str, Callable[[], None]]:
+    """For each way to multiply `rows` rows by `weight` (out, in) at so many bits, a call that does
+    it with one copy of the weights after the other, so many that no cache holds them."""
+    tensors = quantised(weight, bits)
+    size = sum(t.nbytes for t in tensors.values())
+    copies = [
+        MATRICES[bits]({name: t.clone() for name, t in tensors.items()}, weight.size(0))
+        for _ in range(max(1, COLD // size))
+    ]
+    x = torch.randn(rows, weight.size(1))
+
+    def one_pass(way: str) -> Callable[[], None]:
+        def call() -> None:
+            for matrix in copies:
+                getattr(matrix, way)(x, None, 1.0)
+
+        return call
+
+    return {way: one_pass(way) for way in copies[0].ways(rows)}
+
+
 @torch.no_grad()
 def kernels(args: argparse.Namespace) -> dict:
-    """Microseconds of each width's product by number of rows, beside F.linear's in fp32."""
+    """GB/s at which each way of each width's product reads the weights, by number of rows, beside
+    those that the machine reads; and which way a decoder takes."""
     result = {}
+    big = torch.ones(2**27)
     for outputs, inputs in ((512, 512), (10240, 512), (512, 10240)):
         weight = torch.randn(outputs, inputs)
-        matrices = {NAMES[bits]: MATRICES[bits](quantised(weight, bits), outputs) for bits in NAMES}
-        for rows in (1, 2, 4, 8, 16, 32, 64, 256):
-            x = torch.randn(rows, inputs)
-            calls = {"F.linear": lambda x=x: F.linear(x, weight)}  # noqa: B023
-            calls |= {name: lambda m=m, x=x: m(x) for name, m in matrices.items()}
-            times = {name: round(1e6 * s) for name, s in interleaved(calls, args.rounds).items()}
-            result[f"{outputs}×{inputs}, {rows} rows"] = times
-            print(
-                f"{outputs}×{inputs}, {rows} rows: "
-                + ", ".join(f"{name} {us}" for name, us in times.items())
-            )
+        for bits, width in NAMES.items():
+            matrix = MATRICES[bits](quantised(weight, bits), outputs)
+            size = sum(t.nbytes for t in quantised(weight, bits).values())
+            for rows in args.batches:
+                calls = passes(weight, bits, rows)
+                times = interleaved(calls | {"read": big.sum}, args.rounds, middle=min)
+                read = big.nbytes / times.pop("read") / 1e9
+                speeds = {
+                    way: max(1, COLD // size) * size / seconds / 1e9
+                    for way, seconds in times.items()
+                }
+                taken = matrix.way(rows, torch.randn(rows, inputs), None, 1.0)
+                name = f"{outputs}×{inputs} {width}, {rows} rows"
+                result[name] = speeds | {"read": read, "taken": taken}
+                ways = ", ".join(f"{way} {speed:.1f}" for way, speed in speeds.items())
+                print(f"{name}: {ways}; read {read:.1f} GB/s; taken: {taken}", flush=True)
     return result
 
 
@@ -354,7 +382,11 @@ def read_arguments() -> argparse.Namespace:
         default=1792,
         help="GB/s for --bound (default 1792, an RTX 5090)",
     )
-    parser.add_argument("--kernels", action="store_true", help="measure the products only")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="measure every way of every product only, for --batches rows",
+    )
     parser.add_argument(
         "--recipes",
         nargs="+",

@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, at their import
 
+# Choices by timing would differ from run to run; tests of routes.py set it as they need it.
+os.environ["WAVELETLM_ROUTES"] = "fixed"
+
 from helpers import SHARED, write_settings, write_text
 
 

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common.command import InputError
+from common.device import cpu_name
 from common.figures import new_figure, plain, save_figure
 from common.files import check_regular, read_json, written_whole
 from config import Config, save_config
@@ -329,7 +330,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }

@@ -1,0 +1,275 @@
+"""Products of few rows on a CPU, by a small C++ library (cpu_kernels.cpp) that is compiled when it
+is first needed: weights at 32, 16, 8 or 4 bits as they lie in a file, several matrices in one call.
+
+For matrices s = 1 … S, each of its own size (out_s, in_s), and x (S, N, in):
+
+    total[s, n, r] = Σ_k W_s[r, k] x[s, n, k] + beta·add[s, n, r] + bias[r]
+
+and y is that, or its GELU, or what y was times its SiLU. A `Chain` makes several such products one
+after the other in one call.
+
+A product of few rows takes as long as its weights take to come from memory. torch's kernels for 8
+and 4 bits reach a half to two thirds of that speed on the machines that were tried, this one more
+(see runs.md), and rounds x less: to 16 bits with a scale for each 64 inputs, where torch's round x
+to bf16. The sums of such integers are exact, so a row's result is the same whatever the number of
+threads and of other rows.
+
+Where the library cannot be made (no C++ compiler, another system than Linux, a CPU without AVX2)
+torch's kernels do all products, and `missing()` says why. WAVELETLM_KERNELS=torch asks for that.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.command import InputError
+from common.files import cache_folder, write_whole
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# No -march=native: the file may be kept in a home that several machines share. No -ffast-math,
+# which would let the compiler change the order of sums.
+FLAGS = ["-O3", "-mavx2", "-mfma", "-std=c++17", "-fopenmp", "-fPIC"]
+SWITCH = "WAVELETLM_KERNELS"  # an environment variable: "torch" for torch's kernels alone
+FINISHES = {"": 0, "gelu": 1, "gate": 2}  # as the library numbers them
+
+
+class Unavailable(Exception):
+    """The library cannot be had here; the message says why."""
+
+
+def _compiled() -> Path:
+    """The library's file, compiled now unless an earlier process did it. Raises `Unavailable`."""
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    if shutil.which(compiler[0]) is None:
+        raise Unavailable(f"there is no C++ compiler {compiler[0]}")
+    key = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()
+    path = cache_folder() / f"cpu_kernels-{key[:16]}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "made.o")
+        linked = Path(folder, "made.so")
+        # Linked without OpenMP's library, whose functions are then those that torch has loaded: a
+        # second one would have threads of its own, which would wait against torch's.
+        for step in ([*FLAGS, "-c", SOURCE, "-o", made], ["-shared", made, "-o", linked]):
+            command = [*compiler, *map(str, step)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                line = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+                raise Unavailable(f"{compiler[0]} cannot compile {SOURCE.name}: {line}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, linked.read_bytes())
+    return path
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    if os.environ.get(SWITCH) == "torch":
+        return None, f"{SWITCH} is torch"
+    try:
+        has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        if sys.platform != "linux" or platform.machine() != "x86_64" or not has_avx2:
+            raise Unavailable("they are for Linux on x86-64 with AVX2")
+        if not torch.backends.openmp.is_available():
+            raise Unavailable("this torch is without OpenMP")
+        library = ctypes.CDLL(str(_compiled()))
+    except (Unavailable, InputError) as error:
+        return None, str(error)
+    except OSError as error:  # no room for the file, or one that the loader refuses
+        return None, f"the library cannot be made or loaded ({error})"
+    number, address, fp32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+    library.product.argtypes = [
+        number, address, number, number,  # bits, table, count, rows
+        address, number, number, number,  # x, x_width, x_place, x_row
+        address, number, number, address,  # add, add_place, add_row, bias
+        address, number, number, number, number, fp32,  # y, width, y_place, y_row, how, beta
+    ]  # fmt: skip
+    library.product.restype = None
+    library.chain.argtypes = [address, number, address]
+    library.chain.restype = None
+    _define_operation()
+    return library, ""
+
+
+@functools.cache
+def _define_operation() -> None:
+    """Makes the product an operation of torch's, as which torch.compile can call it."""
+    name = "waveletlm::product"
+    arguments = (
+        "Tensor table, int bits, int width, Tensor x, Tensor? add, float beta, Tensor? bias,"
+        " str finish"
+    )
+    torch.library.define(name, f"({arguments}) -> Tensor")
+    torch.library.impl(name, "CPU")(_product)
+
+    @torch.library.register_fake(name)
+    def shape(table, bits, width, x, add, beta, bias, finish):
+        return x.new_empty(*x.shape[:-1], width, dtype=torch.float32)
+
+
+def _product(
+    table: Tensor,
+    bits: int,
+    width: int,
+    x: Tensor,
+    add: Tensor | None,
+    beta: float,
+    bias: Tensor | None,
+    finish: str,
+    y: Tensor | None = None,
+) -> Tensor:
+    """The library's product, as `Stack` gives it: table (S, 6), width of y."""
+    x = _readable(x)
+    if y is None:
+        y = x.new_empty(*x.shape[:-1], width)
+    add_place = add_row = 0
+    if add is not None:
+        add = _readable(add)
+        add_place, add_row = _steps(add)
+    bias = None if bias is None else _readable(bias)
+    x_place, x_row = _steps(x)
+    y_place, y_row = _steps(y)
+    _load()[0].product(
+        bits, table.data_ptr(), table.size(0), x.size(-2), x.data_ptr(), x.size(-1), x_place, x_row,
+        None if add is None else add.data_ptr(), add_place, add_row,
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(), y.size(-1), y_place, y_row, FINISHES[finish], beta,
+    )  # fmt: skip
+    return y
+
+
+def _readable(t: Tensor) -> Tensor:
+    """t as the library reads it: in fp32, the numbers of its last dimension side by side."""
+    t = t.float()
+    return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+
+
+def _steps(t: Tensor) -> tuple[int, int]:
+    """How far the places (S, …) and the rows (…, N, ·) of t lie apart; 0 where there is one, which
+    then stands for all."""
+    row = t.stride(-2) if t.size(-2) > 1 else 0
+    place = t.stride(0) if t.dim() == 3 and t.size(0) > 1 else 0
+    return place, row
+
+
+def missing() -> str:
+    """Why there are no kernels of our own on this CPU; empty where there are."""
+    return _load()[1]
+
+
+def usable(device: torch.device) -> bool:
+    """Whether these kernels multiply few rows on this device."""
+    return device.type == "cpu" and _load()[0] is not None
+
+
+class Stack:
+    """S matrices with weights of one kind, and their products with N rows of x each.
+
+    The weights are used as they lie: the stack keeps no copy.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[dict[str, Tensor]],
+        places: Sequence[int] | None = None,
+        inputs: Sequence[int] | None = None,
+    ):
+        """matrices: of each what `packed.quantised` gives, all of one kind; places: the rows of x
+        and y that are theirs, where a product has matrices of other kinds too; inputs: of each
+        without filler, where x has more."""
+        kind = next(iter(matrices[0]))
+        self.bits = {"float32": 32, "float16": 16, "int8": 8, "int4": 4}[kind]
+        self.held = [{name: t.contiguous() for name, t in m.items()} for m in matrices]
+        places = range(len(matrices)) if places is None else places
+        entries = []
+        for s, (place, tensors) in enumerate(zip(places, self.held, strict=True)):
+            weight = tensors[kind]
+            steps = tensors.get("scale", tensors.get("steps", weight))  # weight: it has none
+            size = weight.size(1) * (2 if kind == "int4" else 1)
+            reads = size if inputs is None else inputs[s]
+            numbers = [place, weight.size(0), size, reads]
+            entries.append([weight.data_ptr(), steps.data_ptr(), *numbers])
+        self.outputs = max(entry[3] for entry in entries)
+        # (S, 6) int64, the library's `Matrix` each
+        self.table = torch.tensor(entries, device="cpu")
+
+    def matrices(self) -> list[dict[str, Tensor]]:
+        """The matrices one by one, as `packed.quantised` gives them."""
+        return self.held
+
+    def __call__(
+        self, x: Tensor, add: Tensor | None = None, beta: float = 1.0, y: Tensor | None = None,
+        bias: Tensor | None = None, finish: str = "",
+    ) -> Tensor:  # fmt: skip
+        """N rows of x (S, N, in) for each matrix → y (S, N, out), which is zero beyond a smaller
+        matrix's rows; of a stack of one matrix x may be (N, in), and y is (N, out) then.
+
+        x: of any float type. add, (S or 1, N or 1, out) or (N or 1, out), is added times beta; bias
+        (out,) to each product. y: where to write, fp32; if None a new tensor. finish: "gelu" of the
+        sum; "gate", where y is multiplied by the sum's SiLU.
+        """
+        if torch.compiler.is_compiling():
+            assert y is None, "a program would copy the tensor that it writes a part of"
+            product = torch.ops.waveletlm.product
+            return product(self.table, self.bits, self.outputs, x, add, beta, bias, finish)
+        return _product(self.table, self.bits, self.outputs, x, add, beta, bias, finish, y)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A product of a chain: y = finish(W x + beta·add + bias), for a stack of one matrix.
+
+    x, add and y are the places in the chain's room, in numbers, where each begins; `inputs` how
+    many x has; add None: nothing is added. bias (out,) or None.
+    """
+
+    stack: Stack
+    inputs: int
+    x: int
+    y: int
+    add: int | None = None
+    beta: float = 1.0
+    bias: Tensor | None = None
+    finish: str = ""
+
+
+class Chain:
+    """Products of one row each, made one after the other in one call: between two of them there is
+    no Python, and the threads do not go to sleep."""
+
+    def __init__(self, links: Sequence[Link]):
+        """links: in their order; each may read what those before it wrote."""
+        self.links = list(links)  # the table has their addresses, so they must not be freed
+        self.biases = [None if x.bias is None else x.bias.float().contiguous() for x in links]
+        entries = []
+        for link, bias in zip(self.links, self.biases, strict=True):
+            stack = link.stack
+            beta = struct.unpack("q", struct.pack("d", link.beta))[0]  # its bits
+            entries.append(
+                [
+                    stack.bits, stack.table.data_ptr(), link.x, link.inputs,
+                    -1 if link.add is None else link.add, beta,
+                    0 if bias is None else bias.data_ptr(),
+                    link.y, stack.outputs, FINISHES[link.finish],
+                ]
+            )  # fmt: skip
+        self.table = torch.tensor(entries, device="cpu")  # (links, 10) int64
+
+    def __call__(self, room: Tensor) -> None:
+        """room (·,) in fp32 holds what the links read, and then what they wrote."""
+        _load()[0].chain(self.table.data_ptr(), len(self.links), room.data_ptr())

@@ -1,0 +1,154 @@
+"""Our own CPU kernels: the products that other ways give, whatever rows and threads there are, and
+what is said where there are none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_ids, random_model, tiny
+
+from inference import cpu_kernels
+from inference.decode import Decoder
+from inference.packed import quantised
+from inference.weights import Table
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(
+    not cpu_kernels.usable(CPU), reason=f"no CPU kernels: {cpu_kernels.missing()}"
+)
+# (out, in): less than a register, whole groups, several groups and a part, wide and narrow
+SHAPES = [(7, 5), (100, 64), (33, 70), (512, 130), (20, 1000)]
+BITS = [32, 16, 8, 4]
+
+
+def whole(tensors: dict[str, torch.Tensor], inputs: int) -> torch.Tensor:
+    """The matrix (out, in) in fp32 that quantised tensors stand for."""
+    table = Table(tensors, inputs)
+    return table(torch.arange(table.held.size(0)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_that_of_the_weights_as_they_were_rounded(shape, bits):
+    outputs, inputs = shape
+    tensors = quantised(torch.randn(shape), bits)
+    stack = cpu_kernels.Stack([tensors])
+    for rows in (1, 3, 9):
+        x = torch.randn(rows, inputs)
+        add = torch.randn(rows, outputs)
+        bias = torch.randn(outputs)
+        y = stack(x, add, 0.5, bias=bias)
+        expected = x @ whole(tensors, inputs).T + 0.5 * add + bias
+        # For integers each x is off by up to half of 3/32,767, at random, and w is up to 3.
+        torch.testing.assert_close(y, expected, atol=2e-4 * inputs**0.5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+def test_a_row_is_the_same_whatever_rows_and_threads_there_are(bits):
+    # large enough for several threads
+    stack = cpu_kernels.Stack([quantised(torch.randn(701, 200), bits)])
+    x = torch.randn(9, 200)
+    together = stack(x)
+    assert torch.equal(together, torch.cat([stack(row) for row in x.split(1)]))
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(stack(x), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+def test_matrices_of_several_sizes_are_one_call(bits):
+    shapes = [(10, 70), (4, 130), (16, 64)]
+    tensors = [quantised(torch.randn(shape), bits) for shape in shapes]
+    x = torch.randn(3, 5, 150)
+    stack = cpu_kernels.Stack(tensors, inputs=[shape[1] for shape in shapes])
+    y = stack(x)
+    assert y.shape == (3, 5, 16)
+    for s, (outputs, inputs) in enumerate(shapes):
+        expected = x[s, :, :inputs] @ whole(tensors[s], inputs).T
+        torch.testing.assert_close(y[s, :, :outputs], expected, atol=2e-3, rtol=1e-4)
+        assert not y[s, :, outputs:].any()
+
+
+@needs_kernels
+def test_finishes_are_torchs_functions():
+    weight = torch.randn(300, 64)
+    stack = cpu_kernels.Stack([{"float32": weight}])
+    x = torch.randn(2, 64) * torch.tensor([[0.1], [3.0]])  # small sums, and some far from zero
+    sums = x @ weight.T
+    torch.testing.assert_close(stack(x, finish="gelu"), F.gelu(sums), atol=1e-5, rtol=1e-5)
+    y = torch.randn(2, 300)
+    expected = y * F.silu(sums)
+    stack(x, y=y, finish="gate")
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bits, bad):
+    stack = cpu_kernels.Stack([quantised(torch.randn(9, 80), bits)])
+    x = torch.randn(2, 80)
+    x[0, 70] = bad
+    y = stack(x)
+    assert not y[0].isfinite().any()
+    assert y[1].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("keys", [{}, {"levels": 1}])
+def test_a_chain_gives_what_its_products_give_one_by_one(keys, bits):
+    decoder = Decoder(random_model(tiny(**keys)), bits)
+    ids = random_ids(1, 12)
+    by_chain = []
+    one_by_one = []
+    for into in (by_chain, one_by_one):
+        state = decoder.start(1, stream=True)
+        for token in ids.split(1, dim=1):
+            logits, state = decoder(token, state)
+            into.append(logits)
+        for wavelet in {block.branch.wavelet for block in decoder.blocks}:
+            assert into is one_by_one or wavelet.chain is not None
+            wavelet.chain = None
+    torch.testing.assert_close(torch.cat(by_chain), torch.cat(one_by_one), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def afresh(monkeypatch, tmp_path):
+    """Has the library looked for anew, in an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(cpu_kernels.SWITCH, raising=False)
+    cpu_kernels._load.cache_clear()
+    yield monkeypatch
+    cpu_kernels._load.cache_clear()
+
+
+def test_without_a_compiler_torch_multiplies_and_the_reason_is_named(afresh):
+    afresh.setenv("CXX", "/no/such/compiler")
+    assert not cpu_kernels.usable(CPU)
+    assert "/no/such/compiler" in cpu_kernels.missing() or "Linux" in cpu_kernels.missing()
+    model = random_model(tiny(layers=1))
+    ids = random_ids(2, 5)
+    with torch.no_grad():
+        expected, _ = model(ids)
+    for bits, tolerance in ((None, 1e-4), (8, 0.1)):
+        logits, _ = Decoder(model, bits)(ids, last_only=False)
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(afresh, tmp_path):
+    afresh.setenv("CXX", "false")
+    assert cpu_kernels.missing()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_torchs_kernels_can_be_asked_for(afresh):
+    afresh.setenv(cpu_kernels.SWITCH, "torch")
+    assert not cpu_kernels.usable(CPU)
+    assert cpu_kernels.SWITCH in cpu_kernels.missing()
