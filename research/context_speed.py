@@ -16,12 +16,15 @@ grows with their square; that of a step does not hang on what a cache holds. Mam
 size and one cost, so it has read 16 tokens only. A cache beyond --memory is not made; its size is
 computed.
 
-At each context and batch all networks take their steps in turn, and the median counts.
+At each context and batch all networks take their steps in turn, and the median counts. Figures that
+the folder has of other contexts or batches stay, so a long measurement can be made in parts.
 """
 
 import argparse
 import json
 import statistics
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +35,7 @@ from torch import Tensor, nn
 
 from common.command import InputError, Parser, run_command
 from common.figures import new_figure, save_figure
-from common.files import written_whole
+from common.files import read_json, written_whole
 from config import Config, load_config
 from inference.decode import Decoder
 from model import WaveletLM, build_model
@@ -90,7 +93,7 @@ def mamba_config(width: int, parameters: int, vocab_size: int):
         return library.Mamba2Config(
             vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, state_size=states,
             expand=2, head_dim=HEAD, num_heads=2 * width // HEAD, n_groups=1,
-            tie_word_embeddings=False,
+            chunk_size=STATE_TOKENS, tie_word_embeddings=False,
         )  # fmt: skip
 
     def count(layers: int, states: int) -> int:
@@ -202,8 +205,10 @@ class Mamba2:
 
     def start(self, rows: int) -> tuple[Any, int]:
         """A state of so many rows, and its bytes."""
-        cache = transformers_library().DynamicCache(config=self.network.config)
-        read(self.network, torch.zeros(rows, STATE_TOKENS, dtype=torch.int64), cache)
+        cache = empty_cache(self.network.config, "dynamic", STATE_TOKENS)
+        # One text, whose state is copied: many at once would take gigabytes to be read.
+        read(self.network, torch.zeros(1, STATE_TOKENS, dtype=torch.int64), cache)
+        cache.reorder_cache(torch.zeros(rows, dtype=torch.int64))
         tensors = [
             tensor
             for layer in cache.layers
@@ -303,15 +308,17 @@ def cell(row: dict[str, Any], memory: float) -> str:
 def table(result: dict[str, Any]) -> str:
     """The figures as a table in Markdown: a line for each network and batch."""
     rows = {(row["network"], row["batch"], row["context"]): row for row in result["rows"]}
-    contexts = list(dict.fromkeys(row["context"] for row in result["rows"]))
+    contexts = sorted({row["context"] for row in result["rows"]})
     lines = [
         f"Tokens/s, and the state or cache (of Llama its kind); {result['threads']} threads.\n",
         "| network | parameters | batch | " + " | ".join(f"{c:,}" for c in contexts) + " |",
         "| --- " * (3 + len(contexts)) + "|",
     ]
     for batch, name in dict.fromkeys((row["batch"], row["network"]) for row in result["rows"]):
-        cells = [cell(rows[name, batch, c], result["memory_gib"]) for c in contexts]
-        parameters = rows[name, batch, contexts[0]]["parameters"]
+        own = {row["context"]: row for key, row in rows.items() if key[:2] == (name, batch)}
+        # Where the folder has a context for some batches only, others have an empty place.
+        cells = [cell(own[c], result["memory_gib"]) if c in own else "" for c in contexts]
+        parameters = next(iter(own.values()))["parameters"]
         lines.append(f"| {name} | {parameters / 1e6:.1f}M | {batch} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -367,27 +374,54 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def earlier_rows(out: Path, settings: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+    """The rows of figures that `out` has, by network, context and batch. Raises `InputError` where
+    they were made otherwise than with `settings`."""
+    path = out / "figures.json"
+    if not path.exists():
+        return {}
+    result = read_json(path)
+    other = {key: result.get(key) for key in settings if result.get(key) != settings[key]}
+    if other:
+        key, value = next(iter(other.items()))
+        raise InputError(f"{key}: {out} has figures of {key} {value}; give another --out")
+    return {key_of(row): row for row in result["rows"]}
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["network"], row["context"], row["batch"]
+
+
+def save(result: dict[str, Any], out: Path) -> None:
+    """Writes figures.json, table.md and context.png."""
+    figures = json.dumps(result, indent=1) + "\n"
+    for name, content in (("figures.json", figures), ("table.md", table(result))):
+        with written_whole(out / name) as beside:
+            beside.write_text(content, encoding="utf-8")
+    draw(result["rows"], out / "context.png")
+
+
 def main() -> None:
     args = read_arguments()
     torch.set_num_threads(args.threads)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "threads": args.threads, "C": args.C, "vocab_size": args.vocab_size,
+        "memory_gib": args.memory,
+    }  # fmt: skip
+    rows = earlier_rows(out, settings)
     config = load_config(ROOT / "config.json", C=args.C, pkm_enabled=False, fwpkm_enabled=False)
     contenders = networks(config, args.vocab_size, args.contexts, args.text)
-    rows = []
     for batch in args.batches:
         for context in args.contexts:
-            rows += measured(contenders, context, batch, args)
-    result = {"threads": args.threads, "memory_gib": args.memory, "rows": rows}
-    text = table(result)
-    print(text, end="")
-    for name, content in (
-        ("figures.json", json.dumps(result, indent=1) + "\n"),
-        ("table.md", text),
-    ):
-        with written_whole(out / name) as beside:
-            beside.write_text(content, encoding="utf-8")
-    draw(rows, out / "context.png")
+            began = time.perf_counter()
+            rows |= {key_of(row): row for row in measured(contenders, context, batch, args)}
+            seconds = time.perf_counter() - began
+            print(f"context {context:,}, batch {batch}: {seconds:.0f} s", file=sys.stderr)
+            in_order = sorted(rows.values(), key=lambda row: (row["batch"], row["context"]))
+            save(settings | {"rows": in_order}, out)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
 
 
 if __name__ == "__main__":

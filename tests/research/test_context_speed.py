@@ -78,9 +78,9 @@ def test_a_filled_cache_has_the_size_that_is_told_and_is_gone_on_from(contenders
     assert room.get_seq_length() == context + 3
 
 
-def run(monkeypatch, out, *more: str) -> dict:
+def run(monkeypatch, out, batches, *more: str) -> dict:
     sizes = ["--C", "64", "--vocab_size", str(VOCAB), "--contexts", *map(str, CONTEXTS)]
-    how = ["--batches", "1", "3", "--rounds", "2", "--threads", "1", "--out", str(out), *more]
+    how = ["--batches", *batches, "--rounds", "2", "--threads", "1", "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", ["context_speed.py", *sizes, *how])
     context_speed.main()
     return json.loads((out / "figures.json").read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def run(monkeypatch, out, *more: str) -> dict:
 
 def test_the_table_has_every_network_batch_and_context(monkeypatch, tmp_path, capsys):
     gib = 100 * 2**10 / 2**30  # a cache of 100 KiB: enough for the shorter text alone
-    rows = run(monkeypatch, tmp_path, "--memory", str(gib))["rows"]
+    rows = run(monkeypatch, tmp_path, ["1", "3"], "--memory", str(gib))["rows"]
     assert len(rows) == 5 * len(CONTEXTS) * 2
     assert len({(row["network"], row["context"], row["batch"]) for row in rows}) == len(rows)
     for row in rows:
@@ -99,6 +99,18 @@ def test_the_table_has_every_network_batch_and_context(monkeypatch, tmp_path, ca
     assert printed.count("\n| ") == 2 + 5 * 2
     assert printed.count("does not fit in") == sum(row["tokens_per_s"] is None for row in rows)
     assert (tmp_path / "context.png").stat().st_size > 1000
+
+
+def test_a_folder_keeps_the_figures_of_other_batches_and_takes_none_made_otherwise(
+    monkeypatch, tmp_path, contenders
+):
+    monkeypatch.setattr(context_speed, "networks", lambda *_: contenders)
+    first = run(monkeypatch, tmp_path, ["3"])["rows"]
+    both = run(monkeypatch, tmp_path, ["1"])["rows"]
+    assert [row["batch"] for row in both] == [1] * len(first) + [3] * len(first)
+    assert both[len(first) :] == first
+    with pytest.raises(InputError, match="memory_gib: .* has figures of memory_gib 8"):
+        run(monkeypatch, tmp_path, ["1"], "--memory", "1")
 
 
 def test_our_state_does_not_grow_and_llamas_cache_does(contenders):
