@@ -346,6 +346,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         memory.plot([row["context"] for row in large], sizes, "kx", zorder=3)
     for axes, what in ((speed, "tokens/s"), (memory, "state or cache, MiB (×: does not fit)")):
         axes.set(xlabel="context, tokens", ylabel=what, xscale="log", yscale="log")
+        lengths = sorted({row["context"] for row in rows})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     save_figure(figure, path)
