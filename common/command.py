@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from common.cores import watch_cores
+
 MOST_CHARACTERS = 1000  # of an error's line: a value of a million digits is not worth a screen
 
 ADVICE = {  # what to do about the system's errors whose own words do not say it
@@ -93,8 +95,9 @@ def one_line(text: str) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. Bad input and what the system refuses end it with one line on stderr
-    and exit code 2, Ctrl-C with 130, an output that nobody reads any more (`| head`) with 141."""
+    """Runs a script's `main`, with an eye on who else uses the cores. Bad input and what the system
+    refuses end it with one line on stderr and exit code 2, Ctrl-C with 130, an output that nobody
+    reads any more (`| head`) with 141."""
     for stream in (sys.stdout, sys.stderr):
         # a terminal that cannot show a character (cp1252, ascii) is no reason to stop
         if hasattr(stream, "reconfigure"):
@@ -103,7 +106,8 @@ def run_command(main: Callable[[], None]) -> None:
         # what is not UTF-8 is found where it is used, and named
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
-        main()
+        with watch_cores():
+            main()
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -126,6 +126,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 
 import torch
 
@@ -142,6 +143,7 @@ def watch(event, arguments):
 def seen():
     return {
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "running": threading.active_count(),
         "type": torch.get_default_dtype(),
         "precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
