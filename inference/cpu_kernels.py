@@ -102,24 +102,39 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.product.restype = None
     library.chain.argtypes = [address, number, address]
     library.chain.restype = None
-    _define_operation()
+    _define_operations()
     return library, ""
 
 
 @functools.cache
-def _define_operation() -> None:
-    """Makes the product an operation of torch's, as which torch.compile can call it."""
-    name = "waveletlm::product"
+def _define_operations() -> None:
+    """Makes both functions operations of torch's, as which torch.compile can call them."""
+    product = "waveletlm::product"
+    chain = "waveletlm::chain"
     arguments = (
         "Tensor table, int bits, int width, Tensor x, Tensor? add, float beta, Tensor? bias,"
         " str finish"
     )
-    torch.library.define(name, f"({arguments}) -> Tensor")
-    torch.library.impl(name, "CPU")(_product)
+    torch.library.define(product, f"({arguments}) -> Tensor")
+    torch.library.impl(product, "CPU")(_product)
+    torch.library.define(chain, "(Tensor table, Tensor start, int size) -> Tensor")
+    torch.library.impl(chain, "CPU")(_chain)
 
-    @torch.library.register_fake(name)
-    def shape(table, bits, width, x, add, beta, bias, finish):
+    @torch.library.register_fake(product)
+    def product_shape(table, bits, width, x, add, beta, bias, finish):
         return x.new_empty(*x.shape[:-1], width, dtype=torch.float32)
+
+    @torch.library.register_fake(chain)
+    def chain_shape(table, start, size):
+        return start.new_empty(size, dtype=torch.float32)
+
+
+def _chain(table: Tensor, start: Tensor, size: int) -> Tensor:
+    """The library's chain, as `Chain` gives it: table (links, 10)."""
+    room = start.new_empty(size)
+    room[: start.size(0)] = start
+    _load()[0].chain(table.data_ptr(), table.size(0), room.data_ptr())
+    return room
 
 
 def _product(
@@ -252,8 +267,9 @@ class Chain:
     """Products of one row each, made one after the other in one call: between two of them there is
     no Python, and the threads do not go to sleep."""
 
-    def __init__(self, links: Sequence[Link]):
-        """links: in their order; each may read what those before it wrote."""
+    def __init__(self, links: Sequence[Link], size: int):
+        """links: in their order; each may read what those before it wrote. size: of the room."""
+        self.size = size
         self.links = list(links)  # the table has their addresses, so they must not be freed
         self.biases = [None if x.bias is None else x.bias.float().contiguous() for x in links]
         entries = []
@@ -270,6 +286,8 @@ class Chain:
             )  # fmt: skip
         self.table = torch.tensor(entries, device="cpu")  # (links, 10) int64
 
-    def __call__(self, room: Tensor) -> None:
-        """room (·,) in fp32 holds what the links read, and then what they wrote."""
-        _load()[0].chain(self.table.data_ptr(), len(self.links), room.data_ptr())
+    def __call__(self, start: Tensor) -> Tensor:
+        """The room (size,) in fp32 that begins with `start`, after all products."""
+        if torch.compiler.is_compiling():
+            return torch.ops.waveletlm.chain(self.table, start, self.size)
+        return _chain(self.table, start, self.size)

@@ -120,15 +120,14 @@ class FoldedLifting:
     def make_chain(self) -> cpu_kernels.Chain | None:
         """All products of `step` as one call of our own CPU kernels, if there are such.
 
-        Its room has rows of P numbers: the J levels' inputs, the approximation, the details from
-        coarse to fine, the J odd inputs; behind them is what a network's hidden layer gives.
+        Its room has rows of P numbers: the J odd inputs, the J levels' inputs, the approximation,
+        the details from coarse to fine; behind them is what a network's hidden layer gives.
         """
         nets = [*self.predict, *self.update]
         matrices = [m for net in nets for m in (net.hidden, net.last) if m is not None]
         if any(matrix.kernel is None for matrix in matrices):
             return None
         hidden = (3 * self.levels + 1) * self.width
-        self.room_size = hidden + max(matrix.outputs for matrix in matrices)
         links = []
 
         def through(net: FoldedNet, x: int, y: int, **last) -> None:
@@ -141,13 +140,13 @@ class FoldedLifting:
             links.append(Link(net.last.kernel, inputs, x, y, **last))
 
         for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
-            cur = level * self.width
-            detail = (2 * self.levels - level) * self.width  # the finest, of level 0, comes last
-            odd = (2 * self.levels + 1 + level) * self.width
+            odd = level * self.width
+            cur = (self.levels + level) * self.width
+            detail = (3 * self.levels - level) * self.width  # the finest, of level 0, comes last
             through(predict, cur, detail, add=odd)
             bias = update.bias
             through(update, detail, cur + self.width, add=cur, beta=math.sqrt(0.5), bias=bias)
-        return cpu_kernels.Chain(links)
+        return cpu_kernels.Chain(links, hidden + max(matrix.outputs for matrix in matrices))
 
     def lagged(self, tape: Tape) -> Tensor:
         """The odd input of every level at the next token, divided by √2: (B, J, P).
@@ -237,9 +236,9 @@ class FoldedLifting:
     def step(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
         """`decompose` of one token: cur (B, P), and odd (B, J, P), as `lagged` gives it →
         coefficients (S, B, P), and the entry of the tape, as a list of J tensors (B, P)."""
-        if self.chain is not None and cur.size(0) == 1 and not torch.compiler.is_compiling():
-            return self.step_by_chain(cur, odd)
         odd = odd + self.predict_bias
+        if self.chain is not None and cur.size(0) == 1:
+            return self.step_by_chain(cur, odd)
         if self.has_kernels and cur.size(0) == 1:
             rows = self.room(cur)
             rows[0].copy_(cur)
@@ -255,14 +254,12 @@ class FoldedLifting:
         return torch.stack([cur, *reversed(details)]), {"lags": inputs}
 
     def step_by_chain(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
-        """`step` of one text by `make_chain`'s products; the tape's entry is a tensor (1, J, P)."""
-        room = cur.new_empty(self.room_size)
-        count = 2 * self.levels + 1
-        rows = room[: (count + self.levels) * self.width].view(-1, self.width)
-        rows[0] = cur[0]
-        torch.add(odd[0], self.predict_bias, out=rows[count:])
-        self.chain(room)
-        return rows[self.levels : count, None], {"lags": rows[None, : self.levels]}
+        """`step` of one text by `make_chain`'s products; odd (1, J, P) with the Predict networks'
+        bias. The tape's entry is a tensor (1, J, P)."""
+        room = self.chain(torch.cat([odd[0], cur]).flatten())
+        rows = room[self.levels * self.width :][: (2 * self.levels + 1) * self.width]
+        rows = rows.view(-1, self.width)  # (2·J + 1, P)
+        return rows[self.levels :, None], {"lags": rows[None, : self.levels]}
 
     def room(self, like: Tensor) -> list[Tensor | None]:
         """For `step_by_kernels`: 2·J + 1 rows (1, P) of one tensor, each for the result of one

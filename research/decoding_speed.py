@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from common.command import Parser
+from common.command import Parser, run_command
 from config import Config, load_config
 from inference.decode import Decoder
 from inference.packed import MATRICES, quantised
@@ -417,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.command import Parser
+from common.command import Parser, run_command
 from common.device import cpu_multiplies_bf16
 from config import make_config
 from layers.loss import linear_cross_entropy
@@ -469,4 +469,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
