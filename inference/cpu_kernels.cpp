@@ -470,7 +470,56 @@ void run(const Call* calls, int64_t many) {
   }
 }
 
+// ===== Unpacking
+
+// The bits of the bf16 nearest to each of 8 numbers, in the lower halves; even ones at ties.
+inline __m256i bf16_of(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff));
+  return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+}
+
+// A row of 4-bit weights, n of them, as `dot_int4` has it, to fp32 or bf16.
+void unpack_row(const uint8_t* w, const uint16_t* steps, int64_t n, bool to_bf16, void* to) {
+  const __m256i low = _mm256_set1_epi32(15);
+  for (int64_t k = 0; k < n; k += 2 * LANES) {  // 8 bytes at a time
+    const __m256 scale = _mm256_set1_ps(of_bf16(steps[2 * (k / GROUP)]));
+    const __m256 offset = _mm256_set1_ps(of_bf16(steps[2 * (k / GROUP) + 1]));
+    const __m256 lowest = _mm256_fnmadd_ps(_mm256_set1_ps(8), scale, offset);
+    const auto* at = reinterpret_cast<const __m128i*>(w + k / 2);
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at));
+    const __m256i first = _mm256_and_si256(bytes, low);
+    const __m256i second = _mm256_srli_epi32(bytes, 4);
+    const __m256 even = _mm256_fmadd_ps(_mm256_cvtepi32_ps(first), scale, lowest);
+    const __m256 odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(second), scale, lowest);
+    if (to_bf16) {
+      auto* const out = reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + k);
+      _mm256_storeu_si256(
+          out, _mm256_or_si256(bf16_of(even), _mm256_slli_epi32(bf16_of(odd), 16)));
+    } else {
+      float* const out = static_cast<float*>(to) + k;
+      const __m256 front = _mm256_unpacklo_ps(even, odd);  // in each half of the register
+      const __m256 back = _mm256_unpackhi_ps(even, odd);
+      _mm256_storeu_ps(out, _mm256_permute2f128_ps(front, back, 0x20));
+      _mm256_storeu_ps(out + LANES, _mm256_permute2f128_ps(front, back, 0x31));
+    }
+  }
+}
+
 }  // namespace
+
+// 4-bit weights (rows, inputs), inputs in whole groups, to fp32 or bf16 of the same shape.
+extern "C" void unpack(
+    const uint8_t* w, const uint16_t* steps, int64_t rows, int64_t inputs, int64_t to_bf16,
+    void* to) {
+  const int64_t bytes = to_bf16 ? 2 : 4;
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r++)
+    unpack_row(
+        w + r * inputs / 2, steps + 2 * r * inputs / GROUP, inputs, to_bf16,
+        static_cast<char*>(to) + r * inputs * bytes);
+}
 
 extern "C" void product(
     int64_t bits, const void* table, int64_t count, int64_t rows, const float* x, int64_t x_width,

@@ -102,6 +102,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.product.restype = None
     library.chain.argtypes = [address, number, address]
     library.chain.restype = None
+    library.unpack.argtypes = [address, address, number, number, number, address]
+    library.unpack.restype = None
     _define_operations()
     return library, ""
 
@@ -190,6 +192,16 @@ def missing() -> str:
 def usable(device: torch.device) -> bool:
     """Whether these kernels multiply few rows on this device."""
     return device.type == "cpu" and _load()[0] is not None
+
+
+def unpacked(packed: Tensor, steps: Tensor, kind: torch.dtype) -> Tensor:
+    """4-bit weights (n, in), of bytes (n, in/2) and steps (n, in/64, 2) as `packed.to_int4` gives
+    them, in `kind`, fp32 or bf16."""
+    w = packed.new_empty(packed.size(0), 2 * packed.size(1), dtype=kind)
+    _load()[0].unpack(
+        packed.data_ptr(), steps.data_ptr(), *w.shape, kind == torch.bfloat16, w.data_ptr()
+    )
+    return w
 
 
 class Stack:

@@ -460,6 +460,8 @@ class Int4Matrix(Matrix):
     def unpacked(self, packed: Tensor, steps: Tensor) -> Tensor:
         """Rows of W (n, in) in the wide type, from their bytes (n, in/2) and steps (n, groups,
         2)."""
+        if self.kernel is not None and not torch.compiler.is_compiling():
+            return cpu_kernels.unpacked(packed, steps, self.wide)
         q = packed.new_empty(*packed.shape, 2, dtype=self.wide)
         # A half byte h, from 0 to 15, stands for h − 8. XOR with 8 flips its highest bit, and what
         # results is h − 8 as a signed number of 4 bits. Shifts of int8 keep the sign: to the left

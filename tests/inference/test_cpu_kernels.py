@@ -76,6 +76,16 @@ def test_matrices_of_several_sizes_are_one_call(bits):
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(7, 64), (33, 200)])
+def test_4_bit_weights_are_unpacked_as_a_table_reads_them(shape):
+    tensors = quantised(torch.randn(shape), 4)
+    expected = whole(tensors, tensors["int4"].size(1) * 2)
+    for kind in (torch.float32, torch.bfloat16):
+        w = cpu_kernels.unpacked(tensors["int4"], tensors["steps"], kind)
+        torch.testing.assert_close(w, expected.to(kind))
+
+
+@needs_kernels
 def test_finishes_are_torchs_functions():
     weight = torch.randn(300, 64)
     stack = cpu_kernels.Stack([{"float32": weight}])
