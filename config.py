@@ -159,7 +159,13 @@ class Config(BaseModel):
     )
     mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0, le=MOST_REPEATS)
     mlp_layers: int = option(
-        2, "linear layers of the MLP, with a GELU between each two; 1 = two without", ge=1, le=64
+        2,
+        "linear layers of the MLP, with mlp_activation between each two; 1 = two without",
+        ge=1,
+        le=64,
+    )
+    mlp_activation: Literal["gelu", "relu2"] = option(
+        "gelu", "activation of the MLP: GELU, or the square of ReLU, which costs a CPU less"
     )
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
     looped_blocks: bool = option(

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inference import fused
-from inference.packed import GROUP, product_gelu, product_sum, round_up
+from inference.packed import GROUP, Matrix, product_gelu, product_sum, round_up
 from inference.tape import Tape
 from inference.weights import PackedWeights
 from layers.memory import AssociativeMemory, NgramEmbedding, read_slots, recall
@@ -44,6 +44,7 @@ from model import (
     Mixer,
     ProductKeyMemory,
     RunningMean,
+    SquaredReLU,
     best_slots,
 )
 
@@ -524,8 +525,10 @@ class MLP:
 
     def __init__(self, block: Block, name: str, weights: PackedWeights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
-        # With mlp_layers 1 the MLP is two maps without a GELU between them.
-        self.has_gelu = any(isinstance(module, nn.GELU) for module in block.ffwd)
+        # With mlp_layers 1 the MLP is two maps with nothing between them.
+        kinds = [type(module) for module in block.ffwd]
+        self.has_gelu = nn.GELU in kinds
+        self.squares = SquaredReLU in kinds
         self.inner = []  # (matrix, bias) of all layers but the last
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
@@ -534,10 +537,17 @@ class MLP:
         self.last = weights.matrix(f"{name}.last", last.weight * block.alpha_mlp, "mlp")
         self.bias = weights.keep(f"{name}.last.bias", last.bias * block.alpha_mlp)
 
+    def inside(self, matrix: Matrix, h: Tensor, bias: Tensor) -> Tensor:
+        """An inner layer and its activation: h (N, in) → (N, out)."""
+        if self.has_gelu:
+            return product_gelu(matrix, h, bias)
+        h = matrix(h, bias)
+        return F.relu(h).square_() if self.squares else h
+
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """h, the normed stream, and x, the stream, both (N, C) → alpha·x + MLP(h), (N, C)."""
         for matrix, bias in self.inner:
-            h = product_gelu(matrix, h, bias) if self.has_gelu else matrix(h, bias)
+            h = self.inside(matrix, h, bias)
         return product_sum(self.last, h, self.bias, x, alpha)
 
 
