@@ -321,6 +321,7 @@ class FoldedMixers:
         mixers = list(bank)
         scales = len(mixers)
         self.activation = bank.activation
+        self.gates_read_stream = bank.gates_read_stream
         width = block.pad + block.ln1.weight.size(0)  # P
         eye = torch.eye(width, device=block.scale_weights.device)
         transform = block.mixers.transform(eye)  # H itself, (P, P)
@@ -346,7 +347,9 @@ class FoldedMixers:
             first.append(rows)
             self.after.append(columns)
             if gated:
-                gates.append(mixer.gate.weight @ inner)
+                # A gate that reads the stream has the full width, and so no way in of its own.
+                way = transform if self.gates_read_stream else inner
+                gates.append(mixer.gate.weight @ way)
         self.first = weights.stack(f"{name}.first", first, kinds)
         self.gate = weights.stack(f"{name}.gate", gates, kinds) if gated else None
         self.routing = None
@@ -370,12 +373,14 @@ class FoldedMixers:
         rows = torch.cat([F.pad(mixer.V.T @ inner, (0, 0, 0, filler)), rows])
         return rows, torch.cat([F.pad(outer @ mixer.U, (0, filler)), outer], dim=1)
 
-    def __call__(self, c: Tensor, routed: Tensor | None = None) -> Tensor:
-        """c (S, N, P) → y (S, N, ·). routed (S, N, P): what the gates read, where a kernel has
-        computed it already."""
+    def __call__(self, c: Tensor, h: Tensor, routed: Tensor | None = None) -> Tensor:
+        """c (S, N, P), the coefficients of h (N, P) → y (S, N, ·). routed (S, N, P): what the gates
+        read, where a kernel has computed it already."""
         y = self.first(c)  # (S, N, head + w)
         if self.gate is not None:
-            if routed is None:
+            if self.gates_read_stream:
+                routed = h.expand_as(c)
+            elif routed is None:
                 routed = c
                 if self.routing is not None:
                     routed = (self.routing @ c.flatten(1)).view_as(c)  # sums over scales

@@ -229,6 +229,8 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     "multi_basis_inits": ({"multi_basis_lifting": True},
         {"multi_basis_lifting": True, "multi_basis_inits": ("zero", "haar")}),
     "mixer_gate_activation": ({}, {"mixer_gate_activation": "gelu"}),
+    "mixer_gate_input": ({"cross_scale_gating": False},
+        {"cross_scale_gating": False, "mixer_gate_input": "stream"}),
     "low_rank": ({}, {"low_rank": 3}),
     "per_scale_mixer_widths": ({}, {"per_scale_mixer_widths": None}),
     "mixer_depth": ({}, DEEP),
