@@ -13,7 +13,7 @@ from config import Config, load_config
 from layers.loss import linear_cross_entropy
 from layers.memory import NgramEmbedding
 from model import build_model
-from research.plain import build_delta_net, build_transformer
+from research.delta_net import build_delta_net
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,12 +124,7 @@ MUON = ADAMW | {
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
 # Builder, and keys of its config. Widths are such that each has about 1 million parameters besides
 # embedding and head (4 million with -4m), like RELEASED.
-PLAIN = {
-    # the strongest at this size so far: runs.md, "The strongest small Transformer"
-    "transformer-ngrams": (
-        partial(build_transformer, width=128, layers=2, inner=384),
-        MUON | {"ngram_slots": 21000},
-    ),
+OWN = {
     # best-small's memory in each block, and no wavelet: what that adds
     "delta-ngrams": (
         partial(build_delta_net, width=128, layers=2, inner=448),
@@ -163,13 +158,13 @@ def contestant(model: str, block_size: int) -> Contestant:
     """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a
     config file. Raises `InputError` for another name."""
     name, _, file = model.partition("=")
-    if not file and name in PLAIN | FOREIGN:
-        build, keys = (PLAIN | FOREIGN)[name]
+    if not file and name in OWN | FOREIGN:
+        build, keys = (OWN | FOREIGN)[name]
         # The rate falls to a fiftieth, as in configs/released-*.json.
         config = Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys)
         return Contestant(name, config, build)
     if not file and name not in RELEASED:
-        known = ", ".join([*RELEASED, *PLAIN, *FOREIGN])
+        known = ", ".join([*RELEASED, *OWN, *FOREIGN])
         raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")
     path = file or str(ROOT / RELEASED[name])
     return Contestant(name, load_config(path, block_size=block_size), build_model)

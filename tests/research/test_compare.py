@@ -36,7 +36,7 @@ def test_tables_put_the_newest_section_first_and_replace_one_of_the_same_heading
 # compare.py
 
 
-@pytest.mark.parametrize("model", [*contestants.PLAIN, *contestants.FOREIGN, *contestants.RELEASED])
+@pytest.mark.parametrize("model", [*contestants.OWN, *contestants.FOREIGN, *contestants.RELEASED])
 def test_contestants_have_their_size_beside_embeddings_and_are_causal(model):
     if model in compare.FOREIGN:
         pytest.importorskip("transformers")
