@@ -159,7 +159,13 @@ class Config(BaseModel):
     )
     mlp_expansion: int = option(20, "MLP width in units of C; 0 = no MLP", ge=0, le=MOST_REPEATS)
     mlp_layers: int = option(
-        2, "linear layers of the MLP, with a GELU between each two; 1 = two without", ge=1, le=64
+        2,
+        "linear layers of the MLP, with mlp_activation between each two; 1 = two without",
+        ge=1,
+        le=64,
+    )
+    mlp_activation: Literal["gelu", "relu2"] = option(
+        "gelu", "activation of the MLP: GELU, or the square of ReLU, which costs a CPU less"
     )
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
     looped_blocks: bool = option(
@@ -253,6 +259,11 @@ class Config(BaseModel):
         "silu", "activation of the gate"
     )
     cross_scale_gating: bool = option(True, "each scale's gate reads a learned blend of all scales")
+    mixer_gate_input: Literal["coefficients", "stream"] = option(
+        "coefficients",
+        "what a mixer's gate reads: the coefficients of its scale, or the stream's norm at the"
+        " position, by a matrix of its own",
+    )
     low_rank: int = option(4, "rank of the mixers' ungated U Vᵀ term; 0 = none", ge=0)
     per_scale_mixer_widths: Floats | None = option(
         (1.0, 1.0, 1.0, 0.5, 0.5, 0.5),
@@ -521,6 +532,11 @@ def _of_the_network(c: Config) -> Iterator[str]:
         )
     if c.lifting_gate and c.wavelet_mode == "packets":
         yield "lifting_gate: wavelet_mode packets has none; take another mode"
+    if c.mixer_gate_input == "stream" and c.cross_scale_gating:
+        yield "cross_scale_gating: with mixer_gate_input stream no gate reads a scale; turn it off"
+    if c.mixer_gate_input == "stream" and (c.mixer_depth > 1 or c.mixer_top_k):
+        other = "mixer_depth: above 1" if c.mixer_depth > 1 else "mixer_top_k: above 0"
+        yield f"{other} it takes mixer_gate_input coefficients"
     if not c.decompose_bypass and c.decompose_bypass_ema:
         yield "decompose_bypass_ema: needs decompose_bypass"
 

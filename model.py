@@ -45,7 +45,13 @@ from common.device import autocast_type
 from config import Config
 from layers import variants
 from layers.features import FeatureEmbedding
-from layers.lags import CausalFilter, HaarCoefficients, haar_reconstruction
+from layers.lags import (
+    CausalFilter,
+    HaarCoefficients,
+    HaarOfScales,
+    haar_reconstruction,
+    levels_of,
+)
 from layers.loss import linear_cross_entropy
 from layers.memory import AssociativeMemory, NgramEmbedding
 from layers.state import BlockState, State, remember, start_of_lags
@@ -210,6 +216,21 @@ class Haar(nn.Module):
         c, *pasts = HaarCoefficients.apply(cur, *pasts)
         return c, {f"lag{level}": past for level, past in enumerate(pasts)}
 
+    def decompose_mapped(
+        self, h: Tensor, matrix: Tensor, widths: tuple[int, ...], state: BlockState
+    ) -> tuple[Tensor, BlockState]:
+        """The coefficients of h (B, T, P), those of scale s multiplied by its rows of `matrix`
+        (Σw, P), side by side (B, T, Σw). The wavelet acts on positions and the matrix on channels,
+        so the matrix may come first, as one product, and the wavelet has less to do."""
+        pasts = [
+            F.linear(state[f"lag{level}"], matrix[:columns])
+            for level, (_, _, columns) in enumerate(levels_of(widths))
+        ]
+        c = HaarOfScales.apply(F.linear(h, matrix), widths, *pasts)
+        # What the next positions need of the past are sums of so many positions at the most.
+        reach = 2 * self.longest_lag[-1] - 1
+        return c, self.decompose(h[:, -reach:], state)[1]
+
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
         return haar_reconstruction(u)
@@ -293,7 +314,9 @@ class Mixer(nn.Module):
         self.mixer.weight.data = torch.eye(width) + 1e-3 * torch.randn(width, width)
         self.gate = None
         if config.use_mixer_gate:
-            self.gate = nn.Linear(width, width, bias=False)  # G (w, w)
+            # G (w, w), or (w, P) where it reads the stream, which no proj_in narrows for it
+            inputs = outer if config.mixer_gate_input == "stream" else width
+            self.gate = nn.Linear(inputs, width, bias=False)
             nn.init.normal_(self.gate.weight, std=0.02)  # so small that all gates begin alike
         self.U = self.V = None
         if config.low_rank:
@@ -330,6 +353,7 @@ class MixerBank(nn.ModuleList):
             "silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": F.relu,
         }  # fmt: skip
         self.activation = activations[config.mixer_gate_activation]
+        self.gates_read_stream = config.mixer_gate_input == "stream"
 
     @property
     def members(self) -> list[list[Mixer]]:
@@ -342,6 +366,18 @@ class MixerBank(nn.ModuleList):
         if len(self.runs) == 1:
             return [x]
         return x.split([run.stop - run.start for run in self.runs])
+
+    def first_matrices(self, transform: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """W H of all mixers, one below the other, (Σw, P), and G H, for gates that read the stream.
+        No mixer is of full width."""
+        values = []
+        for mixers in self.members:
+            inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
+            values.append((torch.stack([m.mixer.weight for m in mixers]) @ inward).flatten(0, 1))
+        gates = None
+        if self[0].gate is not None:
+            gates = transform(torch.cat([m.gate.weight for m in self]))
+        return torch.cat(values), gates
 
     def forward(self, z: Tensor, r: Tensor, transform: nn.Module = NO_TRANSFORM) -> Tensor:
         """z: what is mixed, r: what the gates read, both (S, N, P) → (S, N, P).
@@ -372,7 +408,7 @@ class MixerBank(nn.ModuleList):
         if first.proj_in is not None:
             inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
 
-        def product(x: Tensor, weights: list[Tensor]) -> Tensor:
+        def product(x: Tensor, weights: list[Tensor], inward: Tensor | None = inward) -> Tensor:
             """x (n, N, P) by n matrices (out, w), into which the way to their width and the
             transform are multiplied: they have fewer rows than x has."""
             matrices = torch.stack(weights)  # (n, out, w)
@@ -381,7 +417,8 @@ class MixerBank(nn.ModuleList):
 
         y = product(z, [m.mixer.weight for m in mixers])  # W z
         if first.gate is not None:  # ⊙ act(G r)
-            y = y * self.activation(product(r, [m.gate.weight for m in mixers]))
+            way = None if self.gates_read_stream else inward  # such a gate has the full width
+            y = y * self.activation(product(r, [m.gate.weight for m in mixers], way))
         if first.U is not None:
             u = torch.stack([m.U for m in mixers])  # (n, w, rank)
             # + U (Vᵀ z), which no gate closes
@@ -404,52 +441,69 @@ class Mixers(nn.Module):
         self.scale_routing = None
         if config.cross_scale_gating:
             self.scale_routing = nn.Parameter(torch.eye(config.scales))
+        self.gates_read_stream = config.mixer_gate_input == "stream"
         shares = config.per_scale_mixer_widths or (1.0,)
         self.all_narrow = max(shares) < 1  # no mixer is of full width: see `folded`
 
-    def routed(self, z: Tensor) -> Tensor:
-        """What the gates read of z (S, N, P): z itself, or with cross_scale_gating
-        r_s = Σ_s' R[s, s'] z_s'."""
+    def read_by_gates(self, z: Tensor, h: Tensor) -> Tensor:
+        """What the gates read of z (S, N, P) and the stream's norm h (N, P), which is transformed
+        if z is: z itself, with cross_scale_gating r_s = Σ_s' R[s, s'] z_s', or h for each scale."""
+        if self.gates_read_stream:
+            return h.to(z.dtype).expand_as(z)
         if self.scale_routing is None:
             return z
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
 
-    def forward(self, c: Tensor) -> Tensor:
-        """Coefficients (S, N, P) → (S, N, P)."""
+    def forward(self, c: Tensor, h: Tensor) -> Tensor:
+        """Coefficients (S, N, P) of the stream's norm h (N, P) → (S, N, P)."""
         if c.size(1) >= self.FOLDS_FROM * c.size(2):  # many positions: the weights are fewer
             c = c.to(autocast_type(c))  # once, in place of once for each product that reads it
-            return self.banks[0](c, self.routed(c), self.transform)
+            return self.banks[0](c, self.read_by_gates(c, h), self.transform)
         z = self.transform(c)
-        return self.transform(self.banks[0](z, self.routed(z)))
+        return self.transform(self.banks[0](z, self.read_by_gates(z, self.transform(h))))
 
-    def folded(self, c: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """For mixers that are all narrow: what makes Σ_s shares_s · forward(c)_s one product.
+    def folded(self, c: Tensor, h: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """For mixers that are all narrow: what makes Σ_s shares_s · forward(c, h)_s one product.
 
-        c (S, N, P), shares (S,) → the mixers' outputs side by side (N, Σw), and the matrix
-        (Σw, P) by which they are to be multiplied."""
+        c (S, N, P), h (N, P), shares (S,) → the mixers' outputs side by side (N, Σw), and the
+        matrix (Σw, P) by which they are to be multiplied."""
         bank = self.banks[0]
         c = c.to(autocast_type(c))
-        runs = bank.narrow(c, self.routed(c), self.transform)
+        runs = bank.narrow(c, self.read_by_gates(c, h), self.transform)
         y = torch.cat([scale for run in runs for scale in run], dim=1)  # (N, Σw)
+        return y, self.outward(shares)
+
+    def outward(self, shares: Tensor) -> Tensor:
+        """For mixers that are all narrow: the matrix (Σw, P) from their outputs side by side to the
+        coefficients, each scale's by its share, shares (S,), summed over the scales."""
+        bank = self.banks[0]
         out = [bank.outward(mixers, self.transform) for mixers in bank.members]
         by_run = zip(bank.by_run(shares), out, strict=True)
         weighted = [share[:, None, None] * matrices for share, matrices in by_run]  # (n, w, P)
-        return y, torch.cat([matrices.flatten(0, 1) for matrices in weighted])
+        return torch.cat([matrices.flatten(0, 1) for matrices in weighted])
 
 
 # ===== MLP and product-key memories
 
 
+class SquaredReLU(nn.Module):
+    """max(0, x)² (So et al., "Primer", 2021): a CPU makes it in a fraction of a GELU's time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
 def build_mlp(config: Config) -> nn.Sequential:
-    """`mlp_layers` linear layers with a GELU between each two. With mlp_layers 1 there are two
-    layers all the same, and nothing between them, as in the first implementation."""
+    """`mlp_layers` linear layers with mlp_activation between each two. With mlp_layers 1 there are
+    two layers all the same, and nothing between them, as in the first implementation."""
+    activation = {"gelu": nn.GELU, "relu2": SquaredReLU}[config.mlp_activation]
     width = config.C
     inner = config.C * config.mlp_expansion
     layers: list[nn.Module] = [nn.Linear(width, inner)]  # C → mlp_expansion · C
     for _ in range(config.mlp_layers - 2):
-        layers += [nn.GELU(), nn.Linear(inner, inner)]
+        layers += [activation(), nn.Linear(inner, inner)]
     if config.mlp_layers > 1:
-        layers.append(nn.GELU())
+        layers.append(activation())
     last = nn.Linear(inner, width)
     last.weight.data.mul_(0.02)  # starts as almost nothing beside the residual stream
     nn.init.zeros_(last.bias)
@@ -693,6 +747,10 @@ class Block(nn.Module):
             self.proj_out.weight.data.mul_(1e-3)  # the branch too starts as almost nothing
             nn.init.zeros_(self.proj_out.bias)
         self.folds = parts.linear_behind and self.mixers.all_narrow and not config.skip_proj_out
+        # Whether all that is between the norm and the gates is linear, too: see `mapped_branch`.
+        gate_reads_scales = config.use_mixer_gate and config.mixer_gate_input == "coefficients"
+        parts_between = config.decompose_bypass or config.coarse_modulation or config.low_rank
+        self.maps_first = self.folds and not (gate_reads_scales or parts_between)
         self.dropout_projection = nn.Dropout(config.dropout_projection)
         # The residual stream
         self.residual_alpha_spectral = self.residual_alpha_mlp = 1.0
@@ -749,42 +807,64 @@ class Block(nn.Module):
             bias, mean, averages = self.bypass(x, below, state)  # bias (S, B, T, C)
         if self.embedding_residual_gamma is not None:
             x = x + self.embedding_residual_gamma * e
-        c, lags = wavelet.decompose(self.padded(self.ln1(x)), state)  # (S, B, T, P)
-        if bias is not None:
-            c = c + self.padded(bias)
-        gain = self.folded_branch(c, wavelet) if self.folds else self.wavelet_branch(c, wavelet)
+        h = self.padded(self.ln1(x))  # (B, T, P)
+        if self.maps_first:
+            gain, lags = self.mapped_branch(h, wavelet, state)  # (B, T, C)
+        else:
+            c, lags = wavelet.decompose(h, state)  # (S, B, T, P)
+            if bias is not None:
+                c = c + self.padded(bias)
+            branch = self.folded_branch if self.folds else self.wavelet_branch
+            gain = branch(c, h, wavelet)
         # "spectral": the first implementation's word for the wavelet branch
         x = self.residual_alpha_spectral * x + self.dropout_projection(gain)
         return x, mean, lags | averages
 
-    def mix(self, c: Tensor) -> Tensor:
-        """The coefficients (S, B, T, P) mixed over channels."""
+    def mix(self, c: Tensor, h: Tensor) -> Tensor:
+        """The coefficients (S, B, T, P) of h (B, T, P) mixed over channels."""
         before = c
         if self.scale_norm_in is not None:
             c = self.scale_norm_in(c)
         if self.coarse_modulation is not None:
             c = self.coarse_modulation(c)
-        y = self.dropout_mixer(self.mixers(c.flatten(1, 2)))  # (S, N, P)
+        y = self.dropout_mixer(self.mixers(c.flatten(1, 2), h.flatten(0, 1)))  # (S, N, P)
         y = (y * self.scale_weights[:, None, None]).view_as(before)  # (S, B, T, P)
         return y if self.scale_norm_out is None else self.scale_norm_out(y)
 
-    def wavelet_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
-        """What the stream gains (B, T, C) from the coefficients (S, B, T, P): mixed, reconstructed
-        and projected."""
-        cur = wavelet.reconstruct(self.mix(c), self.inverse_update_nets)  # (B, T, P)
+    def wavelet_branch(self, c: Tensor, h: Tensor, wavelet: nn.Module) -> Tensor:
+        """What the stream gains (B, T, C) from the coefficients (S, B, T, P) of h (B, T, P): mixed,
+        reconstructed and projected."""
+        cur = wavelet.reconstruct(self.mix(c, h), self.inverse_update_nets)  # (B, T, P)
         return cur if self.proj_out is None else self.proj_out(cur)
 
-    def folded_branch(self, c: Tensor, wavelet: nn.Module) -> Tensor:
+    def folded_branch(self, c: Tensor, h: Tensor, wavelet: nn.Module) -> Tensor:
         """The same where all that follows narrow mixers is linear: one product of their outputs
         side by side. So nothing of the size of the coefficients is written behind the mixers, nor
         in the backward pass until it is before them."""
         if self.coarse_modulation is not None:
             c = self.coarse_modulation(c)
         shares = self.scale_weights * wavelet.shares  # (S,)
-        mixed, out = self.mixers.folded(c.flatten(1, 2), shares)  # (N, Σw), (Σw, P)
+        mixed, out = self.mixers.folded(
+            c.flatten(1, 2), h.flatten(0, 1), shares
+        )  # (N, Σw), (Σw, P)
         # Reconstruction and projection joined, (C, Σw): fewer numbers than there are positions.
         gain = F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias)  # (N, C)
         return gain.unflatten(0, c.shape[1:3])
+
+    def mapped_branch(
+        self, h: Tensor, wavelet: nn.Module, state: BlockState
+    ) -> tuple[Tensor, BlockState]:
+        """`folded_branch` of the coefficients of h (B, T, P) where nothing reads them but the
+        mixers' first matrices: these come before the wavelet. Returns what the stream gains,
+        (B, T, C), and what the wavelet remembers."""
+        bank = self.mixers.banks[0]
+        values, gates = bank.first_matrices(self.mixers.transform)  # (Σw, P) both
+        widths = tuple(mixer.mixer.weight.size(0) for mixer in bank)
+        mixed, lags = wavelet.decompose_mapped(h, values, widths, state)  # (B, T, Σw)
+        if gates is not None:
+            mixed = mixed * bank.activation(F.linear(h, gates))
+        out = self.mixers.outward(self.scale_weights * wavelet.shares)  # (Σw, P)
+        return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias), lags
 
     def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The stream x (B, T, C) with what the memory branches make of its norm."""

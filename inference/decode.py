@@ -123,28 +123,30 @@ class FoldedBranch:
             # sum and ring were written in place; the count is one for all blocks
             if counts is not None:
                 new["count"] = counts[0]
+            h = rows[0]  # (N, P)
             c, lags = self.wavelet.step_by_kernels(rows, part["odd"])  # (S, N, P)
         else:
             if self.average is not None:
                 mean, new = self.average(x, length, part, counts)  # (N, C)
             if self.gamma is not None:
                 x = torch.addcmul(x, e, self.gamma)  # x + gamma·e, the embedding once more
-            h = F.layer_norm(x, *self.norm)  # (N, C)
-            c, lags = self.wavelet.decompose(self.padded(h), length, part)  # (S, N, P)
+            h = self.padded(F.layer_norm(x, *self.norm))  # (N, P)
+            c, lags = self.wavelet.decompose(h, length, part)  # (S, N, P)
         new |= lags
-        y = self.mix(c, mean, below)  # (S, N, ·)
+        y = self.mix(c, h, mean, below)  # (S, N, ·)
         return self.reconstruction(y, x, self.alpha), mean, new
 
-    def mix(self, c: Tensor, mean: Tensor | None, below: Tensor | None) -> Tensor:
-        """The coefficients c (S, N, P) with the bypass added, mixed: (S, N, ·). mean, below (N, C):
-        the running means of this block and of the one below it."""
+    def mix(self, c: Tensor, h: Tensor, mean: Tensor | None, below: Tensor | None) -> Tensor:
+        """The coefficients c (S, N, P) of h (N, P) with the bypass added, mixed: (S, N, ·). mean,
+        below (N, C): the running means of this block and of the one below it."""
         if self.average is None:
-            return self.mixers(c)
+            return self.mixers(c, h)
         context = mean if below is None else self.below(below, mean)  # mean + M·below, (N, C)
         if self.in_place and c.size(1) == 1:
             # one kernel for the sum, and for what the gates read of it
-            return self.mixers(*fused.join(c, context, self.gains, self.mixers.routing))
-        return self.mixers(torch.addcmul(c, self.padded(context), self.gains))
+            joined, routed = fused.join(c, context, self.gains, self.mixers.routing)
+            return self.mixers(joined, h, routed)
+        return self.mixers(torch.addcmul(c, self.padded(context), self.gains), h)
 
     def padded(self, x: Tensor) -> Tensor:
         """x (N, C) with zeros for the channels up to P."""

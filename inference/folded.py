@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from inference import cpu_kernels, fused
 from inference.cpu_kernels import Link
-from inference.packed import GROUP, round_up
+from inference.packed import GROUP, Matrix, round_up
 from inference.tape import Tape
 from inference.weights import PackedWeights
 from layers.memory import AssociativeMemory, NgramEmbedding, read_slots, recall
@@ -45,6 +45,7 @@ from model import (
     Mixer,
     ProductKeyMemory,
     RunningMean,
+    SquaredReLU,
     best_slots,
 )
 
@@ -363,6 +364,7 @@ class FoldedMixers:
         mixers = list(bank)
         scales = len(mixers)
         self.activation = bank.activation
+        self.gates_read_stream = bank.gates_read_stream
         width = block.pad + block.ln1.weight.size(0)  # P
         eye = torch.eye(width, device=block.scale_weights.device)
         transform = block.mixers.transform(eye)  # H itself, (P, P)
@@ -388,7 +390,9 @@ class FoldedMixers:
             first.append(rows)
             self.after.append(columns)
             if gated:
-                gates.append(mixer.gate.weight @ inner)
+                # A gate that reads the stream has the full width, and so no way in of its own.
+                way = transform if self.gates_read_stream else inner
+                gates.append(mixer.gate.weight @ way)
         self.first = weights.stack(f"{name}.first", first, kinds)
         self.gate = weights.stack(f"{name}.gate", gates, kinds) if gated else None
         self.routing = None
@@ -412,12 +416,14 @@ class FoldedMixers:
         rows = torch.cat([F.pad(mixer.V.T @ inner, (0, 0, 0, filler)), rows])
         return rows, torch.cat([F.pad(outer @ mixer.U, (0, filler)), outer], dim=1)
 
-    def __call__(self, c: Tensor, routed: Tensor | None = None) -> Tensor:
-        """c (S, N, P) → y (S, N, ·). routed (S, N, P): what the gates read, where a kernel has
-        computed it already."""
+    def __call__(self, c: Tensor, h: Tensor, routed: Tensor | None = None) -> Tensor:
+        """c (S, N, P), the coefficients of h (N, P) → y (S, N, ·). routed (S, N, P): what the gates
+        read, where a kernel has computed it already."""
         y = self.first(c)  # (S, N, head + w)
         if self.gate is not None:
-            if routed is None:
+            if self.gates_read_stream:
+                routed = h.expand_as(c)
+            elif routed is None:
                 routed = c
                 if self.routing is not None:
                     routed = (self.routing @ c.flatten(1)).view_as(c)  # sums over scales
@@ -567,8 +573,10 @@ class MLP:
 
     def __init__(self, block: Block, name: str, weights: PackedWeights):
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
-        # With mlp_layers 1 the MLP is two maps without a GELU between them.
-        self.has_gelu = any(isinstance(module, nn.GELU) for module in block.ffwd)
+        # With mlp_layers 1 the MLP is two maps with nothing between them.
+        kinds = [type(module) for module in block.ffwd]
+        self.has_gelu = nn.GELU in kinds
+        self.squares = SquaredReLU in kinds
         self.inner = []  # (matrix, bias) of all layers but the last
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
@@ -577,10 +585,17 @@ class MLP:
         self.last = weights.matrix(f"{name}.last", last.weight * block.alpha_mlp, "mlp")
         self.bias = weights.keep(f"{name}.last.bias", last.bias * block.alpha_mlp)
 
+    def inside(self, matrix: Matrix, h: Tensor, bias: Tensor) -> Tensor:
+        """An inner layer and its activation: h (N, in) → (N, out)."""
+        if self.has_gelu:
+            return matrix(h, bias=bias, finish="gelu")
+        h = matrix(h, bias=bias)
+        return F.relu(h).square_() if self.squares else h
+
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """h, the normed stream, and x, the stream, both (N, C) → alpha·x + MLP(h), (N, C)."""
         for matrix, bias in self.inner:
-            h = matrix(h, bias=bias, finish="gelu" if self.has_gelu else "")
+            h = self.inside(matrix, h, bias)
         return self.last(h, x, alpha, self.bias)
 
 

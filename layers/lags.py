@@ -9,6 +9,7 @@ Letters as in model.py: B batch, T positions, P channels, J levels, S = J + 1 sc
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -104,3 +105,53 @@ class HaarCoefficients(torch.autograd.Function):
             of_past[:, length:] += of_new[:, : max(0, lag - length)]
             of_pasts.append(of_past)
         return of_u, *reversed(of_pasts)
+
+
+class HaarOfScales(torch.autograd.Function):
+    """`HaarCoefficients` where each scale has an input of its own: of the columns v_s of scale s
+    only the coefficient s is made.
+
+    v (B, T, Σw), the scales' columns side by side from coarse to fine, widths of each, and for each
+    level l the 2^l inputs of that level before it, of the columns that get so far, (B, 2^l, ·)
+    → the coefficients (B, T, Σw).
+
+    Level by level all columns but the finest scale's become the sum with the lagged ones, these the
+    difference, and are done: fewer passes than `HaarCoefficients` makes, over what is narrower."""
+
+    @staticmethod
+    def forward(ctx, v: Tensor, widths: tuple[int, ...], *pasts: Tensor) -> Tensor:
+        ctx.widths = widths
+        c = v.clone()
+        for (_, kept, columns), past in zip(levels_of(widths), pasts, strict=True):
+            u = c[..., :columns]  # what gets to this level
+            lagged = torch.cat([past, u], dim=1)[:, : u.size(1)]
+            u[..., :kept] += lagged[..., :kept]
+            u[..., kept:] -= lagged[..., kept:]
+            u *= math.sqrt(0.5)
+        return c
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_c: Tensor):
+        of_v = of_c.clone()
+        of_pasts = []
+        length = of_v.size(1)
+        for lag, kept, columns in reversed(list(levels_of(ctx.widths))):
+            u = of_v[..., :columns]
+            u *= math.sqrt(0.5)
+            of_lagged = u.clone()
+            of_lagged[..., kept:].neg_()
+            u[:, : max(0, length - lag)] += of_lagged[:, lag:]
+            of_past = u.new_zeros(u.size(0), lag, columns)
+            of_past[:, :length] = of_lagged[:, :lag]
+            of_pasts.append(of_past)
+        return of_v, None, *reversed(of_pasts)
+
+
+def levels_of(widths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Of each level of scales as wide as `widths`, from coarse to fine: its lag, how many columns
+    go on to the next level, and how many get to it."""
+    columns = sum(widths)
+    for level, width in enumerate(reversed(widths[1:])):
+        yield 2**level, columns - width, columns
+        columns -= width

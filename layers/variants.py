@@ -257,8 +257,9 @@ class DeepMixers(nn.Module):
             self.scale_routing = nn.Parameter(torch.eye(config.scales))
         self.top_k = config.mixer_top_k
 
-    def routed(self, z: Tensor) -> Tensor:
-        """What the gates read of z (S, N, P): z itself, or a learned blend of all scales."""
+    def read_by_gates(self, z: Tensor, h: Tensor) -> Tensor:
+        """What the gates read of z (S, N, P): z itself, or a learned blend of all scales. h is what
+        `Mixers` can have them read."""
         if self.scale_routing is None:
             return z
         return (self.scale_routing.to(z.dtype) @ z.flatten(1)).view_as(z)
@@ -271,17 +272,18 @@ class DeepMixers(nn.Module):
         largest = z.abs().topk(self.top_k).indices
         return torch.zeros_like(z).scatter(-1, largest, z.gather(-1, largest))
 
-    def forward(self, c: Tensor) -> Tensor:  # (S, N, P)
+    def forward(self, c: Tensor, h: Tensor) -> Tensor:
+        """Coefficients (S, N, P) of the stream's norm h (N, P) → (S, N, P)."""
         z = self.kept(self.transform(c))
         for d, norms in enumerate(self.norms):
             normed = torch.stack([norm(scale) for norm, scale in zip(norms, z, strict=True)])
             if self.betas is not None:
                 normed = self.betas[d] * normed
-            mixed = self.banks[d](normed, self.routed(normed))
+            mixed = self.banks[d](normed, self.read_by_gates(normed, h))
             if self.alphas is not None:
                 mixed = self.alphas[d] * mixed
             z = z + mixed if self.residuals else mixed
-        mixed = self.banks[-1](z, self.routed(z))
+        mixed = self.banks[-1](z, self.read_by_gates(z, h))
         return self.transform(z + mixed if self.residuals else mixed)
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.command import InputError
 from config import Config, load_config
+from layers.loss import linear_cross_entropy
 from layers.memory import NgramEmbedding
 from model import build_model
+from research.delta_net import build_delta_net
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,16 +32,23 @@ class Foreign(nn.Module):
         self.vocab_size = vocab_size
         self.ngrams = ngrams
 
-    def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """ids (B, T) → logits (B, T, V), and no state."""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (B, T) → what the head reads, (B, T, C)."""
         e = self.token_embedding(ids)
         if self.ngrams is not None:
             e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
-        return self.network(inputs_embeds=e, use_cache=False).logits, None
+        return self.network.base_model(inputs_embeds=e, use_cache=False).last_hidden_state
+
+    def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """ids (B, T) → logits (B, T, V), and no state."""
+        return self.lm_head(self.hidden(ids)), None
 
     def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """Mean nats per token of targets (B, T) after ids (B, T), and no state."""
-        return F.cross_entropy(self(ids)[0].flatten(0, 1), targets.flatten()), None
+        """Mean nats per token of targets (B, T) after ids (B, T), and no state.
+
+        By the same function as ours: with torch's own a small Transformer's step takes a fifth
+        more."""
+        return linear_cross_entropy(self.hidden(ids), self.lm_head.weight, targets), None
 
 
 def transformers_library():
@@ -54,6 +62,11 @@ def transformers_library():
         ) from None
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
     return transformers
+
+
+def ngram_table(config: Config, width: int) -> NgramEmbedding | None:
+    """The table beside an embedding of that width, where the config has one."""
+    return NgramEmbedding(config.model_copy(update={"C": width})) if config.ngram_slots else None
 
 
 def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner: int) -> Foreign:
@@ -70,7 +83,7 @@ def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner:
             )
         ),
         vocab_size,
-        NgramEmbedding(config.model_copy(update={"C": width})) if config.ngram_slots else None,
+        ngram_table(config, width),
     )  # fmt: skip
 
 
@@ -88,6 +101,7 @@ def build_mamba2(config: Config, vocab_size: int, width: int, layers: int) -> Fo
             )
         ),
         vocab_size,
+        ngram_table(config, width),
     )  # fmt: skip
 
 
@@ -110,7 +124,14 @@ MUON = ADAMW | {
 RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/released-4m.json"}
 # Builder, and keys of its config. Widths are such that each has about 1 million parameters besides
 # embedding and head (4 million with -4m), like RELEASED.
-FOREIGN = {
+OWN = {
+    # best-small's memory in each block, and no wavelet: what that adds
+    "delta-ngrams": (
+        partial(build_delta_net, width=128, layers=2, inner=448),
+        MUON | {"ngram_slots": 21000, "recall_heads": 2},
+    ),
+}
+FOREIGN = {  # by the package transformers
     "llama": (partial(build_llama, width=128, layers=5, inner=344), ADAMW | {"lr": 3e-3}),
     "llama-muon": (partial(build_llama, width=128, layers=5, inner=344), MUON),
     "llama-muon-ngrams": (
@@ -120,6 +141,10 @@ FOREIGN = {
     # fewer blocks, and more MLP and slots for them, as best-small has
     "llama-muon-ngrams-2": (
         partial(build_llama, width=128, layers=2, inner=256),
+        MUON | {"ngram_slots": 21000},
+    ),
+    "mamba2-muon-ngrams": (
+        partial(build_mamba2, width=128, layers=3),
         MUON | {"ngram_slots": 21000},
     ),
     "mamba2": (partial(build_mamba2, width=128, layers=9), ADAMW | {"lr": 24e-3}),
@@ -133,13 +158,13 @@ def contestant(model: str, block_size: int) -> Contestant:
     """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a
     config file. Raises `InputError` for another name."""
     name, _, file = model.partition("=")
-    if not file and name in FOREIGN:
-        build, keys = FOREIGN[name]
+    if not file and name in OWN | FOREIGN:
+        build, keys = (OWN | FOREIGN)[name]
         # The rate falls to a fiftieth, as in configs/released-*.json.
         config = Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys)
         return Contestant(name, config, build)
     if not file and name not in RELEASED:
-        known = ", ".join([*RELEASED, *FOREIGN])
+        known = ", ".join([*RELEASED, *OWN, *FOREIGN])
         raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")
     path = file or str(ROOT / RELEASED[name])
     return Contestant(name, load_config(path, block_size=block_size), build_model)

@@ -72,7 +72,8 @@ def gate_sums(bank: nn.ModuleList, r: Tensor) -> Tensor | None:
     for mixer, x in zip(bank, r, strict=True):
         if mixer.gate is None:
             return None
-        x = x if mixer.proj_in is None else mixer.proj_in(x)
+        if mixer.proj_in is not None and not bank.gates_read_stream:
+            x = mixer.proj_in(x)
         gate = bank.activation(mixer.gate(x)).abs()
         rows.append(torch.stack([gate.mean(-1).sum(), (gate < QUIET).float().mean(-1).sum()]))
     return torch.stack(rows)
@@ -92,7 +93,10 @@ def watching(model: nn.Module, activity: Activity) -> Iterator[None]:
             if isinstance(module, DeepMixers):
                 z = module.kept(z)
             _add(activity.energy, name, z.square().mean(-1).sum(-1))
-            sums = gate_sums(module.banks[-1], module.routed(z)) if len(module.banks) == 1 else None
+            if len(module.banks) > 1:
+                return
+            r = module.read_by_gates(z, module.transform(inputs[1]))
+            sums = gate_sums(module.banks[-1], r)
             if sums is not None:
                 _add(activity.gates, name, sums)
 

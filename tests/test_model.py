@@ -142,6 +142,7 @@ FOLDING = {  # options of a network whose mixers' outputs go to the stream by on
     },
     "padded width": {"C": 12},
     "no routing, no gate": {"cross_scale_gating": False, "use_mixer_gate": False},
+    "gates of the stream": {"cross_scale_gating": False, "mixer_gate_input": "stream"},
     "no transform": {"mixer_transform": "identity"},
     "coarse modulation": {"coarse_modulation": True},
     "signs and logarithms": {"exp_parametrization": True},
@@ -154,6 +155,7 @@ def test_mixers_outputs_by_one_product_equal_the_reconstruction_with_its_gradien
     block, wavelet = model.double().block(1)
     assert block.folds
     c = torch.randn(4, 2, 20, 16).double().requires_grad_()
+    h = torch.randn(2, 20, 16).double()
     parameters = [
         p
         for part in filter(None, (block.mixers, block.coarse_modulation, block.proj_out))
@@ -161,11 +163,56 @@ def test_mixers_outputs_by_one_product_equal_the_reconstruction_with_its_gradien
     ]
     results = []
     for branch in (block.folded_branch, block.wavelet_branch):
-        gained = branch(c, wavelet)
+        gained = branch(c, h, wavelet)
         inputs = [c, block.scale_weights, *parameters]
         results.append(
             [gained, *torch.autograd.grad(gained.square().sum(), inputs, allow_unused=True)]
         )
+    for got, wanted in zip(*results, strict=True):
+        # the factors of √½ are kept in fp32
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+MAPPED = {  # options of a network whose mixers' first matrices come before the wavelet
+    "gates of the stream": {"mixer_gate_input": "stream"},
+    "no gate": {"use_mixer_gate": False},
+    "several widths": {
+        "mixer_gate_input": "stream",
+        "per_scale_mixer_widths": (0.25, 0.5, 0.25, 0.5),
+    },
+    "padded width": {"mixer_gate_input": "stream", "C": 12},
+    "one level": {
+        "mixer_gate_input": "stream",
+        "levels": 1,
+        "per_scale_mixer_widths": (0.25, 0.5),
+    },
+}
+
+
+@pytest.mark.parametrize("lengths", [[20], [1, 2, 5, 12], [3, 17]])
+@pytest.mark.parametrize("options", MAPPED.values(), ids=MAPPED)
+def test_mixers_before_the_wavelet_equal_those_behind_it_with_their_gradients(options, lengths):
+    bare = {"decompose_bypass": False, "low_rank": 0, "cross_scale_gating": False}
+    model = random_model(tiny(**KINDS["narrow haar"] | bare | options)).double()
+    block, wavelet = model.block(1)
+    assert block.maps_first
+    x = torch.randn(2, 20, block.ln1.weight.numel()).double().requires_grad_()
+    start = {
+        name: torch.randn(2, *past.shape[1:]).double().requires_grad_()
+        for name, past in wavelet.start(2, x).items()
+    }
+    results = []
+    for maps_first in (True, False):
+        block.maps_first = maps_first
+        state = start
+        pieces = []
+        for piece in x.split(lengths, dim=1):
+            y, _, state = block.mix_positions(piece, piece, None, wavelet, state)
+            pieces.append(y)
+        gained = torch.cat(pieces, dim=1)
+        loss = gained.square().sum() + sum(past.square().sum() for past in state.values())
+        inputs = [x, *start.values(), block.scale_weights, *block.mixers.parameters()]
+        results.append([gained, *state.values(), *torch.autograd.grad(loss, inputs)])
     for got, wanted in zip(*results, strict=True):
         # the factors of √½ are kept in fp32
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
@@ -873,6 +920,7 @@ def test_mixers_in_a_row_equal_their_definition(depth, stabilizers, residuals):
         mixer_depth=depth, mixer_depth_stabilizers=stabilizers, mixer_depth_residuals=residuals
     )
     mixers, c = random_model(config).layers[0].mixers, torch.randn(4, 7, 16)
+    h = torch.randn(7, 16)
     z = mixers.transform(c)
     for d, bank in enumerate(mixers.banks):
         read = z
@@ -881,38 +929,44 @@ def test_mixers_in_a_row_equal_their_definition(depth, stabilizers, residuals):
                 [norm(scale) for norm, scale in zip(mixers.norms[d], z, strict=True)]
             )
             read = read * (mixers.betas[d] if stabilizers else 1)
-        mixed = bank(read, mixers.routed(read))
+        mixed = bank(read, mixers.read_by_gates(read, h))
         if d < depth - 1 and stabilizers:
             mixed = mixers.alphas[d] * mixed
         # every one of several adds its input, the last too
         z = z + mixed if residuals and depth > 1 else mixed
-    torch.testing.assert_close(mixers(c), mixers.transform(z), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixers(c, h), mixers.transform(z), atol=1e-5, rtol=1e-5)
 
 
 def test_mixers_take_the_largest_coefficients():
     mixers, z = random_model(tiny(mixer_top_k=5)).layers[0].mixers, torch.randn(4, 7, 16)
     kept = mixers.kept(z)
+    h = torch.randn(7, 16)
     assert ((kept != 0).sum(-1) == 5).all() and torch.equal(kept[kept != 0], z[kept != 0])
     assert (kept.abs().sum(-1) >= z.abs().topk(5).values.sum(-1) - 1e-6).all()
     torch.testing.assert_close(
-        mixers(mixers.transform(z)), mixers(mixers.transform(kept)), atol=1e-5, rtol=1e-5
+        mixers(mixers.transform(z), h), mixers(mixers.transform(kept), h), atol=1e-5, rtol=1e-5
     )
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "identity"])
 @pytest.mark.parametrize("widths", [None, (0.25, 1.0, 1.0, 0.5)])
+@pytest.mark.parametrize("read", ["coefficients", "stream"])
 def test_a_transform_in_the_weights_of_the_mixers_is_one_of_the_coefficients(
-    kind, widths, monkeypatch
+    kind, widths, read, monkeypatch
 ):
-    mixers = (
-        random_model(tiny(mixer_transform=kind, per_scale_mixer_widths=widths)).layers[0].mixers
+    config = tiny(
+        mixer_transform=kind,
+        per_scale_mixer_widths=widths,
+        mixer_gate_input=read,
+        cross_scale_gating=read == "coefficients",
     )
-    c, results = torch.randn(4, 70, 16, requires_grad=True), []
+    mixers = random_model(config).layers[0].mixers
+    c, h, results = torch.randn(4, 70, 16, requires_grad=True), torch.randn(70, 16), []
     for folds_from in (0, 1000):
         monkeypatch.setattr(type(mixers), "FOLDS_FROM", folds_from)
         mixers.zero_grad()
         c.grad = None
-        y = mixers(c)
+        y = mixers(c, h)
         y.square().mean().backward()
         results.append([y, c.grad, *(p.grad for p in mixers.parameters())])
     for folded, not_folded in zip(*results, strict=True):
