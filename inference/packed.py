@@ -171,10 +171,14 @@ class Routed(ABC):
     method, known by its name."""
 
     opaque = frozenset({"by_onednn"})  # ways that torch.compile cannot make a part of a program
+    # Bytes from which weights are taken to come from memory at each step: matrices as large belong
+    # to networks that no cache holds.
+    COLD = 2**17
 
-    def __init__(self, key: str):
-        """key: kind and class of shapes, as in `routes.fastest`."""
+    def __init__(self, key: str, size: int):
+        """key: kind and class of shapes, as in `routes.fastest`; size: bytes of all weights."""
         self.key = key
+        self.cold = size >= self.COLD
         self.chosen: dict[int, str] = {}  # by rows
 
     @abstractmethod
@@ -191,7 +195,8 @@ class Routed(ABC):
         if rows not in self.chosen:
             names = self.ways(rows)
             calls = {name: functools.partial(getattr(self, name), *example) for name in names}
-            self.chosen[rows] = fastest(f"{self.key}, {shape_class(rows)} rows", calls)
+            key = f"{self.key}, {shape_class(rows)} rows"
+            self.chosen[rows] = fastest(key, calls, self.cold)
         return self.chosen[rows]
 
 
@@ -212,7 +217,7 @@ class Matrix(Routed):
     def __init__(self, tensors: dict[str, Tensor], outputs: int):
         """tensors: as `quantised` gives them; outputs: the rows of W that are not filler."""
         first = next(iter(tensors.values()))
-        super().__init__(f"{self.bits} bits {shape_class(outputs, first.size(1))}")
+        super().__init__(f"{self.bits} bits {shape_class(outputs, first.size(1))}", first.nbytes)
         self.outputs = outputs
         self.on_cpu = first.device.type == "cpu"
         self.row_kernel = row_kernel(tensors)  # a GPU's, for one row
@@ -515,7 +520,8 @@ class FloatStack(MatrixStack):
         """weights: (out, in) each, of several sizes."""
         outputs = max(w.size(0) for w in weights)
         inputs = max(w.size(1) for w in weights)
-        super().__init__(f"{len(weights)} of 32 bits {shape_class(outputs, inputs)}")
+        size = 4 * len(weights) * outputs * inputs
+        super().__init__(f"{len(weights)} of 32 bits {shape_class(outputs, inputs)}", size)
         same = [F.pad(w, (0, inputs - w.size(1), 0, outputs - w.size(0))) for w in weights]
         self.weight = torch.stack(same)  # (S, out, in)
         self.kernel = None  # a CPU's, for few rows
@@ -570,7 +576,8 @@ class PackedStack(MatrixStack):
         """tensors: of each matrix what `quantised` gives for its `bits`; outputs, inputs: the sizes
         of each, without filler."""
         sizes = shape_class(max(outputs), max(inputs))
-        super().__init__(f"{len(bits)} of {min(bits)} to {max(bits)} bits {sizes}")
+        size = sum(next(iter(each.values())).nbytes for each in tensors)
+        super().__init__(f"{len(bits)} of {min(bits)} to {max(bits)} bits {sizes}", size)
         self.bits = bits
         self.outputs = outputs
         self.inputs = inputs
