@@ -47,9 +47,14 @@ def written_whole(path: Path, advice: str = "") -> Iterator[Path]:
 
 def cache_folder() -> Path:
     """The folder of what is made once on a machine and can be made again at any time; it need not
-    exist. XDG_CACHE_HOME is where a user wants such things."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "waveletlm"
+    exist. XDG_CACHE_HOME is where a user wants such things; a relative one says nothing, as its
+    specification has it. Raises `InputError` for a user without a home."""
+    wanted = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        home = wanted if wanted.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        raise InputError("there is no home directory for a cache; set XDG_CACHE_HOME") from None
+    return home / "waveletlm"
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -25,10 +25,12 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,7 @@ SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # which would let the compiler change the order of sums.
 FLAGS = ["-O3", "-mavx2", "-mfma", "-std=c++17", "-fopenmp", "-fPIC"]
 SWITCH = "WAVELETLM_KERNELS"  # an environment variable: "torch" for torch's kernels alone
+GROUP = 64  # inputs that share a scale, as in the library
 FINISHES = {"": 0, "gelu": 1, "gate": 2}  # as the library numbers them
 
 
@@ -53,12 +56,20 @@ class Unavailable(Exception):
 
 def _compiled() -> Path:
     """The library's file, compiled now unless an earlier process did it. Raises `Unavailable`."""
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
-    if shutil.which(compiler[0]) is None:
-        raise Unavailable(f"there is no C++ compiler {compiler[0]}")
-    key = hashlib.sha256(" ".join([*compiler, *FLAGS]).encode() + SOURCE.read_bytes()).hexdigest()
+    try:
+        compiler = shlex.split(os.environ.get("CXX") or "g++")
+    except ValueError:
+        compiler = []
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise Unavailable(f"there is no C++ compiler {os.environ.get('CXX') or 'g++'}")
+    # A home may be shared by machines whose C libraries differ.
+    parts = " ".join([*compiler, *FLAGS, *platform.libc_ver()])
+    key = hashlib.sha256(parts.encode() + SOURCE.read_bytes()).hexdigest()
     path = cache_folder() / f"cpu_kernels-{key[:16]}.so"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_ours(path.parent)
     if path.exists():
+        _check_ours(path)
         return path
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made.o")
@@ -71,14 +82,29 @@ def _compiled() -> Path:
             if done.returncode:
                 line = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
                 raise Unavailable(f"{compiler[0]} cannot compile {SOURCE.name}: {line}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, linked.read_bytes())
     return path
 
 
+def _check_ours(path: Path) -> None:
+    """Raises `Unavailable` where others could have put their code: what is loaded is executed."""
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unavailable(f"{path} is another user's, or others may write it")
+
+
+LOADING = threading.Lock()  # two threads would compile at once, and define operations twice
+
+
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why there is none."""
+    with LOADING:
+        return _load()
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none."""
+    """`_library`, for one thread at a time."""
     if os.environ.get(SWITCH) == "torch":
         return None, f"{SWITCH} is torch"
     try:
@@ -135,7 +161,7 @@ def _chain(table: Tensor, start: Tensor, size: int) -> Tensor:
     """The library's chain, as `Chain` gives it: table (links, 10)."""
     room = start.new_empty(size)
     room[: start.size(0)] = start
-    _load()[0].chain(table.data_ptr(), table.size(0), room.data_ptr())
+    _library()[0].chain(table.data_ptr(), table.size(0), room.data_ptr())
     return room
 
 
@@ -154,6 +180,7 @@ def _product(
     x = _readable(x)
     if y is None:
         y = x.new_empty(*x.shape[:-1], width)
+    assert _readable(y) is y, "the library writes fp32 numbers side by side"
     add_place = add_row = 0
     if add is not None:
         add = _readable(add)
@@ -161,7 +188,7 @@ def _product(
     bias = None if bias is None else _readable(bias)
     x_place, x_row = _steps(x)
     y_place, y_row = _steps(y)
-    _load()[0].product(
+    _library()[0].product(
         bits, table.data_ptr(), table.size(0), x.size(-2), x.data_ptr(), x.size(-1), x_place, x_row,
         None if add is None else add.data_ptr(), add_place, add_row,
         None if bias is None else bias.data_ptr(),
@@ -186,19 +213,19 @@ def _steps(t: Tensor) -> tuple[int, int]:
 
 def missing() -> str:
     """Why there are no kernels of our own on this CPU; empty where there are."""
-    return _load()[1]
+    return _library()[1]
 
 
 def usable(device: torch.device) -> bool:
     """Whether these kernels multiply few rows on this device."""
-    return device.type == "cpu" and _load()[0] is not None
+    return device.type == "cpu" and _library()[0] is not None
 
 
 def unpacked(packed: Tensor, steps: Tensor, kind: torch.dtype) -> Tensor:
     """4-bit weights (n, in), of bytes (n, in/2) and steps (n, in/64, 2) as `packed.to_int4` gives
     them, in `kind`, fp32 or bf16."""
     w = packed.new_empty(packed.size(0), 2 * packed.size(1), dtype=kind)
-    _load()[0].unpack(
+    _library()[0].unpack(
         packed.data_ptr(), steps.data_ptr(), *w.shape, kind == torch.bfloat16, w.data_ptr()
     )
     return w
@@ -219,6 +246,7 @@ class Stack:
         """matrices: of each what `packed.quantised` gives, all of one kind; places: the rows of x
         and y that are theirs, where a product has matrices of other kinds too; inputs: of each
         without filler, where x has more."""
+        self.made_of = (matrices, places, inputs)
         kind = next(iter(matrices[0]))
         self.bits = {"float32": 32, "float16": 16, "int8": 8, "int4": 4}[kind]
         self.held = [{name: t.contiguous() for name, t in m.items()} for m in matrices]
@@ -230,14 +258,19 @@ class Stack:
             size = weight.size(1) * (2 if kind == "int4" else 1)
             reads = size if inputs is None else inputs[s]
             numbers = [place, weight.size(0), size, reads]
+            groups = steps.size(1) if kind == "int4" else size // GROUP
+            if size == 0 or (kind.startswith("int") and groups * GROUP != size):
+                raise ValueError(
+                    f"{kind} weights {tuple(weight.shape)} are not in groups of {GROUP}"
+                )
             entries.append([weight.data_ptr(), steps.data_ptr(), *numbers])
         self.outputs = max(entry[3] for entry in entries)
         # (S, 6) int64, the library's `Matrix` each
         self.table = torch.tensor(entries, device="cpu")
 
-    def matrices(self) -> list[dict[str, Tensor]]:
-        """The matrices one by one, as `packed.quantised` gives them."""
-        return self.held
+    def __reduce__(self):
+        """Copies and pickles are made anew: the table has addresses."""
+        return Stack, self.made_of
 
     def __call__(
         self, x: Tensor, add: Tensor | None = None, beta: float = 1.0, y: Tensor | None = None,
@@ -297,6 +330,10 @@ class Chain:
                 ]
             )  # fmt: skip
         self.table = torch.tensor(entries, device="cpu")  # (links, 10) int64
+
+    def __reduce__(self):
+        """Copies and pickles are made anew: the table has addresses."""
+        return Chain, (self.links, self.size)
 
     def __call__(self, start: Tensor) -> Tensor:
         """The room (size,) in fp32 that begins with `start`, after all products."""

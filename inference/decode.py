@@ -436,9 +436,8 @@ class Decoder:
             # Kernels are then called from C++, which costs less than from Python.
             options["cpp_wrapper"] = True
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        self(
-            ids, self.start(rows, stream)
-        )  # the ways of the products are chosen, not while tracing
+        # An ordinary step first: while it is traced no product's ways can be timed.
+        self(ids, self.start(rows, stream))
         run = types.MethodType(own_code(Decoder.run), self)
         # One program for exactly these shapes: no Python between its parts, no checks of sizes.
         self.program = torch.compile(run, fullgraph=True, dynamic=False, options=options)

@@ -133,6 +133,9 @@ def quantised(weight: Tensor, bits: int, group: int = GROUP) -> dict[str, Tensor
 # library, which keep weights in registers for many rows, were faster by a multiple.
 MOST_ROWS = {32: 16, 16: 16, 8: 64, 4: 64}
 FEW_ROWS = 8  # for which our own are taken where nothing is measured
+# Beyond so many rows nothing is: a product takes long enough for trying all ways to be felt, and
+# arithmetic decides, at which the first way was the fastest on every CPU that was tried.
+MOST_MEASURED = 64
 
 
 def filled(x: Tensor, width: int) -> Tensor:
@@ -189,11 +192,14 @@ class Routed(ABC):
     def way(self, rows: int, *example) -> str:
         """The fastest way for so many rows. example: arguments to time the ways with."""
         if torch.compiler.is_compiling():  # nothing can be timed now
-            fit = [name for name in self.ways(rows) if name not in self.opaque]
+            names = self.ways(rows)
+            fit = [name for name in names if name not in self.opaque] or names
             name = self.chosen.get(rows)
             return name if name in fit else fit[0]
         if rows not in self.chosen:
             names = self.ways(rows)
+            if rows > MOST_MEASURED:
+                names = names[:1]
             calls = {name: functools.partial(getattr(self, name), *example) for name in names}
             key = f"{self.key}, {shape_class(rows)} rows"
             self.chosen[rows] = fastest(key, calls, self.cold)
@@ -272,13 +278,13 @@ class FloatMatrix(Matrix):
     def ways(self, rows: int) -> list[str]:
         if not self.on_cpu:
             return ["by_linear"]
-        columns = ["by_columns"] if rows <= self.MOST_COLUMNS else []
-        onednn = ["by_onednn"] if self.has_onednn else []
-        # From 8 rows on oneDNN was the fastest on a CPU with AVX-512, before that W xᵀ.
-        names = columns + onednn if rows < 8 else onednn + columns
+        names = ["by_columns", "by_linear"] if rows <= self.MOST_COLUMNS else ["by_linear"]
         if rows == 1:
             names = ["by_blocks", *names]
-        names = [*names, "by_linear"]
+        if self.has_onednn:
+            # From 8 rows on it was the fastest on a CPU with AVX-512.
+            first = rows >= 8 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            names = ["by_onednn", *names] if first else [*names, "by_onednn"]
         return names if self.kernel is None else with_kernel(rows, self.bits, names)
 
     def by_linear(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
@@ -459,8 +465,8 @@ class Int4Matrix(Matrix):
         x = filled(x.to(self.wide), self.inputs)
         each = at_a_time(self.inputs, x.device.type)  # rows of W
         pairs = zip(self.packed.split(each), self.steps.split(each), strict=True)
-        y = torch.cat([F.linear(x, self.unpacked(*pair)) for pair in pairs], dim=1)
-        return plus(y, add, beta)
+        parts = [F.linear(x, self.unpacked(*pair)) for pair in pairs]
+        return plus(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), add, beta)
 
     def unpacked(self, packed: Tensor, steps: Tensor) -> Tensor:
         """Rows of W (n, in) in the wide type, from their bytes (n, in/2) and steps (n, groups,
@@ -498,9 +504,10 @@ class MatrixStack(Routed):
     def gate(self, x: Tensor, y: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
         """Multiplies y (S, N, out), in place, by activation(x Wᵀ)."""
         by_kernel = activation is F.silu and self.way(x.size(1), x, None) == "by_kernel"
-        # y is a part of a larger tensor: torch.compile would copy it around a kernel that writes to
-        # it.
-        if by_kernel and not torch.compiler.is_compiling():
+        # It writes to y, of which numbers side by side are to lie so in memory. And y is a part of
+        # a larger tensor, which torch.compile would copy around a kernel that writes to it.
+        in_place = y.stride(-1) == 1 and y.dtype == torch.float32
+        if by_kernel and in_place and not torch.compiler.is_compiling():
             self.by_kernel(x, None, y=y, finish="gate")
         else:
             y.mul_(activation(self(x)))
@@ -542,19 +549,20 @@ class FloatStack(MatrixStack):
 
     def by_columns(self, x: Tensor, add: Tensor | None) -> Tensor:
         """As W xᵀ."""
+        x = x[..., : self.weight.size(2)]
         if add is None:
             return torch.bmm(self.weight, x.mT).mT
         return torch.baddbmm(add[..., None], self.weight, x.mT).mT  # (S, N, out)
 
     def by_rows(self, x: Tensor, add: Tensor | None) -> Tensor:
         """As x Wᵀ."""
+        x = x[..., : self.weight.size(2)]
         if add is None:
             return torch.bmm(x, self.weight.mT)
         return torch.baddbmm(add[:, None], x, self.weight.mT)
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x (S, N, in or more), add (S, out) → x Wᵀ + add (S, N, out)."""
-        x = x[..., : self.weight.size(2)]
         return getattr(self, self.way(x.size(1), x, None))(x, add)
 
 
@@ -599,7 +607,8 @@ class PackedStack(MatrixStack):
         if cpu_kernels.usable(device) and all(matrix.kernel for matrix in self.matrices):
             for scales in scales_of.values():
                 own = [inputs[s] for s in scales]
-                stack = cpu_kernels.Stack([tensors[s] for s in scales], scales, own)
+                held = [self.matrices[s].kernel.held[0] for s in scales]  # no second copy
+                stack = cpu_kernels.Stack(held, scales, own)
                 self.cpu_stacks.append(stack)
         if len(self.cpu_stacks) > 1:  # they write into one tensor, which a program would copy
             self.opaque = frozenset({"by_kernel"})

@@ -39,16 +39,21 @@ def shape_class(*sizes: int) -> str:
 class Choices:
     """What was chosen for one CPU, torch and number of threads, by key."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         """path: the file to read them from, if it is there, and to write them to at the end of the
-        process, if any were added."""
+        process, if any were added; None: they are kept in this process alone."""
         self.path = path
         self.changed = False
+        self.ways = {} if path is None else self.read(path)
+
+    @staticmethod
+    def read(path: Path) -> dict[str, str]:
+        """What the file has; nothing where it is not there, or not what this module wrote."""
         try:
             known = read_json(path) if path.exists() else {}
-        except InputError:  # nothing that this module wrote: it is made anew
+        except (InputError, OSError):
             known = {}
-        self.ways = {key: way for key, way in known.items() if isinstance(way, str)}
+        return {key: way for key, way in known.items() if isinstance(way, str)}
 
     def add(self, key: str, way: str) -> None:
         """Keeps a choice."""
@@ -59,9 +64,12 @@ class Choices:
 
     def save(self) -> None:
         """Writes the file. Where that is refused the next process measures again, no more."""
+        if self.path is None:
+            return
         with contextlib.suppress(InputError, OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.ways, indent=1, sort_keys=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # with what other processes have found meanwhile
+            text = json.dumps(self.read(self.path) | self.ways, indent=1, sort_keys=True)
             write_whole(self.path, text.encode("utf-8"))
 
 
@@ -70,7 +78,10 @@ def choices(threads: int) -> Choices:
     """The choices for products by so many threads."""
     here = f"{cpu_name()} {torch.__version__} {threads}"
     name = f"routes-{hashlib.sha256(here.encode()).hexdigest()[:16]}.json"
-    return Choices(cache_folder() / name)
+    try:
+        return Choices(cache_folder() / name)
+    except InputError:  # no home: nothing to keep them in
+        return Choices(None)
 
 
 def seconds_of(calls: dict[str, Callable[[], object]], cold: bool) -> dict[str, float]:

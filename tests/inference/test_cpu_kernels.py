@@ -1,6 +1,13 @@
 """Our own CPU kernels: the products that other ways give, whatever rows and threads there are, and
 what is said where there are none."""
 
+import copy
+import os
+import platform
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,6 +136,37 @@ def test_a_chain_gives_what_its_products_give_one_by_one(keys, bits):
     torch.testing.assert_close(torch.cat(by_chain), torch.cat(one_by_one), atol=1e-4, rtol=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_copy_has_weights_of_its_own(bits):
+    stack = cpu_kernels.Stack([quantised(torch.randn(20, 64), bits)])
+    x = torch.randn(2, 64)
+    expected = stack(x)
+    other = copy.deepcopy(stack)
+    for tensor in stack.held[0].values():
+        tensor.zero_()
+    assert torch.equal(other(x), expected)
+
+
+def test_groups_of_another_size_are_refused():
+    if not cpu_kernels.usable(CPU):
+        pytest.skip(cpu_kernels.missing())
+    with pytest.raises(ValueError, match="groups of 64"):
+        cpu_kernels.Stack([quantised(torch.randn(8, 64), 4, group=32)])
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux"
+    or platform.machine() != "x86_64"
+    or shutil.which("g++") is None
+    or not torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    or cpu_kernels.SWITCH in os.environ,
+    reason="not where there are such kernels",
+)
+def test_they_are_there_where_they_can_be():
+    assert cpu_kernels.missing() == ""
+
+
 @pytest.fixture
 def afresh(monkeypatch, tmp_path):
     """Has the library looked for anew, in an empty cache."""
@@ -156,6 +194,27 @@ def test_a_compiler_that_fails_leaves_nothing_behind(afresh, tmp_path):
     afresh.setenv("CXX", "false")
     assert cpu_kernels.missing()
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize("compiler", [" ", '"g++'])
+def test_a_compiler_that_is_none_is_no_error(afresh, compiler):
+    afresh.setenv("CXX", compiler)
+    assert cpu_kernels.missing()
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(afresh, tmp_path):
+    if cpu_kernels.missing():
+        pytest.skip(cpu_kernels.missing())
+    (library,) = (tmp_path / "cache").rglob("*.so")
+    library.chmod(0o777)
+    cpu_kernels._load.cache_clear()
+    assert str(library) in cpu_kernels.missing()
+
+
+def test_several_threads_may_come_first(afresh):
+    with ThreadPoolExecutor(4) as pool:
+        reasons = list(pool.map(lambda _: cpu_kernels.missing(), range(4)))
+    assert len(set(reasons)) == 1
 
 
 def test_torchs_kernels_can_be_asked_for(afresh):

@@ -4,9 +4,11 @@ result depends on it but for rounding."""
 import itertools
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import random_ids, random_model, tiny
 
 from inference import packed, routes
@@ -80,6 +82,42 @@ def test_a_cache_that_cannot_be_written_is_no_error(measured):
     routes.choices(torch.get_num_threads()).save()
 
 
+def test_a_user_without_a_home_keeps_nothing(measured, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert routes.fastest("a key", {"only": lambda: None, "other": lambda: None})
+    routes.choices(torch.get_num_threads()).save()
+
+
+def test_two_processes_keep_what_both_found(measured):
+    path = measured / "waveletlm" / "routes.json"
+    one, other = routes.Choices(path), routes.Choices(path)
+    one.add("this", "a")
+    other.add("that", "b")
+    one.save()
+    other.save()
+    assert routes.Choices(path).ways == {"this": "a", "that": "b"}
+
+
+# widths: of which the widest is not the last scale's, so that a product is given wider rows
+@pytest.mark.parametrize("keys", [{}, {"per_scale_mixer_widths": [1.0, 0.5, 0.5, 0.5]}])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_decoder_whose_ways_are_measured_gives_the_models_logits(measured, keys, bits):
+    model = random_model(tiny(**keys))
+    decoder = Decoder(model, bits)
+    for rows in (1, 3, 9):
+        ids = random_ids(rows, 6)
+        with torch.no_grad():
+            expected, _ = model(ids)
+        state = decoder.start(rows)
+        parts = []
+        for piece in ids.split([4, 1, 1], dim=1):
+            logits, state = decoder(piece, state, last_only=False)
+            parts.append(logits)
+        most = 1e-5 if bits is None else 0.2  # what 4 bits are off in so small a network
+        assert (torch.cat(parts, dim=1) - expected).norm() < most * expected.norm()
+
+
 def test_nothing_is_measured_where_ways_are_fixed():
     calls: list[str] = []
     ways = {"first": waiting(calls, "first", 0), "second": waiting(calls, "second", 0)}
@@ -124,6 +162,22 @@ def test_a_rows_text_stays_its_own_whatever_ways_other_numbers_of_rows_take(monk
     alone = generate(model, ids, 25, settings).ids
     several = generate(model, ids, 25, Settings(**{**vars(settings), "n": 3})).ids
     assert torch.equal(several[:1], alone)
+
+
+@pytest.mark.parametrize("first", ["by_kernel", "by_columns", "by_rows"])
+@pytest.mark.parametrize("gate", ["by_kernel", "by_columns", "by_rows"])
+def test_a_gate_multiplies_what_any_way_gave(first, gate):
+    x = torch.randn(3, 3, 64)
+    mixer, gates = ([torch.randn(n, 64) for _ in range(3)] for n in (48, 48))
+    one, two = packed.FloatStack(mixer), packed.FloatStack(gates)
+    if one.kernel is None and "by_kernel" in (first, gate):
+        pytest.skip("no kernels of our own")
+    one.chosen[3] = first
+    two.chosen[3] = gate
+    y = one(x)
+    expected = torch.bmm(x, torch.stack(mixer).mT) * F.silu(torch.bmm(x, torch.stack(gates).mT))
+    two.gate(x, y, F.silu)
+    torch.testing.assert_close(y, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_a_compiled_step_is_given_the_ways_that_were_chosen(monkeypatch):
