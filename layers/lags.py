@@ -116,24 +116,25 @@ class HaarOfScales(torch.autograd.Function):
     → the coefficients (B, T, Σw).
 
     Level by level all columns but the finest scale's become the sum with the lagged ones, these the
-    difference, and are done: fewer passes than `HaarCoefficients` makes, over what is narrower."""
+    difference, and are done: fewer passes than `HaarCoefficients` makes, over what is narrower.
+    Sums are in fp32 at least, rounded once to v's type."""
 
     @staticmethod
     def forward(ctx, v: Tensor, widths: tuple[int, ...], *pasts: Tensor) -> Tensor:
         ctx.widths = widths
-        c = v.clone()
+        c = v.to(torch.promote_types(v.dtype, torch.float32), copy=True)
         for (_, kept, columns), past in zip(levels_of(widths), pasts, strict=True):
             u = c[..., :columns]  # what gets to this level
             lagged = torch.cat([past, u], dim=1)[:, : u.size(1)]
             u[..., :kept] += lagged[..., :kept]
             u[..., kept:] -= lagged[..., kept:]
             u *= math.sqrt(0.5)
-        return c
+        return c.to(v.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_c: Tensor):
-        of_v = of_c.clone()
+        of_v = of_c.to(torch.promote_types(of_c.dtype, torch.float32), copy=True)
         of_pasts = []
         length = of_v.size(1)
         for lag, kept, columns in reversed(list(levels_of(ctx.widths))):
@@ -144,8 +145,8 @@ class HaarOfScales(torch.autograd.Function):
             u[:, : max(0, length - lag)] += of_lagged[:, lag:]
             of_past = u.new_zeros(u.size(0), lag, columns)
             of_past[:, :length] = of_lagged[:, :lag]
-            of_pasts.append(of_past)
-        return of_v, None, *reversed(of_pasts)
+            of_pasts.append(of_past.to(of_c.dtype))
+        return of_v.to(of_c.dtype), None, *reversed(of_pasts)
 
 
 def levels_of(widths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
