@@ -43,7 +43,14 @@ from data.prepare import Corpus, prepare
 from data.tokenizer import text_bytes
 from inference.scoring import figures, score
 from layers.features import fill_features
-from research.contestants import FOREIGN, Contestant, contestant, transformers_library
+from research.contestants import (
+    FOREIGN,
+    OWN,
+    RELEASED,
+    Contestant,
+    contestant,
+    transformers_library,
+)
 from research.tables import markdown_table, mean_deviation, put_first
 from research.timing import seconds_of_each, step_timer, steps_in
 from training.optimizers import (
@@ -291,10 +298,14 @@ def read_arguments() -> argparse.Namespace:
         help="folder of the runs, table.md and compare.png (default logs/compare)",
     )
     models = ["released", "llama", "llama-muon", "mamba2"]
-    known = (
-        f"{', '.join(models)} (the default), each also with -4m, or NAME=FILE, a WaveletLM's config"
+    known = ", ".join([*RELEASED, *OWN, *FOREIGN])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=models,
+        metavar="MODEL",
+        help=f"{known}, or NAME=FILE, a WaveletLM's config (default {' '.join(models)})",
     )
-    parser.add_argument("--models", nargs="+", default=models, metavar="MODEL", help=known)
     parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
     parser.add_argument(
         "--vocab_size", type=int, default=2048, help="of the SentencePiece tokenizer (default 2048)"
