@@ -83,6 +83,7 @@ def _compiled() -> Path:
                 line = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
                 raise Unavailable(f"{compiler[0]} cannot compile {SOURCE.name}: {line}")
         write_whole(path, linked.read_bytes())
+        path.chmod(0o700)  # where the umask lets a user's group write, too
     return path
 
 

@@ -211,6 +211,16 @@ def test_a_library_that_others_could_have_written_is_not_loaded(afresh, tmp_path
     assert str(library) in cpu_kernels.missing()
 
 
+def test_a_library_made_where_the_group_may_write_is_loaded_again(afresh):
+    before = os.umask(0o002)
+    try:
+        reason = cpu_kernels.missing()
+        cpu_kernels._load.cache_clear()
+        assert cpu_kernels.missing() == reason
+    finally:
+        os.umask(before)
+
+
 def test_several_threads_may_come_first(afresh):
     with ThreadPoolExecutor(4) as pool:
         reasons = list(pool.map(lambda _: cpu_kernels.missing(), range(4)))
