@@ -372,7 +372,7 @@ class MixerBank(nn.ModuleList):
         No mixer is of full width."""
         values = []
         for mixers in self.members:
-            inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
+            inward = self.inward(mixers, transform)  # (n, w, P)
             values.append((torch.stack([m.mixer.weight for m in mixers]) @ inward).flatten(0, 1))
         gates = None
         if self[0].gate is not None:
@@ -394,6 +394,13 @@ class MixerBank(nn.ModuleList):
         runs = zip(self.members, self.by_run(z), self.by_run(r), strict=True)
         return [self.mix(mixers, z_run, r_run, transform) for mixers, z_run, r_run in runs]
 
+    def inward(self, mixers: Sequence[Mixer], transform: nn.Module) -> Tensor | None:
+        """The matrices (n, w, P) from the coefficients to n mixers' width; None where that is the
+        transform alone."""
+        if mixers[0].proj_in is None:
+            return None
+        return transform(torch.stack([m.proj_in.weight for m in mixers]))
+
     def outward(self, mixers: Sequence[Mixer], transform: nn.Module) -> Tensor | None:
         """The matrices (n, w, P) from n mixers' width back to the coefficients; None where that is
         the transform alone."""
@@ -404,9 +411,7 @@ class MixerBank(nn.ModuleList):
     def mix(self, mixers: Sequence[Mixer], z: Tensor, r: Tensor, transform: nn.Module) -> Tensor:
         """n mixers of one width w: z and r (n, N, P) → (n, N, w)."""
         first = mixers[0]  # of one width, all of them have the same parts
-        inward = None
-        if first.proj_in is not None:
-            inward = transform(torch.stack([m.proj_in.weight for m in mixers]))  # (n, w, P)
+        inward = self.inward(mixers, transform)
 
         def product(x: Tensor, weights: list[Tensor], inward: Tensor | None = inward) -> Tensor:
             """x (n, N, P) by n matrices (out, w), into which the way to their width and the

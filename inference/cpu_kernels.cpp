@@ -97,50 +97,36 @@ void round_group(const float* x, int64_t count, bool halves, int16_t* q, float* 
 // Each `dot_…<X>` writes X sums. X rows at a time share what is made of a weight; each is summed as
 // if it were alone.
 
-template <int X>
-void dot_fp32(const float* w, int64_t n, const float* const* x, float* sums) {
-  __m256 acc[X][4];
-  for (int i = 0; i < X; i++)
-    for (int j = 0; j < 4; j++) acc[i][j] = _mm256_setzero_ps();
-  int64_t k = 0;
-  for (; k + 4 * LANES <= n; k += 4 * LANES) {
-    read_ahead(w + k);
-    read_ahead(w + k + 2 * LANES);
-    for (int j = 0; j < 4; j++) {
-      const __m256 weight = _mm256_loadu_ps(w + k + j * LANES);
-      for (int i = 0; i < X; i++)
-        acc[i][j] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x[i] + k + j * LANES), acc[i][j]);
-    }
-  }
-  for (int i = 0; i < X; i++) {
-    float rest = 0;
-    for (int64_t at = k; at < n; at++) rest += w[at] * x[i][at];
-    const __m256 first = _mm256_add_ps(acc[i][0], acc[i][1]);
-    const __m256 last = _mm256_add_ps(acc[i][2], acc[i][3]);
-    sums[i] = sum_of(_mm256_add_ps(first, last)) + rest;
-  }
+inline float value(float number) { return number; }
+inline float value(uint16_t half) { return of_bf16(half); }
+
+inline __m256 load8(const float* w) { return _mm256_loadu_ps(w); }
+
+inline __m256 load8(const uint16_t* w) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  // a bf16 is the upper half of an fp32
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-template <int X>
-void dot_bf16(const uint16_t* w, int64_t n, const float* const* x, float* sums) {
+// W: fp32, or uint16_t with the bits of bf16.
+template <int X, class W>
+void dot_floats(const W* w, int64_t n, const float* const* x, float* sums) {
+  constexpr int64_t LINE = 64 / sizeof(W);  // weights that memory delivers at once
   __m256 acc[X][4];
   for (int i = 0; i < X; i++)
     for (int j = 0; j < 4; j++) acc[i][j] = _mm256_setzero_ps();
   int64_t k = 0;
   for (; k + 4 * LANES <= n; k += 4 * LANES) {
-    read_ahead(w + k);
+    for (int64_t at = 0; at < 4 * LANES; at += LINE) read_ahead(w + k + at);
     for (int j = 0; j < 4; j++) {
-      const auto* at = reinterpret_cast<const __m128i*>(w + k + j * LANES);
-      // a bf16 is the upper half of an fp32
-      const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(at)), 16);
-      const __m256 weight = _mm256_castsi256_ps(bits);
+      const __m256 weight = load8(w + k + j * LANES);
       for (int i = 0; i < X; i++)
         acc[i][j] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x[i] + k + j * LANES), acc[i][j]);
     }
   }
   for (int i = 0; i < X; i++) {
     float rest = 0;
-    for (int64_t at = k; at < n; at++) rest += of_bf16(w[at]) * x[i][at];
+    for (int64_t at = k; at < n; at++) rest += value(w[at]) * x[i][at];
     const __m256 first = _mm256_add_ps(acc[i][0], acc[i][1]);
     const __m256 last = _mm256_add_ps(acc[i][2], acc[i][3]);
     sums[i] = sum_of(_mm256_add_ps(first, last)) + rest;
@@ -325,9 +311,9 @@ inline void dot(const Call& call, const Matrix& m, int64_t r, const Rows& x, flo
   const int64_t at = r * m.inputs;
   const int64_t n = std::min(m.reads, call.x_width);
   if constexpr (BITS == 32) {
-    dot_fp32<X>(reinterpret_cast<const float*>(m.weight) + at, n, x.plain, sums);
+    dot_floats<X>(reinterpret_cast<const float*>(m.weight) + at, n, x.plain, sums);
   } else if constexpr (BITS == 16) {
-    dot_bf16<X>(reinterpret_cast<const uint16_t*>(m.weight) + at, n, x.plain, sums);
+    dot_floats<X>(reinterpret_cast<const uint16_t*>(m.weight) + at, n, x.plain, sums);
   } else if constexpr (BITS == 8) {
     dot_int8<X>(reinterpret_cast<const int8_t*>(m.weight) + at, m.inputs, x.rounded, sums);
     const float scale = of_bf16(reinterpret_cast<const uint16_t*>(m.steps)[r]);

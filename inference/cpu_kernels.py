@@ -247,11 +247,12 @@ class Stack:
         """matrices: of each what `packed.quantised` gives, all of one kind; places: the rows of x
         and y that are theirs, where a product has matrices of other kinds too; inputs: of each
         without filler, where x has more."""
-        self.made_of = (matrices, places, inputs)
         kind = next(iter(matrices[0]))
         self.bits = {"float32": 32, "float16": 16, "int8": 8, "int4": 4}[kind]
         self.held = [{name: t.contiguous() for name, t in m.items()} for m in matrices]
         places = range(len(matrices)) if places is None else places
+        # Not `matrices`, which may be a second copy of the weights.
+        self.made_of = (self.held, places, inputs)
         entries = []
         for s, (place, tensors) in enumerate(zip(places, self.held, strict=True)):
             weight = tensors[kind]

@@ -154,21 +154,6 @@ def plus(y: Tensor, add: Tensor | None, beta: float) -> Tensor:
     return y if add is None else torch.add(y, add, alpha=beta)
 
 
-def row_kernel(tensors: dict[str, Tensor]) -> "kernels.Stack | None":
-    """Our own kernel for products of one row on a GPU; None on a CPU and without Triton.
-
-    tensors: one matrix, as `quantised` gives it.
-    """
-    device = next(iter(tensors.values())).device
-    return kernels.Stack([tensors]) if kernels.usable(device) else None
-
-
-def cpu_kernel(tensors: dict[str, Tensor]) -> "cpu_kernels.Stack | None":
-    """Our own kernel for products of few rows on a CPU; None where there is none."""
-    device = next(iter(tensors.values())).device
-    return cpu_kernels.Stack([tensors]) if cpu_kernels.usable(device) else None
-
-
 class Routed(ABC):
     """Something with several ways to compute one thing, of which it takes the fastest. A way is a
     method, known by its name."""
@@ -226,8 +211,12 @@ class Matrix(Routed):
         super().__init__(f"{self.bits} bits {shape_class(outputs, first.size(1))}", first.nbytes)
         self.outputs = outputs
         self.on_cpu = first.device.type == "cpu"
-        self.row_kernel = row_kernel(tensors)  # a GPU's, for one row
-        self.kernel = cpu_kernel(tensors)  # a CPU's, for few rows
+        self.row_kernel: kernels.Stack | None = None  # a GPU's, for one row
+        if kernels.usable(first.device):
+            self.row_kernel = kernels.Stack([tensors])
+        self.kernel: cpu_kernels.Stack | None = None  # a CPU's, for few rows
+        if cpu_kernels.usable(first.device):
+            self.kernel = cpu_kernels.Stack([tensors])
 
     def by_kernel(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
         """By our own CPU kernel."""

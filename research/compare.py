@@ -53,14 +53,7 @@ from research.contestants import (
 )
 from research.tables import markdown_table, mean_deviation, put_first
 from research.timing import seconds_of_each, step_timer, steps_in
-from training.optimizers import (
-    clipped_step,
-    gradient_norm,
-    learning_rate,
-    make_optimizers,
-    rates,
-    set_rate,
-)
+from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 from training.profiling import peak_memory
 from training.record import environment
 
@@ -159,8 +152,8 @@ def train_and_measure(
         ids, targets = windows.batch(step)
         loss, _ = model.loss(ids, targets)
         loss.backward()
-        set_rate(optimizers, learning_rate(step, spec.steps, config))
-        clipped_step(model, optimizers, gradient_norm(model), config.grad_clip)
+        rate = learning_rate(step, spec.steps, config)
+        step_at_rate(model, optimizers, rate, config.grad_clip)
         used += time.process_time() - began
         done = step + 1
         if done * CURVE_POINTS >= spec.steps * (len(curve) + 1):

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from common.command import InputError
 from config import Config, load_config
-from layers.loss import linear_cross_entropy
 from layers.memory import NgramEmbedding
 from model import build_model
 from research.delta_net import build_delta_net
+from research.opponent import Opponent, ngram_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Foreign(nn.Module):
-    """A causal language model of `transformers` with the interface of ours: forward → (logits,
-    state), loss → (loss, state)."""
+class Foreign(Opponent):
+    """A causal language model of `transformers` with the interface of ours."""
 
     def __init__(self, network: nn.Module, vocab_size: int, ngrams: NgramEmbedding | None = None):
         """ngrams: a table beside its embedding, as a WaveletLM may have."""
@@ -32,23 +31,8 @@ class Foreign(nn.Module):
         self.vocab_size = vocab_size
         self.ngrams = ngrams
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → what the head reads, (B, T, C)."""
-        e = self.token_embedding(ids)
-        if self.ngrams is not None:
-            e = e + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
+    def body(self, e: Tensor) -> Tensor:
         return self.network.base_model(inputs_embeds=e, use_cache=False).last_hidden_state
-
-    def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """ids (B, T) → logits (B, T, V), and no state."""
-        return self.lm_head(self.hidden(ids)), None
-
-    def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """Mean nats per token of targets (B, T) after ids (B, T), and no state.
-
-        By the same function as ours: with torch's own a small Transformer's step takes a fifth
-        more."""
-        return linear_cross_entropy(self.hidden(ids), self.lm_head.weight, targets), None
 
 
 def transformers_library():
@@ -62,11 +46,6 @@ def transformers_library():
         ) from None
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
     return transformers
-
-
-def ngram_table(config: Config, width: int) -> NgramEmbedding | None:
-    """The table beside an embedding of that width, where the config has one."""
-    return NgramEmbedding(config.model_copy(update={"C": width})) if config.ngram_slots else None
 
 
 def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner: int) -> Foreign:

@@ -35,12 +35,13 @@ from torch import Tensor, nn
 
 from common.command import InputError, Parser, run_command
 from common.figures import new_figure, save_figure
-from common.files import read_json, written_whole
+from common.files import read_json, write_whole
 from config import Config, load_config
 from inference.decode import Decoder
 from model import WaveletLM, build_model
 from research.contestants import transformers_library
 from research.decoding_speed import states_at, stepper
+from research.tables import markdown_table
 from research.timing import interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,18 +310,16 @@ def table(result: dict[str, Any]) -> str:
     """The figures as a table in Markdown: a line for each network and batch."""
     rows = {(row["network"], row["batch"], row["context"]): row for row in result["rows"]}
     contexts = sorted({row["context"] for row in result["rows"]})
-    lines = [
-        f"Tokens/s, and the state or cache (of Llama its kind); {result['threads']} threads.\n",
-        "| network | parameters | batch | " + " | ".join(f"{c:,}" for c in contexts) + " |",
-        "| --- " * (3 + len(contexts)) + "|",
-    ]
+    header = ["network", "parameters", "batch", *(f"{c:,}" for c in contexts)]
+    lines = []
     for batch, name in dict.fromkeys((row["batch"], row["network"]) for row in result["rows"]):
         own = {row["context"]: row for key, row in rows.items() if key[:2] == (name, batch)}
         # Where the folder has a context for some batches only, others have an empty place.
         cells = [cell(own[c], result["memory_gib"]) if c in own else "" for c in contexts]
         parameters = next(iter(own.values()))["parameters"]
-        lines.append(f"| {name} | {parameters / 1e6:.1f}M | {batch} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, f"{parameters / 1e6:.1f}M", batch, *cells])
+    what = f"Tokens/s, and the state or cache (of Llama its kind); {result['threads']} threads."
+    return f"{what}\n\n{markdown_table(header, lines)}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -399,8 +398,7 @@ def save(result: dict[str, Any], out: Path) -> None:
     """Writes figures.json, table.md and context.png."""
     figures = json.dumps(result, indent=1) + "\n"
     for name, content in (("figures.json", figures), ("table.md", table(result))):
-        with written_whole(out / name) as beside:
-            beside.write_text(content, encoding="utf-8")
+        write_whole(out / name, content.encode("utf-8"))
     draw(result["rows"], out / "context.png")
 
 

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from common.command import Parser, run_command
 from config import Config, load_config
 from inference.decode import Decoder
-from inference.packed import MATRICES, quantised
+from inference.packed import MATRICES, Matrix, quantised
 from inference.weights import Bits, PackedWeights
 from layers.features import FeatureEmbedding
 from model import LanguageModel, WaveletLM, build_model
@@ -233,16 +233,21 @@ def print_decoding(result: dict) -> None:
         print(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in result[key].items()))
 
 
-def passes(weight: Tensor, bits: int, rows: int) -> dict[str, Callable[[], None]]:
-    """For each way to multiply `rows` rows by `weight` (out, in) at so many bits, a call that does
-    it with one copy of the weights after the other, so many that no cache holds them."""
+def copies_of(weight: Tensor, bits: int) -> tuple[list[Matrix], int]:
+    """`weight` (out, in) at so many bits, so often that no cache holds all copies; and the bytes of
+    them all."""
     tensors = quantised(weight, bits)
     size = sum(t.nbytes for t in tensors.values())
     copies = [
         MATRICES[bits]({name: t.clone() for name, t in tensors.items()}, weight.size(0))
         for _ in range(max(1, COLD // size))
     ]
-    x = torch.randn(rows, weight.size(1))
+    return copies, size * len(copies)
+
+
+def passes(copies: list[Matrix], x: Tensor) -> dict[str, Callable[[], None]]:
+    """For each way to multiply x (N, in) by a matrix, a call that does it with one of the copies
+    after the other."""
 
     def one_pass(way: str) -> Callable[[], None]:
         def call() -> None:
@@ -251,7 +256,7 @@ def passes(weight: Tensor, bits: int, rows: int) -> dict[str, Callable[[], None]
 
         return call
 
-    return {way: one_pass(way) for way in copies[0].ways(rows)}
+    return {way: one_pass(way) for way in copies[0].ways(x.size(0))}
 
 
 @torch.no_grad()
@@ -263,17 +268,14 @@ def kernels(args: argparse.Namespace) -> dict:
     for outputs, inputs in ((512, 512), (10240, 512), (512, 10240)):
         weight = torch.randn(outputs, inputs)
         for bits, width in NAMES.items():
-            matrix = MATRICES[bits](quantised(weight, bits), outputs)
-            size = sum(t.nbytes for t in quantised(weight, bits).values())
+            copies, size = copies_of(weight, bits)
             for rows in args.batches:
-                calls = passes(weight, bits, rows)
+                x = torch.randn(rows, inputs)
+                calls = passes(copies, x)
                 times = interleaved(calls | {"read": big.sum}, args.rounds, middle=min)
                 read = big.nbytes / times.pop("read") / 1e9
-                speeds = {
-                    way: max(1, COLD // size) * size / seconds / 1e9
-                    for way, seconds in times.items()
-                }
-                taken = matrix.way(rows, torch.randn(rows, inputs), None, 1.0)
+                speeds = {way: size / seconds / 1e9 for way, seconds in times.items()}
+                taken = copies[0].way(rows, x, None, 1.0)
                 name = f"{outputs}×{inputs} {width}, {rows} rows"
                 result[name] = speeds | {"read": read, "taken": taken}
                 ways = ", ".join(f"{way} {speed:.1f}" for way, speed in speeds.items())

@@ -10,9 +10,9 @@ Letters: B batch, T positions, C channels, V vocabulary.
 from torch import Tensor, nn
 
 from config import Config
-from layers.loss import linear_cross_entropy
-from layers.memory import AssociativeMemory, NgramEmbedding
+from layers.memory import AssociativeMemory
 from model import SquaredReLU
+from research.opponent import Opponent, ngram_table
 
 
 class DeltaBlock(nn.Module):
@@ -36,9 +36,8 @@ class DeltaBlock(nn.Module):
         return x + self.down(self.activation(self.up(self.norm2(x))))
 
 
-class DeltaNet(nn.Module):
-    """A causal language model with the interface of ours: forward → (logits, state), loss →
-    (loss, state)."""
+class DeltaNet(Opponent):
+    """A causal language model with the interface of ours."""
 
     def __init__(self, config: Config, vocab_size: int, layers: int, inner: int):
         """config: C, the memory's heads and width, and a table of n-grams if it has one."""
@@ -46,28 +45,16 @@ class DeltaNet(nn.Module):
         self.vocab_size = vocab_size
         self.token_embedding = nn.Embedding(vocab_size, config.C)
         nn.init.normal_(self.token_embedding.weight, std=config.C**-0.5)  # of length 1, as ours
-        self.ngrams = NgramEmbedding(config) if config.ngram_slots else None
+        self.ngrams = ngram_table(config, config.C)
         self.layers = nn.ModuleList(DeltaBlock(config, inner) for _ in range(layers))
         self.norm = nn.LayerNorm(config.C, bias=False)
         self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)  # as GPT-2's begins
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → what the head reads, (B, T, C)."""
-        x = self.token_embedding(ids)
-        if self.ngrams is not None:
-            x = x + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
+    def body(self, e: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
-
-    def forward(self, ids: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """ids (B, T) → logits (B, T, V), and no state."""
-        return self.lm_head(self.hidden(ids)), None
-
-    def loss(self, ids: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """Mean nats per token of targets (B, T) after ids (B, T), and no state."""
-        return linear_cross_entropy(self.hidden(ids), self.lm_head.weight, targets), None
+            e = layer(e)
+        return self.norm(e)
 
 
 def build_delta_net(

@@ -44,14 +44,7 @@ from layers.memory import NgramEmbedding
 from model import build_model
 from research.contestants import MUON
 from research.tables import markdown_table
-from training.optimizers import (
-    clipped_step,
-    gradient_norm,
-    learning_rate,
-    make_optimizers,
-    rates,
-    set_rate,
-)
+from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 from training.record import environment
 
 SPLITS = ("train", "validation", "test")
@@ -363,8 +356,7 @@ def one_step(
     with cast(device):
         loss = entrant.loss(*batch)
     loss.backward()
-    set_rate(optimizers, rate)
-    clipped_step(entrant.model, optimizers, gradient_norm(entrant.model), config.grad_clip)
+    step_at_rate(entrant.model, optimizers, rate, config.grad_clip)
     return loss.detach()
 
 

@@ -31,14 +31,7 @@ from common.command import InputError, Parser, run_command
 from config import Config, load_config, make_config
 from data.prepare import read_tokens
 from model import build_model
-from training.optimizers import (
-    clipped_step,
-    gradient_norm,
-    learning_rate,
-    make_optimizers,
-    rates,
-    set_rate,
-)
+from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 
 # A needle: three tokens of a vocabulary of thousands are a key that no text has by chance.
 KEY = 3
@@ -186,8 +179,7 @@ def train_recall(
         ids, answers = recall_batch(batch, config.seed * 2**20 + step)
         loss = F.cross_entropy(model(ids)[0].flatten(0, 1), answers.flatten())
         loss.backward()
-        set_rate(optimizers, learning_rate(step, steps, config))
-        clipped_step(model, optimizers, gradient_norm(model), config.grad_clip)
+        step_at_rate(model, optimizers, learning_rate(step, steps, config), config.grad_clip)
         if (step + 1) % max(1, steps // 10) == 0:
             say(
                 f"step {step + 1}/{steps}  loss {loss.item():.4f}  accuracy"

@@ -14,7 +14,7 @@ from config import Config
 from data.order import Windows
 from data.prepare import Corpus
 from layers.features import fill_features
-from training.optimizers import clipped_step, gradient_norm, make_optimizers, set_rate
+from training.optimizers import make_optimizers, step_at_rate
 
 TURNS = 5  # times that the speed of each variant is measured
 
@@ -102,8 +102,7 @@ def step_timer(
             began = time.process_time()
             loss, _ = model.loss(*windows.batch(step))
             loss.backward()
-            set_rate(optimizers, config.lr)
-            clipped_step(model, optimizers, gradient_norm(model), config.grad_clip)
+            step_at_rate(model, optimizers, config.lr, config.grad_clip)
             times.append(time.process_time() - began)
         return min(times[1:])
 

@@ -341,6 +341,15 @@ def clipped_step(
     return good
 
 
+def step_at_rate(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], rate: float, grad_clip: float
+) -> None:
+    """A step at the learning rate `rate` with the gradients that a backward pass has left in a
+    network that one process holds whole, without a loss scale; see `clipped_step`."""
+    set_rate(optimizers, rate)
+    clipped_step(model, optimizers, gradient_norm(model), grad_clip)
+
+
 # ===== Saved states
 
 
