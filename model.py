@@ -217,16 +217,17 @@ class Haar(nn.Module):
         return c, {f"lag{level}": past for level, past in enumerate(pasts)}
 
     def decompose_mapped(
-        self, h: Tensor, matrix: Tensor, widths: tuple[int, ...], state: BlockState
+        self, h: Tensor, mapped: Tensor, matrix: Tensor, widths: tuple[int, ...], state: BlockState
     ) -> tuple[Tensor, BlockState]:
         """The coefficients of h (B, T, P), those of scale s multiplied by its rows of `matrix`
-        (Σw, P), side by side (B, T, Σw). The wavelet acts on positions and the matrix on channels,
-        so the matrix may come first, as one product, and the wavelet has less to do."""
+        (Σw, P), side by side (B, T, Σw), and the new state; mapped: h · matrixᵀ. The wavelet acts
+        on positions and the matrix on channels, so the matrix may come first, as one product, and
+        the wavelet has less to do."""
         pasts = [
             F.linear(state[f"lag{level}"], matrix[:columns])
             for level, (_, _, columns) in enumerate(levels_of(widths))
         ]
-        c = HaarOfScales.apply(F.linear(h, matrix), widths, *pasts)
+        c = HaarOfScales.apply(mapped, widths, *pasts)
         # What the next positions need of the past are sums of so many positions at the most.
         reach = 2 * self.longest_lag[-1] - 1
         return c, self.decompose(h[:, -reach:], state)[1]
@@ -865,9 +866,14 @@ class Block(nn.Module):
         bank = self.mixers.banks[0]
         values, gates = bank.first_matrices(self.mixers.transform)  # (Σw, P) both
         widths = tuple(mixer.mixer.weight.size(0) for mixer in bank)
-        mixed, lags = wavelet.decompose_mapped(h, values, widths, state)  # (B, T, Σw)
-        if gates is not None:
-            mixed = mixed * bank.activation(F.linear(h, gates))
+        if gates is None:
+            mixed, lags = wavelet.decompose_mapped(h, F.linear(h, values), values, widths, state)
+        else:
+            # One product of what both read, twice as wide: 0.98 of a small network's step.
+            both = F.linear(h, torch.cat([values, gates]))  # (B, T, 2·Σw)
+            mapped, gate = both.split([len(values), len(gates)], dim=-1)
+            mixed, lags = wavelet.decompose_mapped(h, mapped, values, widths, state)
+            mixed = mixed * bank.activation(gate)  # (B, T, Σw)
         out = self.mixers.outward(self.scale_weights * wavelet.shares)  # (Σw, P)
         return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias), lags
 

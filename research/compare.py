@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -245,28 +246,61 @@ def contestants_table(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(header, [row for _, row in sorted(rows)])
 
 
-def draw_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bits per byte of validation against minutes of CPU time: each run thin, each contestant a
-    colour."""
-    figure = new_figure()
-    axes = figure.subplots()
-    colours: dict[str, str] = {}
+def leads(results: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], np.ndarray]]:
+    """How far the first contestant's runs lie below each other one's along their curves.
+
+    By the other's name: the minutes of the first one's points, and bits per byte (seeds, points)
+    for the seeds that both have. The curves are measured on the same text, so a difference of two
+    runs of one seed is less uncertain than either run.
+    """
+    curves: dict[str, dict[int, list]] = {}
     for result in results:
-        new = result["model"] not in colours
-        colour = colours.setdefault(result["model"], f"C{len(colours)}")
-        minutes, _, bits = zip(*result["curve"], strict=True)
-        axes.plot(
-            minutes,
-            bits,
-            color=colour,
-            marker="o",
-            markersize=3,
-            alpha=0.7,
-            label=plain(result["model"]) if new else None,
+        curves.setdefault(result["model"], {})[result["seed"]] = result["curve"]
+    first, *others = curves
+    minutes = [point[0] for point in results[0]["curve"]]
+
+    def bits(name: str, seed: int) -> np.ndarray:
+        at, _, values = zip(*curves[name][seed], strict=True)
+        return np.interp(minutes, at, values)
+
+    lead = {}
+    for other in others:
+        seeds = sorted(set(curves[first]) & set(curves[other]))
+        lead[other] = minutes, np.stack([bits(other, s) - bits(first, s) for s in seeds])
+    return lead
+
+
+def draw_curves(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bits per byte of validation against minutes of CPU time and against tokens, which separates
+    speed from learning, each run thin, each contestant a colour; and the first contestant's lead
+    over each other one against minutes, the mean of the seeds and from the least to the most."""
+    names = list(dict.fromkeys(result["model"] for result in results))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    lead = leads(results)
+    figure = new_figure(6 * (3 if lead else 2), 4.5)
+    panels = figure.subplots(1, 3 if lead else 2)
+    for result in results:
+        minutes, tokens, bits = zip(*result["curve"], strict=True)
+        name = result["model"]
+        style = {"color": colours[name], "marker": "o", "markersize": 3, "alpha": 0.7}
+        label = plain(name) if result["seed"] == results[0]["seed"] else None
+        panels[0].plot(minutes, bits, label=label, **style)
+        panels[1].plot([n / 1e6 for n in tokens], bits, **style)
+    panels[0].set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
+    panels[1].set(xlabel="million tokens", ylabel="bits per byte (validation)")
+    panels[0].legend()
+    for name, (minutes, bits) in lead.items():
+        panels[2].plot(minutes, bits.mean(0), color=colours[name], label=plain(f"below {name}"))
+        panels[2].fill_between(minutes, bits.min(0), bits.max(0), color=colours[name], alpha=0.2)
+    if lead:
+        panels[2].axhline(0, color="grey", linewidth=0.8)
+        panels[2].set(
+            xlabel="minutes of CPU time, one thread",
+            ylabel=f"lead of {plain(names[0])}, bits per byte",
         )
-    axes.set(xlabel="minutes of CPU time, one thread", ylabel="bits per byte (validation)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        panels[2].legend()
+    for axes in panels:
+        axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 

@@ -102,6 +102,29 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
     assert "its own learning rate" in capsys.readouterr().out
 
 
+def test_a_lead_is_of_equal_minutes_and_of_seeds_that_both_have(tmp_path):
+    def run(model, seed, points):
+        return {"model": model, "seed": seed, "curve": points}
+
+    ours = [[1.0, 100, 3.0], [2.0, 200, 2.5]]
+    results = [
+        run("ours", 1, ours),
+        run("theirs", 1, [[1.0, 80, 3.1], [2.0, 160, 2.7]]),
+        run("few steps", 1, [[2.0, 2, 2.6]]),  # a point fewer: the one it has counts for both
+        run("ours", 2, [[1.0, 100, 3.1], [2.0, 200, 2.4]]),
+        run("theirs", 2, [[1.0, 80, 3.1], [2.0, 160, 2.5]]),
+    ]
+    lead = compare.leads(results)
+    assert list(lead) == ["theirs", "few steps"]
+    minutes, bits = lead["theirs"]
+    assert minutes == [1.0, 2.0]
+    assert bits.tolist() == [pytest.approx([0.1, 0.2]), pytest.approx([0.0, 0.1])]
+    assert lead["few steps"][1].tolist() == [pytest.approx([-0.4, 0.1])]
+    for drawn in (results, results[:1]):  # with a lead and without
+        compare.draw_curves(drawn, tmp_path / "compare.png")
+        assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_chosen_rate_lies_between_two_that_are_worse():
     def make(rates):
         runs = [compare.Training(model, lr, 0, 1.0, 5, False) for model, lr in rates]
