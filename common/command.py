@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from common.cores import watch_cores
+from common.heap import keep_freed_memory
 
 MOST_CHARACTERS = 1000  # of an error's line: a value of a million digits is not worth a screen
 
@@ -105,6 +106,7 @@ def run_command(main: Callable[[], None]) -> None:
     if hasattr(sys.stdin, "reconfigure"):
         # what is not UTF-8 is found where it is used, and named
         sys.stdin.reconfigure(errors="surrogateescape")
+    keep_freed_memory()
     try:
         with watch_cores():
             main()

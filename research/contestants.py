@@ -14,6 +14,7 @@ from layers.memory import NgramEmbedding
 from model import build_model
 from research.delta_net import build_delta_net
 from research.opponent import Opponent, ngram_table
+from research.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,6 +109,11 @@ OWN = {
     "delta-ngrams": (
         partial(build_delta_net, width=128, layers=2, inner=448),
         MUON | {"ngram_slots": 21000, "recall_heads": 2},
+    ),
+    # the Transformer that we could make strongest: fewer blocks, and more MLP and slots for them
+    "transformer-ngrams": (
+        partial(Transformer, width=128, layers=2, inner=384),
+        MUON | {"ngram_slots": 21000},
     ),
 }
 FOREIGN = {  # by the package transformers
