@@ -167,6 +167,13 @@ class Config(BaseModel):
     mlp_activation: Literal["gelu", "relu2"] = option(
         "gelu", "activation of the MLP: GELU, or the square of ReLU, which costs a CPU less"
     )
+    mlp_taps: int = option(
+        0,
+        "taps of a causal filter of what the MLP reads, for each channel: its position and those"
+        " before it; 0 = none",
+        ge=0,
+        le=64,
+    )
     tie_embedding_to_lm_head: bool = option(False, "the head shares the embedding's weight")
     looped_blocks: bool = option(
         False, "one block, applied looped_blocks_count times in place of `layers` blocks"
@@ -537,6 +544,8 @@ def _of_the_network(c: Config) -> Iterator[str]:
     if c.mixer_gate_input == "stream" and (c.mixer_depth > 1 or c.mixer_top_k):
         other = "mixer_depth: above 1" if c.mixer_depth > 1 else "mixer_top_k: above 0"
         yield f"{other} it takes mixer_gate_input coefficients"
+    if c.mlp_taps and not c.mlp_expansion:
+        yield "mlp_taps: without an MLP (mlp_expansion 0) nothing reads them; set it to 0"
     if not c.decompose_bypass and c.decompose_bypass_ema:
         yield "decompose_bypass_ema: needs decompose_bypass"
 

@@ -8,9 +8,10 @@
             x → LayerNorm → MLP + memories → + x
 
 Nothing here attends and nothing has a position. Only these look back: the lags of the lifting
-wavelet, the running mean, and (if asked) fast weights, the associative memory and the table of
-n-grams (layers/memory.py). What they need of the past is a `State` of fixed size (layers/state.py),
-so one code path serves whole texts, chunks and single tokens: `logits, state = model(ids, state)`.
+wavelet, the running mean, and (if asked) a short filter before the MLP, fast weights, the
+associative memory and the table of n-grams (layers/memory.py). What they need of the past is a
+`State` of fixed size (layers/state.py), so one code path serves whole texts, chunks and single
+tokens: `logits, state = model(ids, state)`.
 
 What a config chooses is decided once, in `parts_of`: there a part that no shipped config switches
 on comes in from layers/variants.py. A part that a network does not have is None.
@@ -49,6 +50,7 @@ from layers.lags import (
     CausalFilter,
     HaarCoefficients,
     HaarOfScales,
+    ShortFilter,
     haar_reconstruction,
     levels_of,
 )
@@ -765,6 +767,7 @@ class Block(nn.Module):
             self.residual_alpha_mlp = nn.Parameter(torch.tensor(1.0))
         # The memory branch
         self.ffwd = build_mlp(config) if config.mlp_expansion else None
+        self.mlp_filter = ShortFilter(width, config.mlp_taps) if config.mlp_taps else None
         self.pkm = self.fwpkm = self.recall = None
         if config.pkm_enabled:
             slots, top_k = config.pkm_num_keys, config.pkm_top_k
@@ -788,6 +791,8 @@ class Block(nn.Module):
         for memory in (self.fwpkm, self.recall):
             if memory is not None:
                 state |= memory.start(rows, like)
+        if self.mlp_filter is not None:
+            state["before_mlp"] = self.mlp_filter.start(rows, like)
         return state
 
     def padded(self, x: Tensor) -> Tensor:
@@ -883,7 +888,10 @@ class Block(nn.Module):
         x = self.residual_alpha_mlp * x
         written: BlockState = {}
         if self.ffwd is not None:
-            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(h))
+            read = h
+            if self.mlp_filter is not None:
+                read, written["before_mlp"] = self.mlp_filter(h, state["before_mlp"])
+            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(read))
         if self.pkm is not None:
             x = torch.addcmul(x, self.alpha_pkm, self.pkm(h))
         if self.fwpkm is not None:

@@ -165,7 +165,7 @@ class OwnBranch:
         """wavelet: the block's, which several blocks may share."""
         # A block with nothing but the wavelet branch, since `DecoderBlock` packs the rest.
         nothing = {"pkm_enabled": False, "fwpkm_enabled": False, "recall_heads": 0}
-        config = config.model_copy(update=nothing | {"mlp_expansion": 0})
+        config = config.model_copy(update=nothing | {"mlp_expansion": 0, "mlp_taps": 0})
         with torch.device("meta"):  # without memory: the weights are those of `block`
             branch = Block(config, parts_of(config))
             variants.parametrise([branch], config)
@@ -218,6 +218,9 @@ class DecoderBlock:
         self.norm = weights.norm(f"{name}.ln2", block.ln2)
         self.alpha = weights.number(f"{name}.alpha_mlp", block.residual_alpha_mlp)
         self.mlp = None if block.ffwd is None else MLP(block, f"{name}.mlp", weights)
+        self.mlp_filter = None  # of what the MLP reads: the model's own module
+        if block.mlp_filter is not None:
+            self.mlp_filter = weights.module(f"{name}.mlp_filter", block.mlp_filter)
         self.memories: list[Memory | WrittenMemory | Recall] = []
         fusable = []  # memories that one row reads by our own GPU kernels
         score_rows = []  # of each of these, see `fused.MemoryReads`
@@ -246,6 +249,8 @@ class DecoderBlock:
         part = self.branch.adopt(block)
         for memory in self.memories:
             part |= memory.adopt(block)  # their names differ
+        if self.mlp_filter is not None:
+            part["before_mlp"] = block["before_mlp"]
         return part
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
@@ -267,7 +272,15 @@ class DecoderBlock:
         """
         x, mean, new = self.branch(x, e, below, length, part, counts)
         h = F.layer_norm(x, *self.norm)  # (N, C)
-        x = self.alpha * x if self.mlp is None else self.mlp(h, x, self.alpha)
+        if self.mlp is None:
+            x = self.alpha * x
+        else:
+            read = h
+            if self.mlp_filter is not None:
+                by_text = h.view(-1, length, h.size(1))  # (B, T, C)
+                read, new["before_mlp"] = self.mlp_filter(by_text, part["before_mlp"])
+                read = read.flatten(0, 1)
+            x = self.mlp(read, x, self.alpha)
         # Of one row our own kernels read all memories that they can, and add what they read to x.
         by_kernels = self.reads is not None and x.size(0) == 1
         if by_kernels:

@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.device import autocast_type
+from layers.state import remember
 
 
 class CausalFilter(torch.autograd.Function):
@@ -38,6 +39,26 @@ class CausalFilter(torch.autograd.Function):
             of_x[:, i : i + length].addcmul_(of_out, taps[i])
             of_taps.append((x[:, i : i + length] * of_out).sum_to_size(taps[i].shape))
         return of_x, torch.stack(of_taps), None
+
+
+class ShortFilter(nn.Module):
+    """A causal filter of `taps` positions for each of `width` channels, (B, T, width) → the same;
+    at first each position passes as it is. After Allen-Zhu, "Physics of language models: part 4.1",
+    2025, whose Canon layers are such filters."""
+
+    def __init__(self, width: int, taps: int):
+        super().__init__()
+        self.taps = nn.Parameter(torch.zeros(taps, width))  # the oldest position first
+        self.taps.data[-1] = 1.0
+
+    def start(self, rows: int, like: Tensor) -> Tensor:
+        """What came before a text, (rows, taps − 1, width): zeros of the type of `like`."""
+        return like.new_zeros(rows, self.taps.size(0) - 1, self.taps.size(1))
+
+    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, width) and the inputs before it → x filtered, and the last inputs."""
+        joined, past = remember(past, x)
+        return CausalFilter.apply(joined, self.taps.to(joined.dtype), x.size(1)), past
 
 
 def with_lagged(u: Tensor, past: Tensor, sign: int) -> Tensor:

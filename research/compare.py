@@ -5,7 +5,8 @@
         --models released best=configs/best-small.json llama
 
 Every contestant gets the same text, tokens, batches in the same order, schedule, clipping and
-evaluation, fp32 and a single thread. Its learning rate is the best of short runs, by validation:
+evaluation, a single thread, and fp32 or (--bf16) autocast to bf16, as train.py on a CPU that has
+instructions for it. Its learning rate is the best of short runs, by validation:
 rates are doubled or halved until the best one is no longer at the edge of those tried, or six were
 tried. Then come full runs, one for each seed.
 
@@ -53,7 +54,7 @@ from research.contestants import (
     transformers_library,
 )
 from research.tables import markdown_table, mean_deviation, put_first
-from research.timing import seconds_of_each, step_timer, steps_in
+from research.timing import in_bf16, seconds_of_each, step_timer, steps_in
 from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 from training.profiling import peak_memory
 from training.record import environment
@@ -100,14 +101,15 @@ def full_name(entrant: Contestant, data: str) -> str:
     return f"{entrant.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def data_digest(corpus: Corpus, batch: int) -> str:
-    """A digest of text, tokens and batch size, which are the same for all contestants."""
+def data_digest(corpus: Corpus, batch: int, bf16: bool = False) -> str:
+    """A digest of text, tokens, batch size and precision, which are the same for all."""
     parts = [
         corpus.train.digest,
         corpus.validation.digest,
         corpus.test.digest,
         corpus.tokenizer.fingerprint,
         batch,
+        *(["bf16"] if bf16 else []),
     ]
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
 
@@ -132,7 +134,7 @@ def embedding_parameters(model: nn.Module) -> int:
 
 
 def train_and_measure(
-    entrant: Contestant, spec: Training, corpus: Corpus, batch: int
+    entrant: Contestant, spec: Training, corpus: Corpus, batch: int, bf16: bool = False
 ) -> dict[str, Any]:
     """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of
     validation]."""
@@ -151,7 +153,8 @@ def train_and_measure(
         model.train()
         torch.manual_seed(spec.seed * 1_000_003 + step)  # for dropout: the same for all
         ids, targets = windows.batch(step)
-        loss, _ = model.loss(ids, targets)
+        with in_bf16(bf16):
+            loss, _ = model.loss(ids, targets)
         loss.backward()
         rate = learning_rate(step, spec.steps, config)
         step_at_rate(model, optimizers, rate, config.grad_clip)
@@ -345,6 +348,11 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=8, help="windows in a step (default 8)")
     parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="train in autocast to bf16, as train.py does where a CPU has instructions for it",
+    )
+    parser.add_argument(
         "--minutes", type=float, default=5.0, help="CPU time of a final run (default 5)"
     )
     parser.add_argument(
@@ -379,11 +387,11 @@ def main() -> None:
     data = make_config(keys | {"tokenizer": "sentencepiece"}, "command line", keys)
     entrants = {model: contestant(model, args.block_size) for model in args.models}
     corpus = prepare(data)
-    digest = data_digest(corpus, args.batch)
+    digest = data_digest(corpus, args.batch, args.bf16)
     if args.run:
         spec = Training(**json.loads(args.run))
         result = train_and_measure(
-            contestant(spec.model, args.block_size), spec, corpus, args.batch
+            contestant(spec.model, args.block_size), spec, corpus, args.batch, args.bf16
         )
         with written_whole(spec.path(out, digest, args.block_size)) as beside:
             beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -393,7 +401,7 @@ def main() -> None:
     with folder_lock(out):
         names = {model: full_name(entrant, digest) for model, entrant in entrants.items()}
         timers = {
-            names[m]: step_timer(entrant.build, entrant.config, corpus, args.batch)
+            names[m]: step_timer(entrant.build, entrant.config, corpus, args.batch, args.bf16)
             for m, entrant in entrants.items()
         }
         timed = seconds_of_each(timers, out / "speed.json")
@@ -485,6 +493,7 @@ def section_of(
         ]
         for r in sorted(tried, key=lambda r: (args.models.index(r.model), r.lr))
     ]
+    precision = "bf16" if args.bf16 else "fp32"
     chosen = "Each has its own learning rate."
     tried_rates = ""
     if choices:
@@ -498,7 +507,7 @@ def section_of(
         f"## Equal CPU time: {' '.join(entrant.name for entrant in entrants.values())}"
         f" ({machine['date'][:10]})\n\n`{command}` at commit {machine['commit']}, torch"
         f" {machine['torch']}, {machine['machine']}.\n{args.minutes:g} minutes of CPU time each, as"
-        f" steps that were timed in turn, one thread, fp32; SentencePiece {args.vocab_size},"
+        f" steps that were timed in turn, one thread, {precision}; SentencePiece {args.vocab_size},"
         f" windows of {args.block_size}, {args.batch} in a step; measured in such windows side by"
         " side over whole splits. Mean ± sample standard deviation (runs)."
         f" {chosen}\n\n{contestants_table(results)}\n"

@@ -1,5 +1,6 @@
 """Timing calls: medians, means, and several candidates in turn."""
 
+import contextlib
 import json
 import statistics
 import time
@@ -85,11 +86,20 @@ def interleaved(
 # ===== How many steps a variant gets
 
 
+def in_bf16(wanted: bool) -> contextlib.AbstractContextManager:
+    """Autocast to bf16 on a CPU, as train.py's where it has instructions for it, or none."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted)
+
+
 def step_timer(
-    build: Callable[[Config, int], nn.Module], config: Config, corpus: Corpus, batch: int
+    build: Callable[[Config, int], nn.Module],
+    config: Config,
+    corpus: Corpus,
+    batch: int,
+    bf16: bool = False,
 ) -> Callable[[], float]:
-    """A function that measures the CPU seconds of a training step: the least of a few, in fp32 on
-    this thread."""
+    """A function that measures the CPU seconds of a training step: the least of a few, in fp32 or
+    autocast to bf16, on this thread."""
 
     def seconds(rounds: int = 3) -> float:
         torch.manual_seed(0)
@@ -100,7 +110,8 @@ def step_timer(
         times = []
         for step in range(rounds + 1):  # the first warms up
             began = time.process_time()
-            loss, _ = model.loss(*windows.batch(step))
+            with in_bf16(bf16):
+                loss, _ = model.loss(*windows.batch(step))
             loss.backward()
             step_at_rate(model, optimizers, config.lr, config.grad_clip)
             times.append(time.process_time() - began)

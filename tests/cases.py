@@ -63,7 +63,7 @@ OPTIONS: dict[str, list[dict]] = {
     "learned_residual": [{}, {"learned_residual": False}],
     "tie_embedding_to_lm_head": [{}, {"tie_embedding_to_lm_head": True}],
     "mlp": [{}, {"mlp_expansion": 0}, {"mlp_activation": "relu2", "mlp_layers": 3},
-        {"mlp_layers": 4}, {"mlp_layers": 1}],
+        {"mlp_layers": 4}, {"mlp_layers": 1}, {"mlp_taps": 3}],
     "pkm": [{}, {"pkm_enabled": False}, {"pkm_heads": 2, "pkm_top_k": 2},
         {"pkm_num_keys": 25, "pkm_top_k": 25}],
     "fwpkm": [

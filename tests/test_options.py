@@ -218,6 +218,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     "levels": ({"per_scale_mixer_widths": None}, {"per_scale_mixer_widths": None, "levels": 2}),
     "mlp_expansion": ({}, {"mlp_expansion": 3}),
     "mlp_layers": ({}, {"mlp_layers": 3}),
+    "mlp_taps": ({}, {"mlp_taps": 3}),
     "mlp_activation": ({}, {"mlp_activation": "relu2"}),
     "looped_blocks_count": ({"looped_blocks": True},
         {"looped_blocks": True, "looped_blocks_count": 2}),

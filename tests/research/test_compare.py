@@ -155,13 +155,13 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     )
     entrant = compare.Contestant("tiny", config, build_model)
     corpus = prepare(config, lambda line: None)
-    timers = {"tiny": compare.step_timer(entrant.build, config, corpus, 4)}
+    timers = {"tiny": compare.step_timer(entrant.build, config, corpus, 4, bf16=True)}
     seconds = compare.seconds_of_each(timers, tmp_path / "speed.json")
     assert seconds["tiny"] > 0
     # read, not measured again
     assert compare.seconds_of_each(timers, tmp_path / "speed.json") == seconds
     result = compare.train_and_measure(
-        entrant, compare.Training("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4
+        entrant, compare.Training("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4, bf16=True
     )
     assert len(result["curve"]) == compare.CURVE_POINTS
     assert (
