@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
+from layers.delta_rule import DeltaRule, takes
 from layers.lags import CausalFilter
 from layers.state import BlockState, remember
 
@@ -119,6 +120,8 @@ def delta_rule(
         pairs = log_alpha.exp()[..., None] * pairs
         pairs = pairs + (beta[..., None] * (v - k @ pairs.mT)).mT @ k
         return q @ pairs.mT, pairs
+    if takes(q):
+        return DeltaRule.apply(q, k, v, log_alpha, beta, pairs)
     length = q.size(2)
     size = min(CHUNK, length)
     filler = -length % size
