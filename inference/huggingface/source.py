@@ -48,7 +48,9 @@ class Module:
         for alias in statement.names:
             local = alias.asname or alias.name
             if isinstance(statement, ast.Import):
-                self.packages[local.partition(".")[0]] = ast.Import([alias])
+                # a file of ours that is imported whole only adds to what is here without it
+                if not path_of(alias.name).is_file():
+                    self.packages[local.partition(".")[0]] = ast.Import([alias])
             elif path_of(statement.module).is_file():
                 self.ours[local] = (statement.module, alias.name)
             elif path_of(f"{statement.module}.{alias.name}").is_file():
