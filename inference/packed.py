@@ -319,7 +319,8 @@ def product_by_slices(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class HalfMatrix(Matrix):
-    """W (out, in) in bf16, in oneDNN's own layout on a CPU that has bf16 instructions."""
+    """W (out, in) in bf16; in oneDNN's own layout on a CPU that has bf16 instructions, where there
+    is no kernel of our own, which reads the weights as they lie."""
 
     bits = 16
     kind = torch.bfloat16
@@ -329,21 +330,23 @@ class HalfMatrix(Matrix):
         super().__init__(tensors, outputs)
         weight = tensors["float16"]
         self.wide = wide_type(weight.device)
-        on_cpu_with_bf16 = self.on_cpu and self.wide == torch.bfloat16
-        self.reordered = on_cpu_with_bf16 and torch.backends.mkldnn.is_available()
         self.weight = weight
+        on_cpu_with_bf16 = self.on_cpu and self.wide == torch.bfloat16
+        has_onednn = on_cpu_with_bf16 and torch.backends.mkldnn.is_available()
+        # One layout alone is kept, since a second one would be all the weights once more.
+        self.reordered = has_onednn and self.kernel is None
         if self.reordered:
-            self.kernel = None
-            # 1: laid out for one row, where reading the weights is all that takes time. It is the
-            # only layout that is kept: a second one would be all the weights once more.
+            # 1: laid out for one row, where reading the weights is all that takes time
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        if self.kernel is not None:
+            self.kind = torch.float32  # what our own kernel reads and gives
 
     def ways(self, rows: int) -> list[str]:
         if self.reordered:
             return ["by_onednn"]
-        if self.wide == torch.bfloat16:  # a GPU
-            return ["by_linear"]
-        names = ["by_linear", "by_slices"] if rows <= self.FEW else ["by_slices"]
+        names = ["by_linear"]
+        if self.wide != torch.bfloat16:
+            names = ["by_linear", "by_slices"] if rows <= self.FEW else ["by_slices"]
         return names if self.kernel is None else with_kernel(rows, self.bits, names)
 
     def by_onednn(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
@@ -592,8 +595,7 @@ class PackedStack(MatrixStack):
                     tensors[s] = held
         self.matrices = [MATRICES[b](t, n) for b, t, n in zip(bits, tensors, outputs, strict=True)]
         self.cpu_stacks: list[cpu_kernels.Stack] = []
-        # Not at 16 bits, which a CPU with bf16 instructions keeps in oneDNN's layout alone.
-        if cpu_kernels.usable(device) and all(matrix.kernel for matrix in self.matrices):
+        if cpu_kernels.usable(device):
             for scales in scales_of.values():
                 own = [inputs[s] for s in scales]
                 held = [self.matrices[s].kernel.held[0] for s in scales]  # no second copy

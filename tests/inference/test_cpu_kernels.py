@@ -118,7 +118,7 @@ def test_what_is_not_finite_stays_so(bits, bad):
 
 
 @needs_kernels
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [None, 16, 8, 4])
 @pytest.mark.parametrize("keys", [{}, {"levels": 1}])
 def test_a_chain_gives_what_its_products_give_one_by_one(keys, bits):
     decoder = Decoder(random_model(tiny(**keys)), bits)
