@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t GROUP = 64;  // inputs that share a scale of x, and at 4 bits those of w
 constexpr int64_t LANES = 8;   // fp32 numbers in a register
 
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 // Asks for the bytes a page ahead of what is being read: on the machines that were tried, half a page
 // was a little slower, a quarter more so.
 inline void read_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 4096); }
@@ -42,9 +44,9 @@ inline float sum_of(__m256 v) {
 // One row of x: groups of 64 as q·scale, with q from −32,767 to 32,767, and the sum of each group.
 // A group has a scale of its own, so that one large number does not cost the others their digits.
 struct Rounded {
-  const int16_t* q;
-  const float* scale;
-  const float* sum;
+  int16_t* q;
+  float* scale;
+  float* sum;
 };
 
 // Rounds one group of x, of which `count` numbers are there. With `halves` even inputs come first
@@ -216,7 +218,7 @@ void dot_int4(
 
 // ===== Finishing
 
-enum Finish : int64_t { PLAIN, GELU, GATE };
+enum Finish : int64_t { PLAIN, GELU, GATE, RELU2 };
 
 // e^v of 8 numbers, to the last digits of fp32: 2^n·e^r, with n whole and |r| ≤ ln 2 / 2, and e^r as
 // its series to the seventh power.
@@ -263,6 +265,9 @@ inline void finish(int64_t how, float* sums, int64_t count, float* y) {
   } else if (how == GATE) {
     _mm256_storeu_ps(sums, silu_of(_mm256_loadu_ps(sums)));
     for (int64_t i = 0; i < count; i++) sums[i] *= y[i];
+  } else if (how == RELU2) {
+    const __m256 positive = _mm256_max_ps(_mm256_setzero_ps(), _mm256_loadu_ps(sums));
+    _mm256_storeu_ps(sums, _mm256_mul_ps(positive, positive));
   }
   if (count == LANES) {
     _mm256_storeu_ps(y, _mm256_loadu_ps(sums));
@@ -283,7 +288,13 @@ struct Matrix {
   int64_t reads;    // numbers of x, as many as there are inputs without filler
 };
 
-// A product. Strides are in numbers; x (S, N, in), y (S, N, width), add (S, N, out).
+// The rows of x of one product, (count, rows): as they are, or rounded.
+struct Rows {
+  const float* const* plain;
+  const Rounded* rounded;
+};
+
+// A product. Strides are in numbers; x (S, N, in), y (S, N, width), add (S, N, out), bias (S, out).
 struct Call {
   int64_t bits;
   const Matrix* matrices;
@@ -294,16 +305,12 @@ struct Call {
   const float* add;
   int64_t add_place, add_row;
   const float* bias;
+  int64_t bias_place;
   float* y;
   int64_t width, y_place, y_row;
   int64_t finish;
   float beta;
-};
-
-// The rows of x of one product, (count, rows): as they are, or rounded.
-struct Rows {
-  const float* const* plain;
-  const Rounded* rounded;
+  Rows own;  // of x
 };
 
 template <int BITS, int X>
@@ -337,7 +344,7 @@ void outputs(
       float sum = made[j];
       if (call.add)
         sum += call.beta * call.add[m.place * call.add_place + (i + j) * call.add_row + r + o];
-      if (call.bias) sum += call.bias[r + o];
+      if (call.bias) sum += call.bias[m.place * call.bias_place + r + o];
       sums[j][o] = sum;
     }
   }
@@ -348,7 +355,7 @@ void outputs(
 // What one of `threads` threads does of a product: an equal share of the weights, in whole rows, of
 // one matrix after the other.
 template <int BITS>
-void share(const Call& call, const Rows& x, int64_t thread, int64_t threads) {
+void share(const Call& call, int64_t thread, int64_t threads) {
   constexpr int TOGETHER = 4;  // rows of x that fit into the registers
   int64_t weights = 0;
   for (int64_t s = 0; s < call.count; s++)
@@ -366,7 +373,8 @@ void share(const Call& call, const Rows& x, int64_t thread, int64_t threads) {
     for (int64_t r = row_at(begin); r < last; r += LANES) {
       const int64_t count = std::min(LANES, last - r);
       for (int64_t i = 0; i < call.rows;) {
-        const Rows rows = {x.plain + s * call.rows + i, x.rounded + s * call.rows + i};
+        const int64_t first = s * call.rows + i;
+        const Rows rows = {call.own.plain + first, call.own.rounded + first};
         if (i + TOGETHER <= call.rows) {
           outputs<BITS, TOGETHER>(call, m, r, count, i, rows);
           i += TOGETHER;
@@ -385,74 +393,252 @@ void share(const Call& call, const Rows& x, int64_t thread, int64_t threads) {
   }
 }
 
-// Makes the products one after the other; each may read what those before it wrote.
-void run(const Call* calls, int64_t many) {
-  int64_t weights = 0;  // that are read, by all rows of x
-  int64_t rows = 0;     // of x, of all products
-  int64_t groups = 0;   // of the widest matrix, in whole registers
-  for (int64_t c = 0; c < many; c++) {
-    rows += calls[c].count * calls[c].rows;
-    for (int64_t s = 0; s < calls[c].count; s++) {
-      const Matrix& m = calls[c].matrices[s];
-      weights += m.outputs * m.inputs * calls[c].rows;
-      groups = std::max(groups, (m.inputs + GROUP - 1) / GROUP);
+// Groups of a row of x that are rounded for a product, in whole registers of scales.
+int64_t groups_of(const Call& call) {
+  int64_t inputs = 0;
+  for (int64_t s = 0; s < call.count; s++) inputs = std::max(inputs, call.matrices[s].inputs);
+  return round_up((inputs + GROUP - 1) / GROUP, LANES);
+}
+
+int64_t weights_of(const Call& call) {  // that are read, by all rows of x
+  int64_t weights = 0;
+  for (int64_t s = 0; s < call.count; s++)
+    weights += call.matrices[s].outputs * call.matrices[s].inputs * call.rows;
+  return weights;
+}
+
+// What products need besides their numbers. Kept between calls, since asking for memory takes longer
+// than a small product.
+struct Scratch {
+  std::vector<const float*> plain;  // of each row of x of all products
+  std::vector<Rounded> rounded;
+  std::vector<int16_t> q;  // of the largest product, as the others need it before or after
+  std::vector<float> scales;
+
+  // Gives each of the products its rows; those of no rows need none.
+  void prepare(Call* calls, int64_t many) {
+    int64_t total = 0;
+    int64_t parts = 0;  // groups of all rows of the largest product
+    for (int64_t c = 0; c < many; c++) {
+      const int64_t rows = calls[c].count * calls[c].rows;
+      total += rows;
+      if (calls[c].bits < 16) parts = std::max(parts, rows * groups_of(calls[c]));
+    }
+    plain.resize(total);
+    rounded.resize(total);
+    q.resize(parts * GROUP);
+    scales.resize(2 * parts);
+    int64_t at = 0;
+    for (int64_t c = 0; c < many; c++) {
+      Call& call = calls[c];
+      call.own = {plain.data() + at, rounded.data() + at};
+      const int64_t groups = call.bits < 16 ? groups_of(call) : 0;
+      for (int64_t i = 0; i < call.count * call.rows; i++, at++) {
+        plain[at] = call.x + call.matrices[i / call.rows].place * call.x_place +
+                    i % call.rows * call.x_row;
+        float* const own = scales.data() + 2 * i * groups;
+        rounded[at] = {q.data() + i * groups * GROUP, own, own + groups};
+      }
     }
   }
-  groups = (groups + LANES - 1) / LANES * LANES;
-  // Kept between calls, since asking for memory takes longer than a small product.
-  static thread_local std::vector<const float*> plain_kept;
-  static thread_local std::vector<Rounded> rounded_kept;
-  static thread_local std::vector<int16_t> q_kept;
-  static thread_local std::vector<float> scales_kept;
-  plain_kept.resize(rows);
-  rounded_kept.resize(rows);
-  q_kept.resize(rows * groups * GROUP);
-  scales_kept.resize(2 * rows * groups);
-  // Other threads see these vectors by what they are here, not as their own.
-  const float** const plain = plain_kept.data();
-  Rounded* const rounded = rounded_kept.data();
-  int16_t* const q = q_kept.data();
-  float* const scales = scales_kept.data();
-  int64_t at = 0;
-  for (int64_t c = 0; c < many; c++)
-    for (int64_t i = 0; i < calls[c].count * calls[c].rows; i++, at++) {
-      const Call& call = calls[c];
-      plain[at] = call.x + call.matrices[i / call.rows].place * call.x_place +
-                  i % call.rows * call.x_row;
-      float* const own = scales + 2 * at * groups;
-      rounded[at] = {q + at * groups * GROUP, own, own + groups};
-    }
-  // Below some 64 Ki weights waking the other threads takes longer than doing it alone.
-#pragma omp parallel if (weights > 65536)
-  {
-    const int64_t threads = omp_get_num_threads();
-    const int64_t thread = omp_get_thread_num();
-    int64_t first = 0;  // row of the product, among all rows
-    for (int64_t c = 0; c < many; c++) {
-      const Call& call = calls[c];
-      const int64_t own = call.count * call.rows;
-      if (call.bits < 16) {
+};
+
+// What each thread of a team does of a product. The results are there when all threads have done
+// theirs.
+void multiply(const Call& call) {
+  if (call.bits < 16) {
+    const int64_t groups = groups_of(call);
 #pragma omp for schedule(static)
-        for (int64_t part = 0; part < own * groups; part++) {
-          const int64_t i = part / groups;
-          const int64_t g = part % groups;
-          const int64_t n = std::min(call.matrices[i / call.rows].reads, call.x_width);
-          float* const scale = scales + 2 * (first + i) * groups + g;
-          round_group(
-              plain[first + i] + std::min(g * GROUP, n), std::max<int64_t>(n - g * GROUP, 0),
-              call.bits == 4, q + ((first + i) * groups + g) * GROUP, scale, scale + groups);
-        }
-      }
-      const auto of_bits = call.bits == 32   ? share<32>
-                           : call.bits == 16 ? share<16>
-                           : call.bits == 8  ? share<8>
-                                             : share<4>;
-      of_bits(call, {plain + first, rounded + first}, thread, threads);
-      first += own;
-      if (c + 1 < many) {
-#pragma omp barrier
+    for (int64_t part = 0; part < call.count * call.rows * groups; part++) {
+      const int64_t i = part / groups;
+      const int64_t g = part % groups;
+      const int64_t n = std::min(call.matrices[i / call.rows].reads, call.x_width);
+      const Rounded& to = call.own.rounded[i];
+      round_group(
+          call.own.plain[i] + std::min(g * GROUP, n), std::max<int64_t>(n - g * GROUP, 0),
+          call.bits == 4, to.q + g * GROUP, to.scale + g, to.sum + g);
+    }
+  }
+  const auto of_bits = call.bits == 32   ? share<32>
+                       : call.bits == 16 ? share<16>
+                       : call.bits == 8  ? share<8>
+                                         : share<4>;
+  of_bits(call, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// Below some 64 Ki weights waking the other threads takes longer than doing it alone.
+constexpr int64_t ALONE = 65536;
+
+// ===== Programs
+
+// A program is a list of steps, each of which may read what those before it wrote. Its numbers lie
+// in one room; a place is where some of them begin. Places below zero are arguments of the call:
+// −1 stands for the first, which is nothing, −2 for the second.
+struct Memory {
+  float* room;
+  const int64_t* arguments;
+  int64_t rows;  // B, of every operand
+
+  int64_t argument(int64_t place) const { return arguments[-1 - place]; }
+  float* at(int64_t place) const {
+    return place < 0 ? reinterpret_cast<float*>(argument(place)) : room + place;
+  }
+};
+
+float number(int64_t bits) {  // from those of a double
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return float(value);
+}
+
+const float* constant(int64_t address) { return reinterpret_cast<const float*>(address); }
+
+// The fields of a step after its kind are numbers, places, or addresses of constants.
+enum Kind : int64_t { PRODUCT, MEAN, NORM, LAGS, JOIN, ROUTE, COPY, HAAR };
+constexpr int64_t FIELDS = 20;
+
+Call product_of(const int64_t* f, const Memory& m) {
+  return {
+      f[0], reinterpret_cast<const Matrix*>(f[1]), f[2], m.rows, m.at(f[3]), f[4], f[5], f[6],
+      m.at(f[7]), f[8], f[9], constant(f[10]), f[11], m.at(f[12]), f[13], f[14], f[15], f[16],
+      number(f[17]), {}};
+}
+
+// sum (B, C) gains x and loses `oldest`, into a new sum; y = sum / n with n (B,).
+template <class T>
+void mean(const int64_t* f, const Memory& m) {
+  const int64_t width = f[0];
+  const float* const x = m.at(f[1]);
+  const T* const sum = reinterpret_cast<const T*>(m.at(f[2]));
+  const float* const oldest = m.at(f[3]);
+  const int64_t oldest_row = m.argument(f[4]);
+  const auto* const n = reinterpret_cast<const int64_t*>(m.at(f[5]));
+  T* const total = reinterpret_cast<T*>(m.at(f[6]));
+  float* const y = m.at(f[7]);
+  for (int64_t b = 0; b < m.rows; b++)
+    for (int64_t i = 0; i < width; i++) {
+      const int64_t at = b * width + i;
+      T value = sum[at] + x[at];
+      if (oldest) value -= oldest[b * oldest_row + i];
+      total[at] = value;
+      y[at] = float(value / T(n[b]));
+    }
+}
+
+// x (B, C) gains gamma·e; y (B, P) is its layer norm, filled up with zeros.
+void norm(const int64_t* f, const Memory& m) {
+  const int64_t width = f[0];
+  const int64_t y_width = f[1];
+  const float* const gamma = constant(f[4]);
+  const float* const weight = constant(f[6]);
+  const float* const bias = constant(f[7]);
+  for (int64_t b = 0; b < m.rows; b++) {
+    const float* x = m.at(f[2]) + b * width;
+    if (gamma) {
+      const float* const e = m.at(f[3]) + b * width;
+      float* const gained = m.at(f[5]) + b * width;
+      for (int64_t i = 0; i < width; i++) gained[i] = x[i] + e[i] * gamma[i];
+      x = gained;
+    }
+    double sum = 0;  // in fp64, since the compiler adds in the order that is written
+    for (int64_t i = 0; i < width; i++) sum += x[i];
+    const float middle = float(sum / width);
+    double squares = 0;
+    for (int64_t i = 0; i < width; i++) squares += (x[i] - middle) * (x[i] - middle);
+    const float scale = 1 / std::sqrt(float(squares / width) + number(f[8]));
+    float* const y = m.at(f[9]) + b * y_width;
+    for (int64_t i = 0; i < width; i++) y[i] = (x[i] - middle) * scale * weight[i] + bias[i];
+    std::fill(y + width, y + y_width, 0.0f);
+  }
+}
+
+// y (J, B, P): of each level the sum of its k lags by their shares (J, k), and bias (J, P). A tape
+// has entries (J, P); offsets (J, k) say which.
+void lags(const int64_t* f, const Memory& m) {
+  const int64_t levels = f[0];
+  const int64_t count = f[1];
+  const int64_t width = f[2];
+  const float* const tape = m.at(f[3]);
+  const int64_t tape_row = m.argument(f[4]);
+  const auto* const offsets = reinterpret_cast<const int64_t*>(f[5]);
+  for (int64_t j = 0; j < levels; j++)
+    for (int64_t b = 0; b < m.rows; b++) {
+      float* const y = m.at(f[8]) + (j * m.rows + b) * width;
+      std::memcpy(y, constant(f[7]) + j * width, sizeof(float) * width);
+      for (int64_t k = 0; k < count; k++) {
+        const float share = constant(f[6])[j * count + k];
+        const float* const past =
+            tape + b * tape_row + (offsets[j * count + k] * levels + j) * width;
+        for (int64_t i = 0; i < width; i++) y[i] += share * past[i];
       }
     }
+}
+
+// c (S, B, P) gains context (B, C) · gains (S, P).
+void join(const int64_t* f, const Memory& m) {
+  const int64_t width = f[1];  // C
+  for (int64_t s = 0; s < f[0]; s++)
+    for (int64_t b = 0; b < m.rows; b++) {
+      float* const c = m.at(f[3]) + (s * m.rows + b) * f[2];
+      const float* const context = m.at(f[4]) + b * width;
+      const float* const gains = constant(f[5]) + s * f[2];
+      for (int64_t i = 0; i < width; i++) c[i] += context[i] * gains[i];
+    }
+}
+
+// y = routing (S, S) · c (S, B, P): sums over scales.
+void route(const int64_t* f, const Memory& m) {
+  const int64_t scales = f[0];
+  const int64_t each = m.rows * f[1];
+  for (int64_t s = 0; s < scales; s++) {
+    float* const y = m.at(f[4]) + s * each;
+    std::fill(y, y + each, 0.0f);
+    for (int64_t t = 0; t < scales; t++) {
+      const float share = constant(f[3])[s * scales + t];
+      const float* const c = m.at(f[2]) + t * each;
+      for (int64_t i = 0; i < each; i++) y[i] += share * c[i];
+    }
+  }
+}
+
+// The first numbers of each row of x, as those of y.
+void copy(const int64_t* f, const Memory& m) {
+  for (int64_t b = 0; b < m.rows; b++)
+    std::memcpy(m.at(f[3]) + b * f[4], m.at(f[1]) + b * f[2], sizeof(float) * f[0]);
+}
+
+// A level of the fixed wavelet: from its input x and the lag (B, n, P), whose oldest entry leaves it
+// as x joins it, into a new one, to detail = (x − oldest)/√2 and approx = (x + oldest)/√2.
+void haar(const int64_t* f, const Memory& m) {
+  const int64_t n = f[0];
+  const int64_t width = f[1];
+  for (int64_t b = 0; b < m.rows; b++) {
+    const float* const x = m.at(f[2]) + b * width;
+    const float* const past = m.at(f[3]) + b * n * width;
+    float* const now = m.at(f[4]) + b * n * width;
+    std::memcpy(now, past + width, sizeof(float) * (n - 1) * width);
+    std::memcpy(now + (n - 1) * width, x, sizeof(float) * width);
+    float* const detail = m.at(f[5]) + b * width;
+    float* const approx = m.at(f[6]) + b * width;
+    for (int64_t i = 0; i < width; i++) {
+      const float old = past[i];
+      const float in = x[i];
+      detail[i] = (in - old) * float(M_SQRT1_2);
+      approx[i] = (in + old) * float(M_SQRT1_2);
+    }
+  }
+}
+
+void small_step(const int64_t* step, const Memory& m) {
+  const int64_t* const f = step + 1;
+  switch (step[0]) {
+    case MEAN: return f[8] ? mean<double>(f, m) : mean<float>(f, m);
+    case NORM: return norm(f, m);
+    case LAGS: return lags(f, m);
+    case JOIN: return join(f, m);
+    case ROUTE: return route(f, m);
+    case COPY: return copy(f, m);
+    case HAAR: return haar(f, m);
   }
 }
 
@@ -512,27 +698,43 @@ extern "C" void product(
     int64_t x_place, int64_t x_row, const float* add, int64_t add_place, int64_t add_row,
     const float* bias, float* y, int64_t width, int64_t y_place, int64_t y_row, int64_t how,
     float beta) {
-  const Call call = {
+  static thread_local Scratch scratch;
+  Call call = {
       bits,    static_cast<const Matrix*>(table), count, rows, x,     x_width, x_place, x_row, add,
-      add_place, add_row, bias, y, width, y_place, y_row, how, beta};
-  run(&call, 1);
+      add_place, add_row, bias, 0, y, width, y_place, y_row, how, beta, {}};
+  scratch.prepare(&call, 1);
+#pragma omp parallel if (weights_of(call) > ALONE)
+  multiply(call);
 }
 
-// One row through a chain of products of one matrix each. An entry of `links` is: bits, table,
-// x, x_width, add, beta, bias, y, width, how. x, add and y are places in `room`, in numbers; add is
-// −1 where nothing is added, and beta is the bits of a double.
-extern "C" void chain(const int64_t* links, int64_t many, float* room) {
-  constexpr int64_t SIZE = 10;
-  static thread_local std::vector<Call> calls;
-  calls.resize(many);
-  for (int64_t c = 0; c < many; c++) {
-    const int64_t* const link = links + c * SIZE;
-    double beta;
-    std::memcpy(&beta, link + 5, 8);
-    calls[c] = {
-        link[0], reinterpret_cast<const Matrix*>(link[1]), 1, 1, room + link[2], link[3], 0, 0,
-        link[4] < 0 ? nullptr : room + link[4], 0, 0, reinterpret_cast<const float*>(link[6]),
-        room + link[7], link[8], 0, 0, link[9], float(beta)};
+// Makes the steps of a program, FIELDS numbers each, for `rows` texts.
+extern "C" void program(
+    const int64_t* steps, int64_t count, int64_t rows, float* room, const int64_t* arguments) {
+  static thread_local Scratch scratch;
+  static thread_local std::vector<Call> calls_kept;
+  const Memory memory = {room, arguments, rows};
+  const auto is_product = [=](int64_t i) { return steps[i * FIELDS] == PRODUCT; };
+  calls_kept.assign(count, {});
+  Call* const calls = calls_kept.data();  // other threads would see a vector of their own
+  int64_t weights = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (!is_product(i)) continue;
+    calls[i] = product_of(steps + i * FIELDS + 1, memory);
+    weights += weights_of(calls[i]);
   }
-  run(calls.data(), many);
+  scratch.prepare(calls, count);
+  // All in one parallel region: between two steps the threads don't go to sleep.
+#pragma omp parallel if (weights > ALONE)
+  for (int64_t i = 0; i < count;) {
+    if (is_product(i)) {
+      multiply(calls[i++]);
+#pragma omp barrier
+      continue;
+    }
+    int64_t end = i;
+    while (end < count && !is_product(end)) end++;
+#pragma omp single
+    for (int64_t j = i; j < end; j++) small_step(steps + j * FIELDS, memory);
+    i = end;
+  }
 }

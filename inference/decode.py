@@ -40,6 +40,7 @@ from inference.folded import (
     Recall,
     WrittenMemory,
 )
+from inference.program import BlockProgram
 from inference.tape import DecoderState, Tape, with_fresh_strides
 from inference.weights import Bits, PackedWeights
 from layers import variants
@@ -240,6 +241,7 @@ class DecoderBlock:
             self.memories.append(recall)
         self.reads = fused.MemoryReads(fusable, score_rows) if fusable else None
         self.other_memories = [memory for memory in self.memories if memory not in fusable]
+        self.program = BlockProgram(self) if BlockProgram.takes(self) else None
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as the decoder keeps it, with tapes."""
@@ -247,6 +249,11 @@ class DecoderBlock:
         for memory in self.memories:
             part |= memory.adopt(block)  # their names differ
         return part
+
+    def reads_tapes(self, rows: int) -> bool:
+        """Whether a step of one token in so many texts takes the state with its tapes, and not what
+        `look_back` gives."""
+        return self.program is not None and rows <= BlockProgram.MOST_ROWS
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
         """The state `part` for a step of one token: its tensors, and in place of its tapes what the
@@ -262,12 +269,14 @@ class DecoderBlock:
         state.
 
         length: positions of each text. With several, `part` is the state with its tapes, and so is
-        the new one. With one, `part` is what `look_back` gives, and the new state has one entry for
-        each tape.
+        the new one. With one, `part` is what `look_back` gives, or the state itself where the block
+        `reads_tapes`, and the new state has one entry for each tape.
         """
-        x, mean, new = self.branch(x, e, below, length, part, counts)
-        h = F.layer_norm(x, *self.norm)  # (N, C)
-        x = self.alpha * x if self.mlp is None else self.mlp(h, x, self.alpha)
+        looked_back = "odd" in part or "oldest" in part or torch.compiler.is_compiling()
+        if length == 1 and not looked_back and self.reads_tapes(x.size(0)):
+            x, h, mean, new = self.program(x, e, below, part, counts)
+        else:
+            x, h, mean, new = self.by_parts(x, e, below, length, part, counts)
         # Of one row our own kernels read all memories that they can, and add what they read to x.
         by_kernels = self.reads is not None and x.size(0) == 1
         if by_kernels:
@@ -277,6 +286,16 @@ class DecoderBlock:
             x = x + read
             new |= written
         return x, mean, new
+
+    def by_parts(
+        self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts: Counts
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """The block up to its memories: the new stream, what the memories read (N, C), this block's
+        running mean, and the new state."""
+        x, mean, new = self.branch(x, e, below, length, part, counts)
+        h = F.layer_norm(x, *self.norm)  # (N, C)
+        x = self.alpha * x if self.mlp is None else self.mlp(h, x, self.alpha)
+        return x, h, mean, new
 
 
 # ===== The network
@@ -484,9 +503,12 @@ class Decoder:
         if ids.size(1) > 1:  # a chunk: the parts read whole tapes and give new ones
             logits, parts, past = self.run(ids, state.parts, state.embedding, last_only)
             return logits, DecoderState(parts, state.lags, past)
-        pairs = zip(self.blocks, state.parts, strict=True)
-        seen = [block.look_back(part) for block, part in pairs]
-        if self.program is not None and ids.size(0) == self.rows:
+        is_compiled = self.program is not None and ids.size(0) == self.rows
+        seen = [
+            part if block.reads_tapes(ids.size(0)) and not is_compiled else block.look_back(part)
+            for block, part in zip(self.blocks, state.parts, strict=True)
+        ]
+        if is_compiled:
             # Views of tapes have strides that change from step to step.
             seen = [{name: with_fresh_strides(x) for name, x in part.items()} for part in seen]
             past = {name: with_fresh_strides(x) for name, x in state.embedding.items()}

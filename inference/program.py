@@ -1,0 +1,297 @@
+"""A block's step of one token on a CPU as one call of our own kernels: its products and all that
+lies between them, for which torch would be called some twenty times.
+
+A `BlockProgram` writes the block of folded.py down as a `cpu_kernels.Program`, once for each number
+of texts and kind of state. It is for a folded branch and an MLP whose activations the library has;
+other blocks, torch.compile and steps of many texts go part by part, as chunks do. What a memory
+reads is added afterwards. Which of both ways is faster is measured, as for a product.
+
+Letters as in model.py; B texts, of one token each.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inference.cpu_kernels import Program, Rows, Stack, bits_of
+from inference.folded import FixedWavelet, FoldedLifting
+from inference.packed import FEW_ROWS, FloatStack, Matrix, PackedStack, Routed
+from inference.routes import shape_class
+from inference.tape import Tape
+
+
+def stacks_of(weights: Matrix | FloatStack | PackedStack) -> Sequence[Stack]:
+    """The products of our own CPU kernels that one of packed.py's is; empty where it has none."""
+    if isinstance(weights, PackedStack):
+        return weights.cpu_stacks
+    return [] if weights.kernel is None else [weights.kernel]
+
+
+def width_of(weights: FloatStack | PackedStack) -> int:
+    """The numbers that a product of several matrices gives for each of them."""
+    return weights.width if isinstance(weights, PackedStack) else weights.kernel.outputs
+
+
+def contiguous_window(tape: Tape) -> Tensor:
+    """A tape's window (B, length, …), each text's numbers side by side: as it lies, or a copy."""
+    return tape.window if tape.buffer.is_contiguous() else tape.window.contiguous()
+
+
+class BlockProgram(Routed):
+    """The step of one block up to its memories. Each way is a method of the stream x, the
+    embedding e, the running mean of the block below (all (B, C) or None), the block's state with
+    its tapes, and counts as `Decoder.counts` gives them; it gives the new stream, what the memories
+    read, this block's running mean, and the new state with one entry for each tape."""
+
+    MOST_ROWS = 16  # texts; with more the products take so long that nothing else counts
+
+    def __init__(self, block):
+        """block: a `DecoderBlock` of decode.py."""
+        self.block = block
+        branch = block.branch
+        self.levels = len(branch.longest or branch.wavelet.names)
+        self.channels = branch.norm[0][0]  # C
+        self.width = self.channels + branch.pad  # P
+        every = [each for weights in self.products() for each in stacks_of(weights)]
+        held = [tensor for stack in every for m in stack.held for tensor in m.values()]
+        size = sum(tensor.nbytes for tensor in held)
+        bits = " ".join(str(b) for b in sorted({stack.bits for stack in every}))
+        kind = type(branch.wavelet).__name__
+        super().__init__(f"{kind} block of {bits} bits {shape_class(self.width, size)}", size)
+        self.programs: dict[tuple, tuple[Program, dict[str, Rows]]] = {}
+
+    @staticmethod
+    def takes(block) -> bool:
+        """Whether a `DecoderBlock` is of parts that a program has."""
+        branch = block.branch
+        wavelet = getattr(branch, "wavelet", None)
+        if not isinstance(wavelet, FoldedLifting | FixedWavelet) or block.mlp is None:
+            return False
+        mixers = branch.mixers
+        if mixers.gate is not None and mixers.activation is not F.silu:
+            return False
+        return all(stacks_of(weights) for weights in products_of(block))
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles make their programs anew: tables have addresses."""
+        return self.__dict__ | {"programs": {}}
+
+    def products(self) -> list[Matrix | FloatStack | PackedStack]:
+        return products_of(self.block)
+
+    def ways(self, rows: int) -> list[str]:
+        both = ["by_program", "by_parts"]
+        return both if rows <= FEW_ROWS else both[::-1]
+
+    def __call__(self, x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """By the fastest way."""
+        return getattr(self, self.way(x.size(0), x, *others))(x, *others)
+
+    def by_parts(self, x, e, below, part, counts) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """Part by part, by torch and a call of our own kernels for each product."""
+        return self.block.by_parts(x, e, below, 1, self.block.look_back(part), counts)
+
+    def by_program(self, x, e, below, part, counts) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """In one call."""
+        rows = x.size(0)
+        key = (rows, below is None, "ring" in part)
+        if key not in self.programs:
+            self.programs[key] = self.written(*key)
+        program, places = self.programs[key]
+        new = {}
+        used = {"x": x.contiguous(), "e": e.contiguous()}  # kept until the call is done
+        strides = {}
+        if below is not None:
+            used["below"] = below.contiguous()
+        if self.block.branch.average is not None:
+            count, n = counts
+            used["sum"] = part["sum"].contiguous()
+            used["n"] = n.contiguous()
+            used["new sum"] = torch.empty_like(used["sum"])
+            new = {"count": count, "sum": used["new sum"]}
+            if "ring" in part:
+                used["oldest"] = contiguous_window(part["ring"])
+                strides["oldest row"] = used["oldest"].stride(0)
+                new["ring"] = used["x"]
+        if isinstance(self.block.branch.wavelet, FoldedLifting):
+            used["tape"] = contiguous_window(part["lags"])
+            strides["tape row"] = used["tape"].stride(0)
+        else:
+            for name in self.block.branch.wavelet.names:
+                used[name] = part[name].contiguous()
+                new[name] = used[f"new {name}"] = torch.empty_like(used[name])
+        room = program({name: t.data_ptr() for name, t in used.items()} | strides)
+
+        def result(name: str, width: int) -> Tensor:  # (B, width)
+            return room.as_strided((rows, width), (width, 1), places[name].at)
+
+        if "tape" in used:
+            inputs = places["inputs"]  # (J, B, P), as an entry (B, J, P)
+            shape = (rows, self.levels, self.width)
+            new["lags"] = room.as_strided(shape, (inputs.row, inputs.place, 1), inputs.at)
+        mean = result("mean", self.channels) if "mean" in places else None
+        return result("y", self.channels), result("h", self.channels), mean, new
+
+    def written(
+        self, rows: int, is_first: bool, is_stream: bool
+    ) -> tuple[Program, dict[str, Rows]]:
+        """The program for so many texts, for a first block (with none below it) and a stream's
+        state or not; and where its results lie."""
+        branch = self.block.branch
+        width = self.channels
+        names = ["x", "e"] if is_first else ["x", "e", "below"]
+        if branch.average is not None:
+            names += ["sum", "n", "new sum"]
+            names += ["oldest", "oldest row"] if is_stream else []
+        if isinstance(branch.wavelet, FoldedLifting):
+            names += ["tape", "tape row"]
+        else:
+            names += [name for lag in branch.wavelet.names for name in (lag, f"new {lag}")]
+        p = Program(rows, names)
+        places = {}
+        x = p.given("x", width)
+        if branch.average is not None:
+            places["mean"] = self.write_mean(p, x, is_stream)
+        # One below the other lie the J levels' inputs, the approximation, and the details from
+        # coarse to fine: the last S of them are the coefficients, (S, B, P).
+        places["inputs"] = p.room(self.width, 2 * self.levels + 1)
+        x = self.write_norm(p, x, branch.norm, places["inputs"], branch.gamma)
+        self.write_wavelet(p, places["inputs"])
+        y = self.write_mixers(p, places["inputs"], places.get("mean"), is_first)
+        x = self.write_reconstruction(p, y, x)
+        places["h"] = p.room(width)
+        self.write_norm(p, x, self.block.norm, places["h"])
+        places["y"] = self.write_mlp(p, places["h"], x)
+        return p, places
+
+    def write_mean(self, p: Program, x: Rows, is_stream: bool) -> Rows:
+        """The running mean of x, (B, C)."""
+        mean = p.room(self.channels)
+        oldest = [p.argument(name) if is_stream else -1 for name in ("oldest", "oldest row")]
+        sums = [p.argument(name) for name in ("sum", "n", "new sum")]
+        is_double = int(is_stream)  # see `RunningMean`
+        p.step("mean", self.channels, x.at, sums[0], *oldest, *sums[1:], mean.at, is_double)
+        return mean
+
+    def write_norm(
+        self, p: Program, x: Rows, norm: tuple, y: Rows, gamma: Tensor | None = None
+    ) -> Rows:
+        """y = the layer norm of x, or of x + gamma·e. Returns what it is of."""
+        _, weight, bias, eps = norm
+        normed = x if gamma is None else p.room(self.channels)
+        p.step(
+            "norm", self.channels, y.width, x.at, p.argument("e"), p.constant(gamma), normed.at,
+            p.constant(weight), p.constant(bias), bits_of(eps), y.at,
+        )  # fmt: skip
+        return normed
+
+    def write_wavelet(self, p: Program, rows: Rows) -> None:
+        """From the first of the rows to the others."""
+        wavelet = self.block.branch.wavelet
+        if isinstance(wavelet, FoldedLifting):
+            odds = p.room(self.width, self.levels)  # (J, B, P)
+            p.step(
+                "lags", self.levels, wavelet.shares.size(1), self.width,
+                p.argument("tape"), p.argument("tape row"),
+                p.constant(torch.tensor(wavelet.offsets, device="cpu")),
+                p.constant(wavelet.shares), p.constant(wavelet.predict_bias), odds.at,
+            )  # fmt: skip
+        for level in range(self.levels):
+            cur = rows.from_place(level)
+            approx = rows.from_place(level + 1)
+            detail = rows.from_place(2 * self.levels - level)
+            if isinstance(wavelet, FixedWavelet):
+                lag = wavelet.names[level]
+                places = [cur.at, p.argument(lag), p.argument(f"new {lag}"), detail.at, approx.at]
+                p.step("haar", 2**level, self.width, *places)
+                continue
+            predict = wavelet.predict[level]
+            update = wavelet.update[level]
+            inside = self.write_hidden(p, predict, cur)
+            p.product(predict.last.kernel, inside, detail, odds.from_place(level))
+            inside = self.write_hidden(p, update, detail)
+            # approx = cur·√½ + Update(detail)/√2
+            p.product(update.last.kernel, inside, approx, cur, 0.5**0.5, update.bias)
+
+    @staticmethod
+    def write_hidden(p: Program, net, x: Rows) -> Rows:
+        """What the last layer of a Predict or Update network reads."""
+        if net.hidden is None:
+            return x
+        y = p.room(net.hidden.outputs)
+        p.product(net.hidden.kernel, x, y, bias=net.hidden_bias, finish="gelu")
+        return y
+
+    def write_mixers(self, p: Program, rows: Rows, mean: Rows | None, is_first: bool) -> Rows:
+        """The coefficients with the bypass added, mixed: (S, B, ·)."""
+        branch = self.block.branch
+        mixers = branch.mixers
+        scales = self.levels + 1
+        c = rows.from_place(self.levels)
+        if mean is not None:
+            context = mean
+            if not is_first:
+                context = p.room(self.channels)
+                p.product(branch.below.kernel, p.given("below", self.channels), context, mean)
+            gains = p.constant(branch.gains)
+            p.step("join", scales, self.channels, self.width, c.at, context.at, gains)
+        y = p.room(width_of(mixers.first), scales)
+        for stack in stacks_of(mixers.first):
+            p.product(stack, c, y)
+        if mixers.gate is None:
+            return y
+        routed = c
+        if mixers.gates_read_stream:
+            routed = Rows(rows.at, rows.width, rows.row)  # the same for all scales
+        elif mixers.routing is not None:
+            routed = p.room(self.width, scales)
+            p.step("route", scales, self.width, c.at, p.constant(mixers.routing), routed.at)
+        for stack in stacks_of(mixers.gate):
+            p.product(stack, routed, y.from_column(mixers.head), finish="gate")
+        return y
+
+    def write_reconstruction(self, p: Program, y: Rows, x: Rows) -> Rows:
+        """alpha·x + what the mixed coefficients are on their way back, (B, C)."""
+        reconstruction = self.block.branch.reconstruction
+        parts = [y.from_place(s) for s in range(self.levels + 1)]
+        if reconstruction.hidden is not None:
+            inside = p.room(width_of(reconstruction.hidden), self.levels)
+            for stack in stacks_of(reconstruction.hidden):
+                bias = reconstruction.hidden_bias
+                p.product(stack, y.from_place(1), inside, bias=bias, finish="gelu")
+            parts = [y, *[inside.from_place(s) for s in range(self.levels)]]
+        joined = p.room(sum(reconstruction.widths))
+        to = joined
+        for part, width in zip(parts, reconstruction.widths, strict=True):
+            p.step("copy", width, part.at, part.row, to.at, joined.row)
+            to = to.from_column(width)
+        z = p.room(self.channels)
+        last = reconstruction.last.kernel
+        p.product(last, joined, z, x, self.block.branch.alpha, reconstruction.bias)
+        return z
+
+    def write_mlp(self, p: Program, h: Rows, x: Rows) -> Rows:
+        """alpha·x + MLP(h), (B, C)."""
+        mlp = self.block.mlp
+        for matrix, bias in mlp.inner:
+            y = p.room(matrix.outputs)
+            p.product(matrix.kernel, h, y, bias=bias, finish=mlp.finish)
+            h = y
+        y = p.room(self.channels)
+        p.product(mlp.last.kernel, h, y, x, self.block.alpha, mlp.bias)
+        return y
+
+
+def products_of(block) -> list[Matrix | FloatStack | PackedStack]:
+    """All products of a folded branch and an MLP."""
+    branch = block.branch
+    nets = []
+    if isinstance(branch.wavelet, FoldedLifting):
+        nets = [*branch.wavelet.predict, *branch.wavelet.update]
+    every = [weights for net in nets for weights in (net.hidden, net.last)]
+    every += [branch.below, branch.mixers.first, branch.mixers.gate]
+    every += [branch.reconstruction.hidden, branch.reconstruction.last]
+    every += [*[matrix for matrix, _ in block.mlp.inner], block.mlp.last]
+    return [weights for weights in every if weights is not None]
