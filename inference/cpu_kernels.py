@@ -45,6 +45,8 @@ SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # No -march=native: the file may be kept in a home that several machines share. No -ffast-math,
 # which would let the compiler change the order of sums.
 FLAGS = ["-O3", "-mavx2", "-mfma", "-std=c++17", "-fopenmp", "-fPIC"]
+# Besides, where torch finds AVX-512, which is all of these (not with ATEN_CPU_CAPABILITY=avx2).
+WIDE_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SWITCH = "WAVELETLM_KERNELS"  # an environment variable: "torch" for torch's kernels alone
 GROUP = 64  # inputs that share a scale, as in the library
 FINISHES = {"": 0, "gelu": 1, "gate": 2, "relu2": 3}  # as the library numbers them
@@ -52,6 +54,14 @@ FINISHES = {"": 0, "gelu": 1, "gate": 2, "relu2": 3}  # as the library numbers t
 
 class Unavailable(Exception):
     """The library cannot be had here; the message says why."""
+
+
+def flags_here() -> list[str]:
+    """The compiler's flags for this CPU."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return FLAGS
+    has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return [*FLAGS, *WIDE_FLAGS, *["-mavx512vnni"] * has_vnni]
 
 
 def _compiled() -> Path:
@@ -62,8 +72,9 @@ def _compiled() -> Path:
         compiler = []
     if not compiler or shutil.which(compiler[0]) is None:
         raise Unavailable(f"there is no C++ compiler {os.environ.get('CXX') or 'g++'}")
+    flags = flags_here()
     # A home may be shared by machines whose C libraries differ.
-    parts = " ".join([*compiler, *FLAGS, *platform.libc_ver()])
+    parts = " ".join([*compiler, *flags, *platform.libc_ver()])
     key = hashlib.sha256(parts.encode() + SOURCE.read_bytes()).hexdigest()
     path = cache_folder() / f"cpu_kernels-{key[:16]}.so"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -76,7 +87,7 @@ def _compiled() -> Path:
         linked = Path(folder, "made.so")
         # Linked without OpenMP's library, whose functions are then those that torch has loaded: a
         # second one would have threads of its own, which would wait against torch's.
-        for step in ([*FLAGS, "-c", SOURCE, "-o", made], ["-shared", made, "-o", linked]):
+        for step in ([*flags, "-c", SOURCE, "-o", made], ["-shared", made, "-o", linked]):
             command = [*compiler, *map(str, step)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:

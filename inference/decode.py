@@ -40,6 +40,7 @@ from inference.folded import (
     Recall,
     WrittenMemory,
 )
+from inference.packed import MOST_ROWS
 from inference.program import BlockProgram
 from inference.tape import DecoderState, Tape, with_fresh_strides
 from inference.weights import Bits, PackedWeights
@@ -253,7 +254,7 @@ class DecoderBlock:
     def reads_tapes(self, rows: int) -> bool:
         """Whether a step of one token in so many texts takes the state with its tapes, and not what
         `look_back` gives."""
-        return self.program is not None and rows <= BlockProgram.MOST_ROWS
+        return self.program is not None and rows <= MOST_ROWS
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
         """The state `part` for a step of one token: its tensors, and in place of its tapes what the

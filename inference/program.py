@@ -45,8 +45,6 @@ class BlockProgram(Routed):
     its tapes, and counts as `Decoder.counts` gives them; it gives the new stream, what the memories
     read, this block's running mean, and the new state with one entry for each tape."""
 
-    MOST_ROWS = 16  # texts; with more the products take so long that nothing else counts
-
     def __init__(self, block):
         """block: a `DecoderBlock` of decode.py."""
         self.block = block

@@ -86,7 +86,13 @@ def test_matrices_of_several_sizes_are_one_call(bits):
 @pytest.mark.parametrize("shape", [(7, 64), (33, 200)])
 def test_4_bit_weights_are_unpacked_as_a_table_reads_them(shape):
     tensors = quantised(torch.randn(shape), 4)
-    expected = whole(tensors, tensors["int4"].size(1) * 2)
+    width = tensors["int4"].size(1) * 2
+    table = Table(tensors, width)
+    rows = torch.tensor([[3, 0], [6, 3]])
+    by_kernel = table(rows)
+    table.by_kernel = False
+    torch.testing.assert_close(by_kernel, table(rows))
+    expected = table(torch.arange(shape[0]))
     for kind in (torch.float32, torch.bfloat16):
         w = cpu_kernels.unpacked(tensors["int4"], tensors["steps"], kind)
         torch.testing.assert_close(w, expected.to(kind))
