@@ -556,7 +556,7 @@ float number(int64_t bits) {  // from those of a double
 const float* constant(int64_t address) { return reinterpret_cast<const float*>(address); }
 
 // The fields of a step after its kind are numbers, places, or addresses of constants.
-enum Kind : int64_t { PRODUCT, MEAN, NORM, LAGS, JOIN, ROUTE, COPY, HAAR };
+enum Kind : int64_t { PRODUCT, MEAN, NORM, LAGS, JOIN, ROUTE, COPY, HAAR, PUT };
 constexpr int64_t FIELDS = 20;
 
 Call product_of(const int64_t* f, const Memory& m) {
@@ -687,6 +687,14 @@ void haar(const int64_t* f, const Memory& m, int64_t b) {
   }
 }
 
+// An entry of a tape: y (B, J, P), whose rows lie apart, becomes x (J, B, P).
+void put(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t width = f[1];
+  float* const y = m.at(f[3]) + b * m.argument(f[4]);
+  for (int64_t j = 0; j < f[0]; j++)
+    std::memcpy(y + j * width, m.at(f[2]) + (j * m.rows + b) * width, sizeof(float) * width);
+}
+
 void small_step(const int64_t* step, const Memory& m, int64_t b) {
   const int64_t* const f = step + 1;
   switch (step[0]) {
@@ -697,6 +705,7 @@ void small_step(const int64_t* step, const Memory& m, int64_t b) {
     case ROUTE: return route(f, m, b);
     case COPY: return copy(f, m, b);
     case HAAR: return haar(f, m, b);
+    case PUT: return put(f, m, b);
   }
 }
 

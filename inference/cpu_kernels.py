@@ -291,7 +291,9 @@ class Stack:
 # ===== Programs
 
 # The steps of a program besides its products, as the library numbers them; 0 is a product.
-KINDS = {"mean": 1, "norm": 2, "lags": 3, "join": 4, "route": 5, "copy": 6, "haar": 7}
+KINDS = {
+    "mean": 1, "norm": 2, "lags": 3, "join": 4, "route": 5, "copy": 6, "haar": 7, "put": 8,
+}  # fmt: skip
 FIELDS = 20  # numbers of a step in the table: its kind and what it needs
 NOTHING = -1  # the place of what is not there
 

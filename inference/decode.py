@@ -41,7 +41,7 @@ from inference.folded import (
     WrittenMemory,
 )
 from inference.packed import MOST_ROWS
-from inference.program import BlockProgram
+from inference.program import BlockProgram, HeadProgram
 from inference.tape import DecoderState, Tape, with_fresh_strides
 from inference.weights import Bits, PackedWeights
 from layers import variants
@@ -252,8 +252,8 @@ class DecoderBlock:
         return part
 
     def reads_tapes(self, rows: int) -> bool:
-        """Whether a step of one token in so many texts takes the state with its tapes, and not what
-        `look_back` gives."""
+        """Whether a step of one token in so many texts takes the state with its tapes, which have
+        become `longer`, and not what `look_back` gives."""
         return self.program is not None and rows <= MOST_ROWS
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
@@ -270,8 +270,8 @@ class DecoderBlock:
         state.
 
         length: positions of each text. With several, `part` is the state with its tapes, and so is
-        the new one. With one, `part` is what `look_back` gives, or the state itself where the block
-        `reads_tapes`, and the new state has one entry for each tape.
+        the new one. With one, `part` is what `look_back` gives, and the new state has one entry for
+        each tape; or, where the block `reads_tapes`, they are a state before and after.
         """
         looked_back = "odd" in part or "oldest" in part or torch.compiler.is_compiling()
         if length == 1 and not looked_back and self.reads_tapes(x.size(0)):
@@ -426,6 +426,9 @@ class Decoder:
         head = model.head_weight() if count == 1 else model.head_weight() * model.share
         self.head = weights.matrix(component, head, component)
         self.device = self.cells[0].norm[1].device
+        self.end = None
+        if count == 1 and self.head.kernel is not None:
+            self.end = HeadProgram(self.cells[0].norm, self.head)
         # The state at the start of one text, not a stream's and a stream's. Every start is all
         # zeros, so that a model on the meta device can tell it by its shapes.
         self.starts = [
@@ -505,10 +508,13 @@ class Decoder:
             logits, parts, past = self.run(ids, state.parts, state.embedding, last_only)
             return logits, DecoderState(parts, state.lags, past)
         is_compiled = self.program is not None and ids.size(0) == self.rows
-        seen = [
-            part if block.reads_tapes(ids.size(0)) and not is_compiled else block.look_back(part)
-            for block, part in zip(self.blocks, state.parts, strict=True)
-        ]
+        seen = []
+        for block, part in zip(self.blocks, state.parts, strict=True):
+            if is_compiled or not block.reads_tapes(ids.size(0)):
+                seen.append(block.look_back(part))
+            else:
+                tapes = {n: tape.longer() for n, tape in part.items() if isinstance(tape, Tape)}
+                seen.append(part | tapes)
         if is_compiled:
             # Views of tapes have strides that change from step to step.
             seen = [{name: with_fresh_strides(x) for name, x in part.items()} for part in seen]
@@ -518,9 +524,13 @@ class Decoder:
             logits, written, past = self.run(ids, seen, state.embedding)
         parts = []
         for part, new in zip(state.parts, written, strict=True):
-            # Where the state has a tape, what the step gave is one entry of it.
-            tapes = {name: part[name] for name in new if isinstance(part[name], Tape)}
-            parts.append(new | {name: tape.then(new[name]) for name, tape in tapes.items()})
+            # Where the state has a tape, what the step gave is one entry of it, or its successor.
+            entries = {
+                name: part[name].then(entry)
+                for name, entry in new.items()
+                if isinstance(part[name], Tape) and not isinstance(entry, Tape)
+            }
+            parts.append(new | entries)
         return logits, DecoderState(parts, state.lags, past)
 
     def run(
@@ -541,11 +551,20 @@ class Decoder:
         if last_only and length > 1:
             # The head is a large matrix: only the last position of each text, (B, C), goes on.
             xs = [x.view(rows, length, -1)[:, -1] for x in xs]
+        if self.ends_by_program(xs[0], length):
+            logits = self.end(xs[0])
+            return logits.view(rows, -1, self.vocab_size), after, past
         ends = zip(xs, self.cells, strict=True)
         hs = [F.layer_norm(x, *cell.norm) for x, cell in ends]  # (B or N, C) each
         # The cells' heads lie side by side in one matrix, which adds their logits up.
         logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
         return logits.float().view(rows, -1, self.vocab_size), after, past  # (B, T or 1, V)
+
+    def ends_by_program(self, x: Tensor, length: int) -> bool:
+        """Whether the last norm and the head are one call."""
+        if self.end is None or length > 1 or torch.compiler.is_compiling():
+            return False
+        return self.head.way(x.size(0), x, None, 1.0) == "by_kernel"
 
     def read(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], counts: Counts

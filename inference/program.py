@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inference.cpu_kernels import Program, Rows, Stack, bits_of
+from inference.cpu_kernels import NOTHING, Program, Rows, Stack, bits_of
 from inference.folded import FixedWavelet, FoldedLifting
 from inference.packed import FEW_ROWS, FloatStack, Matrix, PackedStack, Routed
 from inference.routes import shape_class
@@ -34,16 +34,35 @@ def width_of(weights: FloatStack | PackedStack) -> int:
     return weights.width if isinstance(weights, PackedStack) else weights.kernel.outputs
 
 
-def contiguous_window(tape: Tape) -> Tensor:
-    """A tape's window (B, length, …), each text's numbers side by side: as it lies, or a copy."""
-    return tape.window if tape.buffer.is_contiguous() else tape.window.contiguous()
+def tape_arguments(tape: Tape, name: str) -> dict[str, int]:
+    """Where a tape that has become `longer` lies: the window before, the entry that is still to be
+    written, and how far the texts are apart.
+
+    Its buffer was made by `longer`, so that the numbers of a text lie side by side.
+    """
+    each = tape.buffer.stride(1)
+    end = tape.buffer.data_ptr() + 4 * each * tape.end
+    row = tape.buffer.stride(0)
+    before = end - 4 * each * (tape.length + 1)
+    return {name: before, f"{name} end": end - 4 * each, f"{name} row": row}
+
+
+def write_norm(p: Program, x: Rows, norm: tuple, y: Rows, gamma: Tensor | None = None) -> Rows:
+    """y = the layer norm of x, or of x + gamma·e. Returns what it is of."""
+    _, weight, bias, eps = norm
+    normed = x if gamma is None else p.room(x.width)
+    e = NOTHING if gamma is None else p.argument("e")
+    constants = [p.constant(weight), p.constant(bias), bits_of(eps)]
+    p.step("norm", x.width, y.width, x.at, e, p.constant(gamma), normed.at, *constants, y.at)
+    return normed
 
 
 class BlockProgram(Routed):
     """The step of one block up to its memories. Each way is a method of the stream x, the
-    embedding e, the running mean of the block below (all (B, C) or None), the block's state with
-    its tapes, and counts as `Decoder.counts` gives them; it gives the new stream, what the memories
-    read, this block's running mean, and the new state with one entry for each tape."""
+    embedding e, the running mean of the block below (all (B, C) or None), the block's state, whose
+    tapes have become `longer` and wait for their last entry, and counts as `Decoder.counts` gives
+    them. It gives the new stream, what the memories read (None where there are none), this block's
+    running mean, and the new state, its tapes written."""
 
     def __init__(self, block):
         """block: a `DecoderBlock` of decode.py."""
@@ -83,15 +102,24 @@ class BlockProgram(Routed):
         both = ["by_program", "by_parts"]
         return both if rows <= FEW_ROWS else both[::-1]
 
-    def __call__(self, x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+    def __call__(self, x: Tensor, *others) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
         """By the fastest way."""
         return getattr(self, self.way(x.size(0), x, *others))(x, *others)
 
-    def by_parts(self, x, e, below, part, counts) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+    def by_parts(
+        self, x, e, below, part, counts
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
         """Part by part, by torch and a call of our own kernels for each product."""
-        return self.block.by_parts(x, e, below, 1, self.block.look_back(part), counts)
+        tapes = {name: tape for name, tape in part.items() if isinstance(tape, Tape)}
+        seen = self.block.look_back(part | {name: tape.before() for name, tape in tapes.items()})
+        x, h, mean, new = self.block.by_parts(x, e, below, 1, seen, counts)
+        for name, tape in tapes.items():
+            tape.write(new[name])
+        return x, h, mean, new | tapes
 
-    def by_program(self, x, e, below, part, counts) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+    def by_program(
+        self, x, e, below, part, counts
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
         """In one call."""
         rows = x.size(0)
         key = (rows, below is None, "ring" in part)
@@ -100,37 +128,35 @@ class BlockProgram(Routed):
         program, places = self.programs[key]
         new = {}
         used = {"x": x.contiguous(), "e": e.contiguous()}  # kept until the call is done
-        strides = {}
+        given: dict[str, int] = {}
         if below is not None:
             used["below"] = below.contiguous()
         if self.block.branch.average is not None:
             count, n = counts
+            used["n"] = n
             used["sum"] = part["sum"].contiguous()
-            used["n"] = n.contiguous()
             used["new sum"] = torch.empty_like(used["sum"])
             new = {"count": count, "sum": used["new sum"]}
             if "ring" in part:
-                used["oldest"] = contiguous_window(part["ring"])
-                strides["oldest row"] = used["oldest"].stride(0)
-                new["ring"] = used["x"]
+                new["ring"] = part["ring"]
+                given |= tape_arguments(part["ring"], "ring")
         if isinstance(self.block.branch.wavelet, FoldedLifting):
-            used["tape"] = contiguous_window(part["lags"])
-            strides["tape row"] = used["tape"].stride(0)
+            new["lags"] = part["lags"]
+            given |= tape_arguments(part["lags"], "lags")
         else:
             for name in self.block.branch.wavelet.names:
                 used[name] = part[name].contiguous()
                 new[name] = used[f"new {name}"] = torch.empty_like(used[name])
-        room = program({name: t.data_ptr() for name, t in used.items()} | strides)
+        for name, tensor in used.items():
+            given[name] = tensor.data_ptr()
+        room = program(given)
 
-        def result(name: str, width: int) -> Tensor:  # (B, width)
-            return room.as_strided((rows, width), (width, 1), places[name].at)
+        def result(name: str) -> Tensor | None:  # (B, C)
+            if name not in places:
+                return None
+            return room.as_strided((rows, self.channels), (self.channels, 1), places[name].at)
 
-        if "tape" in used:
-            inputs = places["inputs"]  # (J, B, P), as an entry (B, J, P)
-            shape = (rows, self.levels, self.width)
-            new["lags"] = room.as_strided(shape, (inputs.row, inputs.place, 1), inputs.at)
-        mean = result("mean", self.channels) if "mean" in places else None
-        return result("y", self.channels), result("h", self.channels), mean, new
+        return result("y"), result("h"), result("mean"), new
 
     def written(
         self, rows: int, is_first: bool, is_stream: bool
@@ -142,9 +168,9 @@ class BlockProgram(Routed):
         names = ["x", "e"] if is_first else ["x", "e", "below"]
         if branch.average is not None:
             names += ["sum", "n", "new sum"]
-            names += ["oldest", "oldest row"] if is_stream else []
+            names += ["ring", "ring end", "ring row"] if is_stream else []
         if isinstance(branch.wavelet, FoldedLifting):
-            names += ["tape", "tape row"]
+            names += ["lags", "lags end", "lags row"]
         else:
             names += [name for lag in branch.wavelet.names for name in (lag, f"new {lag}")]
         p = Program(rows, names)
@@ -154,36 +180,28 @@ class BlockProgram(Routed):
             places["mean"] = self.write_mean(p, x, is_stream)
         # One below the other lie the J levels' inputs, the approximation, and the details from
         # coarse to fine: the last S of them are the coefficients, (S, B, P).
-        places["inputs"] = p.room(self.width, 2 * self.levels + 1)
-        x = self.write_norm(p, x, branch.norm, places["inputs"], branch.gamma)
-        self.write_wavelet(p, places["inputs"])
-        y = self.write_mixers(p, places["inputs"], places.get("mean"), is_first)
+        inputs = p.room(self.width, 2 * self.levels + 1)
+        x = write_norm(p, x, branch.norm, inputs, branch.gamma)
+        self.write_wavelet(p, inputs)
+        y = self.write_mixers(p, inputs, places.get("mean"), is_first)
         x = self.write_reconstruction(p, y, x)
-        places["h"] = p.room(width)
-        self.write_norm(p, x, self.block.norm, places["h"])
-        places["y"] = self.write_mlp(p, places["h"], x)
-        return p, places
+        h = p.room(width)
+        write_norm(p, x, self.block.norm, h)
+        places["y"] = self.write_mlp(p, h, x)
+        return p, places | ({"h": h} if self.block.memories else {})
 
     def write_mean(self, p: Program, x: Rows, is_stream: bool) -> Rows:
         """The running mean of x, (B, C)."""
         mean = p.room(self.channels)
-        oldest = [p.argument(name) if is_stream else -1 for name in ("oldest", "oldest row")]
+        oldest = [NOTHING, NOTHING]
+        if is_stream:
+            oldest = [p.argument("ring"), p.argument("ring row")]
+            row = p.argument("ring row")
+            p.step("put", 1, self.channels, x.at, p.argument("ring end"), row)
         sums = [p.argument(name) for name in ("sum", "n", "new sum")]
         is_double = int(is_stream)  # see `RunningMean`
         p.step("mean", self.channels, x.at, sums[0], *oldest, *sums[1:], mean.at, is_double)
         return mean
-
-    def write_norm(
-        self, p: Program, x: Rows, norm: tuple, y: Rows, gamma: Tensor | None = None
-    ) -> Rows:
-        """y = the layer norm of x, or of x + gamma·e. Returns what it is of."""
-        _, weight, bias, eps = norm
-        normed = x if gamma is None else p.room(self.channels)
-        p.step(
-            "norm", self.channels, y.width, x.at, p.argument("e"), p.constant(gamma), normed.at,
-            p.constant(weight), p.constant(bias), bits_of(eps), y.at,
-        )  # fmt: skip
-        return normed
 
     def write_wavelet(self, p: Program, rows: Rows) -> None:
         """From the first of the rows to the others."""
@@ -192,7 +210,7 @@ class BlockProgram(Routed):
             odds = p.room(self.width, self.levels)  # (J, B, P)
             p.step(
                 "lags", self.levels, wavelet.shares.size(1), self.width,
-                p.argument("tape"), p.argument("tape row"),
+                p.argument("lags"), p.argument("lags row"),
                 p.constant(torch.tensor(wavelet.offsets, device="cpu")),
                 p.constant(wavelet.shares), p.constant(wavelet.predict_bias), odds.at,
             )  # fmt: skip
@@ -212,6 +230,9 @@ class BlockProgram(Routed):
             inside = self.write_hidden(p, update, detail)
             # approx = cur·√½ + Update(detail)/√2
             p.product(update.last.kernel, inside, approx, cur, 0.5**0.5, update.bias)
+        if isinstance(wavelet, FoldedLifting):
+            end, row = p.argument("lags end"), p.argument("lags row")
+            p.step("put", self.levels, self.width, rows.at, end, row)
 
     @staticmethod
     def write_hidden(p: Program, net, x: Rows) -> Rows:
@@ -280,6 +301,33 @@ class BlockProgram(Routed):
         y = p.room(self.channels)
         p.product(mlp.last.kernel, h, y, x, self.block.alpha, mlp.bias)
         return y
+
+
+class HeadProgram:
+    """The last norm and the head, of one token in each text."""
+
+    def __init__(self, norm: tuple, head: Matrix):
+        """norm: as `PackedWeights.norm` gives it."""
+        self.norm = norm
+        self.head = head
+        self.programs: dict[int, Program] = {}  # by rows
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"programs": {}}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, C) → logits (B, V)."""
+        rows, width = x.shape
+        if rows not in self.programs:
+            p = Program(rows, ["x", "logits"])
+            h = p.room(width)
+            write_norm(p, p.given("x", width), self.norm, h)
+            p.product(self.head.kernel, h, p.given("logits", self.head.outputs))
+            self.programs[rows] = p
+        x = x.contiguous()
+        logits = torch.empty(rows, self.head.outputs)
+        self.programs[rows]({"x": x.data_ptr(), "logits": logits.data_ptr()})
+        return logits
 
 
 def products_of(block) -> list[Matrix | FloatStack | PackedStack]:
