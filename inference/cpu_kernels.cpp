@@ -568,7 +568,8 @@ Call product_of(const int64_t* f, const Memory& m) {
 
 // Each of these is a step for the text b of B.
 
-// sum (B, C) gains x and loses `oldest`, into a new sum; y = sum / n with n (B,).
+// sum (B, C) gains x and loses `oldest`, into a new sum, and count (B,) becomes one more; y = sum / n
+// with n = count, or the window where that is less.
 template <class T>
 void mean(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t width = f[0];
@@ -576,9 +577,11 @@ void mean(const int64_t* f, const Memory& m, int64_t b) {
   const T* const sum = reinterpret_cast<const T*>(m.at(f[2])) + b * width;
   const float* oldest = m.at(f[3]);
   if (oldest) oldest += b * m.argument(f[4]);
-  const T n = T(reinterpret_cast<const int64_t*>(m.at(f[5]))[b]);
-  T* const total = reinterpret_cast<T*>(m.at(f[6])) + b * width;
-  float* const y = m.at(f[7]) + b * width;
+  T* const total = reinterpret_cast<T*>(m.at(f[5])) + b * width;
+  float* const y = m.at(f[6]) + b * width;
+  const int64_t count = reinterpret_cast<const int64_t*>(m.at(f[7]))[b] + 1;
+  reinterpret_cast<int64_t*>(m.at(f[8]))[b] = count;
+  const T n = T(oldest ? std::min(count, f[9]) : count);
   for (int64_t i = 0; i < width; i++) {
     const T value = sum[i] + x[i] - (oldest ? oldest[i] : 0);
     total[i] = value;
@@ -698,7 +701,7 @@ void put(const int64_t* f, const Memory& m, int64_t b) {
 void small_step(const int64_t* step, const Memory& m, int64_t b) {
   const int64_t* const f = step + 1;
   switch (step[0]) {
-    case MEAN: return f[8] ? mean<double>(f, m, b) : mean<float>(f, m, b);
+    case MEAN: return f[10] ? mean<double>(f, m, b) : mean<float>(f, m, b);
     case NORM: return norm(f, m, b);
     case LAGS: return lags(f, m, b);
     case JOIN: return join(f, m, b);
@@ -748,16 +751,27 @@ void unpack_row(const uint8_t* w, const uint16_t* steps, int64_t n, bool to_bf16
 
 }  // namespace
 
-// 4-bit weights (rows, inputs), inputs in whole groups, to fp32 or bf16 of the same shape.
-extern "C" void unpack(
-    const uint8_t* w, const uint16_t* steps, int64_t rows, int64_t inputs, int64_t to_bf16,
-    void* to) {
+// Rows of 4-bit weights (count, inputs), inputs in whole groups, to fp32 or bf16 (rows, inputs):
+// those that `which` names, or, without it, the first ones. Gives 0 where one is not among them.
+extern "C" int64_t unpack(
+    const uint8_t* w, const uint16_t* steps, int64_t count, int64_t inputs, const int64_t* which,
+    int64_t rows, int64_t to_bf16, void* to) {
   const int64_t bytes = to_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(static) if (rows * inputs > ALONE)
-  for (int64_t r = 0; r < rows; r++)
+  for (int64_t i = 0; which && i < rows; i++)
+    if (which[i] < 0 || which[i] >= count) return 0;
+  const auto unpack_one = [=](int64_t i) {
+    const int64_t r = which ? which[i] : i;
     unpack_row(
         w + r * inputs / 2, steps + 2 * r * inputs / GROUP, inputs, to_bf16,
-        static_cast<char*>(to) + r * inputs * bytes);
+        static_cast<char*>(to) + i * inputs * bytes);
+  };
+  if (rows * inputs <= ALONE) {
+    for (int64_t i = 0; i < rows; i++) unpack_one(i);
+    return 1;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; i++) unpack_one(i);
+  return 1;
 }
 
 extern "C" void product(

@@ -140,8 +140,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.product.restype = None
     library.program.argtypes = [address, number, number, address, address]
     library.program.restype = None
-    library.unpack.argtypes = [address, address, number, number, number, address]
-    library.unpack.restype = None
+    library.unpack.argtypes = [
+        address, address, number, number, address, number, number, address,
+    ]  # fmt: skip
+    library.unpack.restype = number
     _define_operations()
     return library, ""
 
@@ -218,13 +220,20 @@ def usable(device: torch.device) -> bool:
     return device.type == "cpu" and _library()[0] is not None
 
 
-def unpacked(packed: Tensor, steps: Tensor, kind: torch.dtype) -> Tensor:
+def unpacked(
+    packed: Tensor, steps: Tensor, kind: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
     """4-bit weights (n, in), of bytes (n, in/2) and steps (n, in/64, 2) as `packed.to_int4` gives
-    them, in `kind`, fp32 or bf16."""
-    w = packed.new_empty(packed.size(0), 2 * packed.size(1), dtype=kind)
-    _library()[0].unpack(
-        packed.data_ptr(), steps.data_ptr(), *w.shape, kind == torch.bfloat16, w.data_ptr()
-    )
+    them, in `kind`, fp32 or bf16; or those of their rows (m,) int64 alone, (m, in)."""
+    count, inputs = packed.size(0), 2 * packed.size(1)
+    rows = None if rows is None else rows.contiguous()
+    w = packed.new_empty(count if rows is None else rows.size(0), inputs, dtype=kind)
+    done = _library()[0].unpack(
+        packed.data_ptr(), steps.data_ptr(), count, inputs,
+        None if rows is None else rows.data_ptr(), w.size(0), kind == torch.bfloat16, w.data_ptr(),
+    )  # fmt: skip
+    if not done:
+        raise IndexError(f"rows: not all of them are among the {count}")
     return w
 
 

@@ -39,6 +39,7 @@ from inference.folded import (
     Ngrams,
     Recall,
     WrittenMemory,
+    counts_after,
 )
 from inference.packed import MOST_ROWS
 from inference.program import BlockProgram, HeadProgram
@@ -49,7 +50,7 @@ from layers.state import State, ids_name
 from model import Block, Haar, LanguageModel, Lifting, Mixers, RunningMean, WaveletLM, parts_of
 
 # For one token, the count of tokens (B,) and over how many positions the running mean goes (B, 1);
-# None in a network without the running mean, and for a chunk of several tokens.
+# None in a network without the running mean, for a chunk of several tokens, and for programs.
 Counts = tuple[Tensor, Tensor] | None
 
 # ===== Wavelet branches
@@ -256,6 +257,12 @@ class DecoderBlock:
         become `longer`, and not what `look_back` gives."""
         return self.program is not None and rows <= MOST_ROWS
 
+    def takes(self, rows: int, part: dict) -> bool:
+        """Whether it makes a step of one token in so many texts by its program: of a state that has
+        not been looked back on."""
+        looked_back = "odd" in part or "oldest" in part or torch.compiler.is_compiling()
+        return self.reads_tapes(rows) and not looked_back
+
     def look_back(self, part: dict) -> dict[str, Tensor]:
         """The state `part` for a step of one token: its tensors, and in place of its tapes what the
         step reads of them."""
@@ -273,9 +280,8 @@ class DecoderBlock:
         the new one. With one, `part` is what `look_back` gives, and the new state has one entry for
         each tape; or, where the block `reads_tapes`, they are a state before and after.
         """
-        looked_back = "odd" in part or "oldest" in part or torch.compiler.is_compiling()
-        if length == 1 and not looked_back and self.reads_tapes(x.size(0)):
-            x, h, mean, new = self.program(x, e, below, part, counts)
+        if length == 1 and self.takes(x.size(0), part):
+            x, h, mean, new = self.program(x, e, below, part)
         else:
             x, h, mean, new = self.by_parts(x, e, below, length, part, counts)
         # Of one row our own kernels read all memories that they can, and add what they read to x.
@@ -480,19 +486,6 @@ class Decoder:
         lags = [list(block.branch.longest) for block in self.blocks]
         return DecoderState(parts, lags, state.embedding)
 
-    def counts(self, seen: list[dict]) -> Counts:
-        """After one more token: the count of tokens (B,), and over how many positions the running
-        mean goes (B, 1); None without a running mean. seen: each block's state in this step."""
-        first = seen[0]  # all blocks count the same tokens
-        if "count" not in first:
-            return None
-        count = first["count"] + 1
-        # A stream's mean is over the last block_size positions: "oldest" is what leaves it next,
-        # "ring" all of them, where a kernel reads them.
-        windowed = "oldest" in first or "ring" in first
-        n = count.clamp(max=self.config.block_size) if windowed else count  # (B,)
-        return count, n[:, None]
-
     @torch.no_grad()
     def __call__(
         self, ids: Tensor, state: State | None = None, last_only: bool = True
@@ -542,7 +535,9 @@ class Decoder:
         remembers. Returns the logits, and both as they are afterwards.
         """
         rows, length = ids.shape
-        counts = self.counts(parts) if length == 1 else None  # a chunk counts in the model's mean
+        counts = None  # a chunk counts in the model's mean, and a block's program in its own
+        if length == 1 and "count" in parts[0] and not self.blocks[0].takes(rows, parts[0]):
+            counts = counts_after(parts[0], self.config.block_size)
         if len(self.cells) == 1:
             x, after, past = self.read(ids, parts, past, counts)  # x (N, C)
             xs = [x]

@@ -478,6 +478,17 @@ class FoldedReconstruction:
 # ===== Bypass
 
 
+def counts_after(part: dict, window: int) -> tuple[Tensor, Tensor]:
+    """After one more token: the count of tokens (B,), and over how many positions the running mean
+    goes (B, 1). part: the state of a block, all of which count the same tokens."""
+    count = part["count"] + 1
+    # A stream's mean is over the last block_size positions: "oldest" is what leaves it next, "ring"
+    # all of them, on a tape or where a kernel reads them.
+    windowed = "oldest" in part or "ring" in part
+    n = count.clamp(max=window) if windowed else count  # (B,)
+    return count, n[:, None]
+
+
 class Mean:
     """The running mean of the stream."""
 

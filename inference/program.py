@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.cpu_kernels import NOTHING, Program, Rows, Stack, bits_of
-from inference.folded import FixedWavelet, FoldedLifting
+from inference.folded import FixedWavelet, FoldedLifting, counts_after
 from inference.packed import FEW_ROWS, FloatStack, Matrix, PackedStack, Routed
 from inference.routes import shape_class
 from inference.tape import Tape
@@ -59,10 +59,10 @@ def write_norm(p: Program, x: Rows, norm: tuple, y: Rows, gamma: Tensor | None =
 
 class BlockProgram(Routed):
     """The step of one block up to its memories. Each way is a method of the stream x, the
-    embedding e, the running mean of the block below (all (B, C) or None), the block's state, whose
-    tapes have become `longer` and wait for their last entry, and counts as `Decoder.counts` gives
-    them. It gives the new stream, what the memories read (None where there are none), this block's
-    running mean, and the new state, its tapes written."""
+    embedding e, the running mean of the block below (all (B, C) or None), and the block's state,
+    whose tapes have become `longer` and wait for their last entry. It gives the new stream, what
+    the memories read (None where there are none), this block's running mean, and the new state, its
+    tapes written."""
 
     def __init__(self, block):
         """block: a `DecoderBlock` of decode.py."""
@@ -106,20 +106,18 @@ class BlockProgram(Routed):
         """By the fastest way."""
         return getattr(self, self.way(x.size(0), x, *others))(x, *others)
 
-    def by_parts(
-        self, x, e, below, part, counts
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
+    def by_parts(self, x, e, below, part) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
         """Part by part, by torch and a call of our own kernels for each product."""
         tapes = {name: tape for name, tape in part.items() if isinstance(tape, Tape)}
         seen = self.block.look_back(part | {name: tape.before() for name, tape in tapes.items()})
+        average = self.block.branch.average
+        counts = None if average is None else counts_after(part, average.window)
         x, h, mean, new = self.block.by_parts(x, e, below, 1, seen, counts)
         for name, tape in tapes.items():
             tape.write(new[name])
         return x, h, mean, new | tapes
 
-    def by_program(
-        self, x, e, below, part, counts
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
+    def by_program(self, x, e, below, part) -> tuple[Tensor, Tensor | None, Tensor | None, dict]:
         """In one call."""
         rows = x.size(0)
         key = (rows, below is None, "ring" in part)
@@ -132,11 +130,9 @@ class BlockProgram(Routed):
         if below is not None:
             used["below"] = below.contiguous()
         if self.block.branch.average is not None:
-            count, n = counts
-            used["n"] = n
-            used["sum"] = part["sum"].contiguous()
-            used["new sum"] = torch.empty_like(used["sum"])
-            new = {"count": count, "sum": used["new sum"]}
+            for name in ("count", "sum"):
+                used[name] = part[name].contiguous()
+                new[name] = used[f"new {name}"] = torch.empty_like(used[name])
             if "ring" in part:
                 new["ring"] = part["ring"]
                 given |= tape_arguments(part["ring"], "ring")
@@ -167,7 +163,7 @@ class BlockProgram(Routed):
         width = self.channels
         names = ["x", "e"] if is_first else ["x", "e", "below"]
         if branch.average is not None:
-            names += ["sum", "n", "new sum"]
+            names += ["sum", "new sum", "count", "new count"]
             names += ["ring", "ring end", "ring row"] if is_stream else []
         if isinstance(branch.wavelet, FoldedLifting):
             names += ["lags", "lags end", "lags row"]
@@ -198,9 +194,11 @@ class BlockProgram(Routed):
             oldest = [p.argument("ring"), p.argument("ring row")]
             row = p.argument("ring row")
             p.step("put", 1, self.channels, x.at, p.argument("ring end"), row)
-        sums = [p.argument(name) for name in ("sum", "n", "new sum")]
-        is_double = int(is_stream)  # see `RunningMean`
-        p.step("mean", self.channels, x.at, sums[0], *oldest, *sums[1:], mean.at, is_double)
+        p.step(
+            "mean", self.channels, x.at, p.argument("sum"), *oldest, p.argument("new sum"), mean.at,
+            p.argument("count"), p.argument("new count"), self.block.branch.average.window,
+            is_stream,  # a stream's sum is in fp64, see `RunningMean`
+        )  # fmt: skip
         return mean
 
     def write_wavelet(self, p: Program, rows: Rows) -> None:

@@ -117,10 +117,10 @@ class Table:
 
     def int4(self, rows: Tensor) -> Tensor:
         if self.by_kernel and not torch.compiler.is_compiling():
-            flat = rows.flatten()
-            packed = self.held[flat]
-            w = cpu_kernels.unpacked(packed, self.tensors["steps"][flat], torch.float32)
-            return w.view(*rows.shape, -1)[..., : self.width]
+            steps = self.tensors["steps"]
+            w = cpu_kernels.unpacked(self.held, steps, torch.float32, rows.flatten())
+            w = w.view(*rows.shape, -1)  # (…, groups·group)
+            return w if w.size(-1) == self.width else w[..., : self.width]
         q = from_int4(F.embedding(rows, self.held)).float().sub_(8)  # (…, groups·group)
         steps = F.embedding(rows, self.tensors["steps"].flatten(1)).float()  # (…, groups·2)
         steps = steps.unflatten(-1, (-1, 2))  # (…, groups, 2)

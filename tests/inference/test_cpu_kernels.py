@@ -92,6 +92,8 @@ def test_4_bit_weights_are_unpacked_as_a_table_reads_them(shape):
     by_kernel = table(rows)
     table.by_kernel = False
     torch.testing.assert_close(by_kernel, table(rows))
+    with pytest.raises(IndexError):
+        cpu_kernels.unpacked(*tensors.values(), torch.float32, torch.tensor([shape[0]]))
     expected = table(torch.arange(shape[0]))
     for kind in (torch.float32, torch.bfloat16):
         w = cpu_kernels.unpacked(tensors["int4"], tensors["steps"], kind)
