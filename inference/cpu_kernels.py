@@ -392,12 +392,13 @@ class Program:
 
     def __call__(self, given: dict[str, int]) -> Tensor:
         """The room after all steps. given: the arguments, addresses and numbers."""
-        if self.table is None:
+        table = self.table  # a name of its own, which keeps it while another thread makes one too
+        if table is None:
             filled = [step + [0] * (FIELDS - len(step)) for step in self.steps]
-            self.table = torch.tensor(filled, device="cpu")
+            table = self.table = torch.tensor(filled, device="cpu")
         room = torch.empty(self.size)
         arguments = (ctypes.c_int64 * (len(self.names) + 1))(0, *[given[n] for n in self.names])
         _library()[0].program(
-            self.table.data_ptr(), len(self.steps), self.rows, room.data_ptr(), arguments
+            table.data_ptr(), len(self.steps), self.rows, room.data_ptr(), arguments
         )
         return room

@@ -8,7 +8,9 @@ It computes the model's numbers from fewer and larger products (folded.py), whic
 full bandwidth (packed.py). What reaches far back lies on a `Tape` (tape.py), so a step writes one
 position and copies nothing. A call has three parts: it reads what it needs of the tapes
 (`look_back`), computes with tensors alone (`Decoder.run`), and writes the tapes' new entries. So
-torch.compile can make one program of the middle part: `decoder.compile()`.
+torch.compile can make one program of the middle part: `decoder.compile()`. On a CPU with kernels of
+our own a block's step of few texts is one call instead, from reading its tapes to writing them
+(program.py).
 
 A wavelet branch with a part of layers/variants.py runs as it is in the model, in fp32: see
 `OwnBranch`. Its block's MLP and memories are packed all the same.

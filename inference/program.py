@@ -71,7 +71,7 @@ class BlockProgram(Routed):
         self.levels = len(branch.longest or branch.wavelet.names)
         self.channels = branch.norm[0][0]  # C
         self.width = self.channels + branch.pad  # P
-        every = [each for weights in self.products() for each in stacks_of(weights)]
+        every = [each for weights in products_of(block) for each in stacks_of(weights)]
         held = [tensor for stack in every for m in stack.held for tensor in m.values()]
         size = sum(tensor.nbytes for tensor in held)
         bits = " ".join(str(b) for b in sorted({stack.bits for stack in every}))
@@ -94,9 +94,6 @@ class BlockProgram(Routed):
     def __getstate__(self) -> dict:
         """Copies and pickles make their programs anew: tables have addresses."""
         return self.__dict__ | {"programs": {}}
-
-    def products(self) -> list[Matrix | FloatStack | PackedStack]:
-        return products_of(self.block)
 
     def ways(self, rows: int) -> list[str]:
         both = ["by_program", "by_parts"]

@@ -51,6 +51,24 @@ def test_a_product_is_that_of_the_weights_as_they_were_rounded(shape, bits):
 
 
 @needs_kernels
+def test_registers_of_either_width_give_the_same_but_for_rounding(monkeypatch):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("no AVX-512: the other tests have the narrow ones")
+    weight = torch.randn(50, 330)
+    x = torch.randn(9, 330)
+    stacks = [cpu_kernels.Stack([quantised(weight, bits)]) for bits in BITS]
+    wide = [stack(x, finish="gelu") for stack in stacks]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    cpu_kernels._load.cache_clear()
+    try:
+        assert cpu_kernels.flags_here() == cpu_kernels.FLAGS
+        for stack, expected in zip(stacks, wide, strict=True):
+            torch.testing.assert_close(stack(x, finish="gelu"), expected, atol=1e-4, rtol=1e-4)
+    finally:
+        cpu_kernels._load.cache_clear()
+
+
+@needs_kernels
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_is_the_same_whatever_rows_and_threads_there_are(bits):
     # large enough for several threads
