@@ -224,8 +224,8 @@ BITS_HELP = (
 )
 COMPILE_HELP = (
     "compile the step of one token with torch.compile: up to a minute at first, then more tokens"
-    " per second where the weights are 8 or 4 bits wide; beside other work on the same cores set"
-    " OMP_NUM_THREADS to the cores that are free"
+    " per second on a GPU; on a CPU only where there are no kernels of our own, beside which it is"
+    " slower"
 )
 CONTEXT_HELP = (
     "past block_size: stream carries the state on, its mean over the last block_size tokens; window"

@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import layers.delta_rule  # noqa: F401  a faster way of the associative memory, on a CPU
 from common.command import InputError
 from common.device import autocast_type
 from config import Config

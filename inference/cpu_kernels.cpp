@@ -4,7 +4,9 @@
 // one stream a thread, which is what memory delivers fastest. A row of the result is summed by one
 // thread in one order, so it does not depend on how many threads or rows of x there are.
 //
-// AVX2 throughout: wider registers would not read memory faster.
+// Registers are as wide as the compiler is told: 512 bits with AVX-512, else 256 with AVX2. Memory
+// is not read faster by wider ones, but of 4-bit weights and of several rows of x the arithmetic is
+// what takes long.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -19,6 +21,8 @@ namespace {
 
 constexpr int64_t GROUP = 64;  // inputs that share a scale of x, and at 4 bits those of w
 constexpr int64_t LANES = 8;   // fp32 numbers in a register
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Asks for the bytes a page ahead of what is being read: on the machines that were tried, half a page
 // was a little slower, a quarter more so.
@@ -36,6 +40,86 @@ inline float sum_of(__m256 v) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+
+// ===== One row of weights times X rows of x
+
+// Each `dot_…<X>` writes X sums. X rows at a time share what is made of a weight; each is summed as
+// if it were alone.
+
+// ===== Registers
+
+#ifdef __AVX512F__
+
+using Floats = __m512;
+using Ints = __m512i;
+constexpr int64_t WIDE = 16;     // fp32 numbers in a register, half as many as numbers of 16 bits
+constexpr int64_t TOGETHER = 8;  // rows of x whose sums fit into the registers
+
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats all(float v) { return _mm512_set1_ps(v); }
+inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline __m256 eight_of(Floats v) {  // sums of two numbers each
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+inline Floats load(const float* w) { return _mm512_loadu_ps(w); }
+inline Floats load(const uint16_t* w) {  // a bf16 is the upper half of an fp32
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+// Numbers of 16 bits, as they are or from bytes.
+inline Ints load(const int16_t* q) { return _mm512_loadu_si512(q); }
+inline Ints load(const int8_t* w) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+}
+inline Ints load(const uint8_t* w) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+}
+inline Ints low_half_byte(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi16(15)); }
+inline Ints high_half_byte(Ints v) { return _mm512_srli_epi16(v, 4); }
+inline Ints products(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }  // sums of two of them
+#ifdef __AVX512VNNI__
+inline Ints products_plus(Ints a, Ints b, Ints c) { return _mm512_dpwssd_epi32(c, a, b); }
+#else
+inline Ints products_plus(Ints a, Ints b, Ints c) { return _mm512_add_epi32(products(a, b), c); }
+#endif
+inline Floats numbers(Ints v) { return _mm512_cvtepi32_ps(v); }
+
+#else
+
+using Floats = __m256;
+using Ints = __m256i;
+constexpr int64_t WIDE = 8;
+constexpr int64_t TOGETHER = 4;
+
+inline Floats zeros() { return _mm256_setzero_ps(); }
+inline Floats all(float v) { return _mm256_set1_ps(v); }
+inline Floats plus(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats times_plus(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline __m256 eight_of(Floats v) { return v; }
+inline Floats load(const float* w) { return _mm256_loadu_ps(w); }
+inline Floats load(const uint16_t* w) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+inline Ints load(const int16_t* q) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+}
+inline Ints load(const int8_t* w) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+inline Ints load(const uint8_t* w) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+inline Ints low_half_byte(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi16(15)); }
+inline Ints high_half_byte(Ints v) { return _mm256_srli_epi16(v, 4); }
+inline Ints products(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+inline Ints products_plus(Ints a, Ints b, Ints c) { return _mm256_add_epi32(products(a, b), c); }
+inline Floats numbers(Ints v) { return _mm256_cvtepi32_ps(v); }
+
+#endif
+
+constexpr int64_t WORDS = 2 * WIDE;  // numbers of 16 bits in a register
 
 // ===== x, rounded to 16 bits
 
@@ -92,6 +176,23 @@ void round_group(const float* x, int64_t count, bool halves, int16_t* q, float* 
   *sum = *scale * sum_of(_mm256_cvtepi32_ps(counted));
 }
 
+// fp32 numbers that a rounded row of x takes, its groups filled up to whole registers of scales.
+int64_t rounded_size(int64_t inputs) {
+  return round_up((inputs + GROUP - 1) / GROUP, LANES) * (GROUP / 2 + 2);
+}
+
+Rounded rounded(const float* x, int64_t count, int64_t inputs, bool halves, float* to) {
+  const int64_t groups = round_up((inputs + GROUP - 1) / GROUP, LANES);
+  auto* const q = reinterpret_cast<int16_t*>(to);
+  float* const scale = to + groups * GROUP / 2;
+  float* const sum = scale + groups;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t from = std::min(g * GROUP, count);
+    round_group(x + from, count - from, halves, q + g * GROUP, scale + g, sum + g);
+  }
+  return {q, scale, sum};
+}
+
 // ===== One row of weights times X rows of x
 
 // Each `dot_…<X>` writes X sums. X rows at a time share what is made of a weight; each is summed as
@@ -100,68 +201,70 @@ void round_group(const float* x, int64_t count, bool halves, int16_t* q, float* 
 inline float value(float number) { return number; }
 inline float value(uint16_t half) { return of_bf16(half); }
 
-inline __m256 load8(const float* w) { return _mm256_loadu_ps(w); }
-
-inline __m256 load8(const uint16_t* w) {
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
-  // a bf16 is the upper half of an fp32
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
 // W: fp32, or uint16_t with the bits of bf16.
 template <int X, class W>
 void dot_floats(const W* w, int64_t n, const float* const* x, float* sums) {
   constexpr int64_t LINE = 64 / sizeof(W);  // weights that memory delivers at once
-  __m256 acc[X][4];
-  for (int i = 0; i < X; i++)
-    for (int j = 0; j < 4; j++) acc[i][j] = _mm256_setzero_ps();
+  // Two sums for each row of x: as many as there are registers for with X rows, and enough for one.
+  Floats acc[X][2];
+  for (int i = 0; i < X; i++) acc[i][0] = acc[i][1] = zeros();
   int64_t k = 0;
-  for (; k + 4 * LANES <= n; k += 4 * LANES) {
-    for (int64_t at = 0; at < 4 * LANES; at += LINE) read_ahead(w + k + at);
-    for (int j = 0; j < 4; j++) {
-      const __m256 weight = load8(w + k + j * LANES);
+  for (; k + 2 * WIDE <= n; k += 2 * WIDE) {
+    for (int64_t at = 0; at < 2 * WIDE; at += LINE) read_ahead(w + k + at);
+    for (int j = 0; j < 2; j++) {
+      const Floats weight = load(w + k + j * WIDE);
       for (int i = 0; i < X; i++)
-        acc[i][j] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x[i] + k + j * LANES), acc[i][j]);
+        acc[i][j] = times_plus(weight, load(x[i] + k + j * WIDE), acc[i][j]);
     }
   }
   for (int i = 0; i < X; i++) {
-    float rest = 0;
-    for (int64_t at = k; at < n; at++) rest += value(w[at]) * x[i][at];
-    const __m256 first = _mm256_add_ps(acc[i][0], acc[i][1]);
-    const __m256 last = _mm256_add_ps(acc[i][2], acc[i][3]);
-    sums[i] = sum_of(_mm256_add_ps(first, last)) + rest;
+    sums[i] = sum_of(eight_of(plus(acc[i][0], acc[i][1])));
+    for (int64_t at = k; at < n; at++) sums[i] += value(w[at]) * x[i][at];
   }
 }
 
-inline __m256i load16(const int16_t* q) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-}
-
-// 127·32,767·2 fits into 32 bits, and so do the 8 such sums that a lane adds up in a group.
+// 127·32,767·2 fits into 32 bits, and so do the 4 or 8 such sums that a lane adds up in a group.
 template <int X>
 void dot_int8(const int8_t* w, int64_t n, const Rounded* x, float* sums) {
-  __m256 acc[X];
-  for (int i = 0; i < X; i++) acc[i] = _mm256_setzero_ps();
+  constexpr int PARTS = GROUP / WORDS;
+  Floats acc[X];
+  for (int i = 0; i < X; i++) acc[i] = zeros();
   for (int64_t g = 0; g < n / GROUP; g++) {
     const int8_t* row = w + GROUP * g;
     read_ahead(row);
-    __m256i weight[4];
-    for (int j = 0; j < 4; j++) {
-      const auto* at = reinterpret_cast<const __m128i*>(row + 16 * j);
-      weight[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128(at));
-    }
+    Ints weight[PARTS];
+    for (int j = 0; j < PARTS; j++) weight[j] = load(row + WORDS * j);
     for (int i = 0; i < X; i++) {
       const int16_t* q = x[i].q + GROUP * g;
-      const __m256i first = _mm256_add_epi32(
-          _mm256_madd_epi16(weight[0], load16(q)), _mm256_madd_epi16(weight[1], load16(q + 16)));
-      const __m256i last = _mm256_add_epi32(
-          _mm256_madd_epi16(weight[2], load16(q + 32)),
-          _mm256_madd_epi16(weight[3], load16(q + 48)));
-      const __m256 sum = _mm256_cvtepi32_ps(_mm256_add_epi32(first, last));
-      acc[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(x[i].scale + g), sum, acc[i]);
+      Ints sum = products(weight[0], load(q));
+      for (int j = 1; j < PARTS; j++) sum = products_plus(weight[j], load(q + WORDS * j), sum);
+      acc[i] = times_plus(all(x[i].scale[g]), numbers(sum), acc[i]);
     }
   }
-  for (int i = 0; i < X; i++) sums[i] = sum_of(acc[i]);
+  for (int i = 0; i < X; i++) sums[i] = sum_of(eight_of(acc[i]));
+}
+
+// Sums of one group of 4-bit weights, for each of X rows of x.
+template <int X>
+inline void add_group(
+    const uint8_t* w, int64_t g, const Rounded* x, const float factor[X][LANES], int at,
+    Floats* acc) {
+  constexpr int PARTS = GROUP / 2 / WORDS;
+  Ints even[PARTS];
+  Ints odd[PARTS];
+  for (int j = 0; j < PARTS; j++) {
+    const Ints bytes = load(w + GROUP / 2 * g + WORDS * j);
+    even[j] = low_half_byte(bytes);
+    odd[j] = high_half_byte(bytes);
+  }
+  for (int i = 0; i < X; i++) {
+    const int16_t* const q = x[i].q + GROUP * g;
+    Ints sum = products(even[0], load(q));
+    for (int j = 1; j < PARTS; j++) sum = products_plus(even[j], load(q + WORDS * j), sum);
+    for (int j = 0; j < PARTS; j++)
+      sum = products_plus(odd[j], load(q + GROUP / 2 + WORDS * j), sum);
+    acc[i] = times_plus(all(factor[i][at]), numbers(sum), acc[i]);
+  }
 }
 
 // w = (h − 8)·scale + offset with half bytes h, so over a group Σ w x is
@@ -169,21 +272,19 @@ void dot_int8(const int8_t* w, int64_t n, const Rounded* x, float* sums) {
 template <int X>
 void dot_int4(
     const uint8_t* w, const uint32_t* steps, int64_t n, const Rounded* x, float* sums) {
-  __m256 acc[X];
+  // Two sums in turn: each must wait for its last addition, and that takes as long as two groups.
+  Floats acc[2][X];
   __m256 rest[X];
-  for (int i = 0; i < X; i++) acc[i] = rest[i] = _mm256_setzero_ps();
-  const __m256i low = _mm256_set1_epi16(15);
+  for (int i = 0; i < X; i++) {
+    acc[0][i] = acc[1][i] = zeros();
+    rest[i] = _mm256_setzero_ps();
+  }
   const int64_t groups = n / GROUP;
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int64_t from = 0; from < groups; from += LANES) {  // 8 groups' scales and offsets at a time
     const int64_t count = std::min(LANES, groups - from);
-    __m256i both;
-    if (count == LANES) {  // a copy of a size that is known takes a twentieth of one that is not
-      both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(steps + from));
-    } else {
-      alignas(32) uint32_t pairs[LANES] = {};
-      std::memcpy(pairs, steps + from, 4 * count);
-      both = _mm256_load_si256(reinterpret_cast<const __m256i*>(pairs));
-    }
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes);
+    const __m256i both = _mm256_maskload_epi32(reinterpret_cast<const int*>(steps + from), there);
     const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     const __m256 offset =
         _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))));
@@ -193,30 +294,19 @@ void dot_int4(
       _mm256_store_ps(factor[i], _mm256_mul_ps(scale, _mm256_loadu_ps(x[i].scale + from)));
       rest[i] = _mm256_fmadd_ps(lowest, _mm256_loadu_ps(x[i].sum + from), rest[i]);
     }
-    for (int64_t g = 0; g < count; g++) {
-      const auto* row = reinterpret_cast<const __m128i*>(w + GROUP / 2 * (from + g));
-      read_ahead(row);
-      const __m256i first = _mm256_cvtepu8_epi16(_mm_loadu_si128(row));
-      const __m256i second = _mm256_cvtepu8_epi16(_mm_loadu_si128(row + 1));
-      const __m256i even[2] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low)};
-      const __m256i odd[2] = {_mm256_srli_epi16(first, 4), _mm256_srli_epi16(second, 4)};
-      for (int i = 0; i < X; i++) {
-        const int16_t* q = x[i].q + GROUP * (from + g);
-        const __m256i a = _mm256_add_epi32(
-            _mm256_madd_epi16(even[0], load16(q)), _mm256_madd_epi16(odd[0], load16(q + 32)));
-        const __m256i b = _mm256_add_epi32(
-            _mm256_madd_epi16(even[1], load16(q + 16)), _mm256_madd_epi16(odd[1], load16(q + 48)));
-        const __m256 sum = _mm256_cvtepi32_ps(_mm256_add_epi32(a, b));
-        acc[i] = _mm256_fmadd_ps(_mm256_broadcast_ss(factor[i] + g), sum, acc[i]);
-      }
+    for (int at = 0; at < count; at += 2) {
+      read_ahead(w + GROUP / 2 * (from + at));  // a line of memory has two groups
+      add_group<X>(w, from + at, x, factor, at, acc[0]);
+      if (at + 1 < count) add_group<X>(w, from + at + 1, x, factor, at + 1, acc[1]);
     }
   }
-  for (int i = 0; i < X; i++) sums[i] = sum_of(_mm256_add_ps(acc[i], rest[i]));
+  for (int i = 0; i < X; i++)
+    sums[i] = sum_of(_mm256_add_ps(eight_of(plus(acc[0][i], acc[1][i])), rest[i]));
 }
 
 // ===== Finishing
 
-enum Finish : int64_t { PLAIN, GELU, GATE };
+enum Finish : int64_t { PLAIN, GELU, GATE, RELU2 };
 
 // e^v of 8 numbers, to the last digits of fp32: 2^n·e^r, with n whole and |r| ≤ ln 2 / 2, and e^r as
 // its series to the seventh power.
@@ -263,6 +353,9 @@ inline void finish(int64_t how, float* sums, int64_t count, float* y) {
   } else if (how == GATE) {
     _mm256_storeu_ps(sums, silu_of(_mm256_loadu_ps(sums)));
     for (int64_t i = 0; i < count; i++) sums[i] *= y[i];
+  } else if (how == RELU2) {
+    const __m256 positive = _mm256_max_ps(_mm256_setzero_ps(), _mm256_loadu_ps(sums));
+    _mm256_storeu_ps(sums, _mm256_mul_ps(positive, positive));
   }
   if (count == LANES) {
     _mm256_storeu_ps(y, _mm256_loadu_ps(sums));
@@ -283,7 +376,13 @@ struct Matrix {
   int64_t reads;    // numbers of x, as many as there are inputs without filler
 };
 
-// A product. Strides are in numbers; x (S, N, in), y (S, N, width), add (S, N, out).
+// Rows of x: as they are, and, for integers, rounded.
+struct Rows {
+  const float* const* plain;
+  const Rounded* rounded;
+};
+
+// A product. Strides are in numbers; x (S, N, in), y (S, N, width), add (S, N, out), bias (S, out).
 struct Call {
   int64_t bits;
   const Matrix* matrices;
@@ -294,16 +393,11 @@ struct Call {
   const float* add;
   int64_t add_place, add_row;
   const float* bias;
+  int64_t bias_place;
   float* y;
   int64_t width, y_place, y_row;
   int64_t finish;
   float beta;
-};
-
-// The rows of x of one product, (count, rows): as they are, or rounded.
-struct Rows {
-  const float* const* plain;
-  const Rounded* rounded;
 };
 
 template <int BITS, int X>
@@ -337,7 +431,7 @@ void outputs(
       float sum = made[j];
       if (call.add)
         sum += call.beta * call.add[m.place * call.add_place + (i + j) * call.add_row + r + o];
-      if (call.bias) sum += call.bias[r + o];
+      if (call.bias) sum += call.bias[m.place * call.bias_place + r + o];
       sums[j][o] = sum;
     }
   }
@@ -345,11 +439,38 @@ void outputs(
     finish(call.finish, sums[j], count, call.y + m.place * call.y_place + (i + j) * call.y_row + r);
 }
 
+// The rows of x of one matrix at a time, for one thread. Kept between calls, since asking for memory
+// takes longer than a small product.
+struct Held {
+  std::vector<const float*> plain;
+  std::vector<Rounded> rounded_rows;
+  std::vector<float> numbers;
+
+  template <int BITS>
+  void hold(const Call& call, const Matrix& m) {
+    const int64_t count = std::min(m.reads, call.x_width);
+    const int64_t size = round_up(rounded_size(m.inputs), 16);
+    plain.resize(call.rows);
+    for (int64_t i = 0; i < call.rows; i++)
+      plain[i] = call.x + m.place * call.x_place + i * call.x_row;
+    if constexpr (BITS < 16) {
+      rounded_rows.resize(call.rows);
+      numbers.resize(call.rows * size + 16);
+      // From a multiple of 64 bytes on: a register is then read from one line of a cache.
+      const auto address = reinterpret_cast<uintptr_t>(numbers.data());
+      float* const to = numbers.data() + (-address % 64) / sizeof(float);
+      for (int64_t i = 0; i < call.rows; i++)
+        rounded_rows[i] = rounded(plain[i], count, m.inputs, BITS == 4, to + i * size);
+    }
+  }
+};
+
 // What one of `threads` threads does of a product: an equal share of the weights, in whole rows, of
-// one matrix after the other.
+// one matrix after the other. It makes of x what it needs itself: waiting for others that make a
+// part of it takes as long, and once more the time to wake them.
 template <int BITS>
-void share(const Call& call, const Rows& x, int64_t thread, int64_t threads) {
-  constexpr int TOGETHER = 4;  // rows of x that fit into the registers
+void share(const Call& call, int64_t thread, int64_t threads) {
+  static thread_local Held held;
   int64_t weights = 0;
   for (int64_t s = 0; s < call.count; s++)
     weights += call.matrices[s].outputs * call.matrices[s].inputs;
@@ -362,16 +483,22 @@ void share(const Call& call, const Rows& x, int64_t thread, int64_t threads) {
       const int64_t within = std::max<int64_t>(weight - before, 0);
       return std::min((within + m.inputs - 1) / m.inputs, m.outputs);
     };
+    const int64_t from = row_at(begin);
     const int64_t last = row_at(end);
-    for (int64_t r = row_at(begin); r < last; r += LANES) {
+    if (from < last) held.hold<BITS>(call, m);
+    for (int64_t r = from; r < last; r += LANES) {
       const int64_t count = std::min(LANES, last - r);
       for (int64_t i = 0; i < call.rows;) {
-        const Rows rows = {x.plain + s * call.rows + i, x.rounded + s * call.rows + i};
-        if (i + TOGETHER <= call.rows) {
-          outputs<BITS, TOGETHER>(call, m, r, count, i, rows);
+        const Rows x = {held.plain.data() + i, held.rounded_rows.data() + i};
+        const int64_t left = call.rows - i;
+        if (left >= TOGETHER) {
+          outputs<BITS, TOGETHER>(call, m, r, count, i, x);
           i += TOGETHER;
+        } else if (left >= TOGETHER / 2) {
+          outputs<BITS, TOGETHER / 2>(call, m, r, count, i, x);
+          i += TOGETHER / 2;
         } else {
-          outputs<BITS, 1>(call, m, r, count, i, rows);
+          outputs<BITS, 1>(call, m, r, count, i, x);
           i++;
         }
       }
@@ -385,74 +512,223 @@ void share(const Call& call, const Rows& x, int64_t thread, int64_t threads) {
   }
 }
 
-// Makes the products one after the other; each may read what those before it wrote.
-void run(const Call* calls, int64_t many) {
-  int64_t weights = 0;  // that are read, by all rows of x
-  int64_t rows = 0;     // of x, of all products
-  int64_t groups = 0;   // of the widest matrix, in whole registers
-  for (int64_t c = 0; c < many; c++) {
-    rows += calls[c].count * calls[c].rows;
-    for (int64_t s = 0; s < calls[c].count; s++) {
-      const Matrix& m = calls[c].matrices[s];
-      weights += m.outputs * m.inputs * calls[c].rows;
-      groups = std::max(groups, (m.inputs + GROUP - 1) / GROUP);
+int64_t weights_of(const Call& call) {  // that are read, by all rows of x
+  int64_t weights = 0;
+  for (int64_t s = 0; s < call.count; s++)
+    weights += call.matrices[s].outputs * call.matrices[s].inputs * call.rows;
+  return weights;
+}
+
+// What a thread of a team does of a product. The result is there when all threads have done theirs.
+void multiply(const Call& call) {
+  const auto of_bits = call.bits == 32   ? share<32>
+                       : call.bits == 16 ? share<16>
+                       : call.bits == 8  ? share<8>
+                                         : share<4>;
+  of_bits(call, omp_get_thread_num(), omp_get_num_threads());
+}
+
+// Below some 64 Ki weights waking the other threads takes longer than doing it alone.
+constexpr int64_t ALONE = 65536;
+
+// ===== Programs
+
+// A program is a list of steps, each of which may read what those before it wrote. Its numbers lie
+// in one room; a place is where some of them begin. Places below zero are arguments of the call:
+// −1 stands for the first, which is nothing, −2 for the second.
+struct Memory {
+  float* room;
+  const int64_t* arguments;
+  int64_t rows;  // B, of every operand
+
+  int64_t argument(int64_t place) const { return arguments[-1 - place]; }
+  float* at(int64_t place) const {
+    return place < 0 ? reinterpret_cast<float*>(argument(place)) : room + place;
+  }
+};
+
+float number(int64_t bits) {  // from those of a double
+  double value;
+  std::memcpy(&value, &bits, 8);
+  return float(value);
+}
+
+const float* constant(int64_t address) { return reinterpret_cast<const float*>(address); }
+
+// The fields of a step after its kind are numbers, places, or addresses of constants.
+enum Kind : int64_t { PRODUCT, MEAN, NORM, LAGS, JOIN, ROUTE, COPY, HAAR, PUT, FILTER };
+constexpr int64_t FIELDS = 20;
+
+Call product_of(const int64_t* f, const Memory& m) {
+  return {
+      f[0], reinterpret_cast<const Matrix*>(f[1]), f[2], m.rows, m.at(f[3]), f[4], f[5], f[6],
+      m.at(f[7]), f[8], f[9], constant(f[10]), f[11], m.at(f[12]), f[13], f[14], f[15], f[16],
+      number(f[17])};
+}
+
+// Each of these is a step for the text b of B.
+
+// sum (B, C) gains x and loses `oldest`, into a new sum, and count (B,) becomes one more; y = sum / n
+// with n = count, or the window where that is less.
+template <class T>
+void mean(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t width = f[0];
+  const float* const x = m.at(f[1]) + b * width;
+  const T* const sum = reinterpret_cast<const T*>(m.at(f[2])) + b * width;
+  const float* oldest = m.at(f[3]);
+  if (oldest) oldest += b * m.argument(f[4]);
+  T* const total = reinterpret_cast<T*>(m.at(f[5])) + b * width;
+  float* const y = m.at(f[6]) + b * width;
+  const int64_t count = reinterpret_cast<const int64_t*>(m.at(f[7]))[b] + 1;
+  reinterpret_cast<int64_t*>(m.at(f[8]))[b] = count;
+  const T n = T(oldest ? std::min(count, f[9]) : count);
+  for (int64_t i = 0; i < width; i++) {
+    const T value = sum[i] + x[i] - (oldest ? oldest[i] : 0);
+    total[i] = value;
+    y[i] = float(value / n);
+  }
+}
+
+// Σ (x_i − middle)^power in 8 sums, which a compiler can keep in a register; it would not change
+// the order of one sum.
+template <int POWER>
+float total(const float* x, int64_t count, float middle) {
+  float sums[LANES] = {};
+  int64_t i = 0;
+  const auto term = [=](float v) { return POWER == 1 ? v - middle : (v - middle) * (v - middle); };
+  for (; i + LANES <= count; i += LANES)
+    for (int64_t lane = 0; lane < LANES; lane++) sums[lane] += term(x[i + lane]);
+  for (; i < count; i++) sums[0] += term(x[i]);
+  return sum_of(_mm256_loadu_ps(sums));
+}
+
+// x (B, C) gains gamma·e; y (B, P) is its layer norm, filled up with zeros.
+void norm(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t width = f[0];
+  const float* const gamma = constant(f[4]);
+  const float* const weight = constant(f[6]);
+  const float* const bias = constant(f[7]);
+  const float* x = m.at(f[2]) + b * width;
+  if (gamma) {
+    const float* const e = m.at(f[3]) + b * width;
+    float* const gained = m.at(f[5]) + b * width;
+    for (int64_t i = 0; i < width; i++) gained[i] = x[i] + e[i] * gamma[i];
+    x = gained;
+  }
+  const float middle = total<1>(x, width, 0) / width;
+  const float scale = 1 / std::sqrt(total<2>(x, width, middle) / width + number(f[8]));
+  float* const y = m.at(f[9]) + b * f[1];
+  for (int64_t i = 0; i < width; i++) y[i] = (x[i] - middle) * scale * weight[i] + bias[i];
+  std::fill(y + width, y + f[1], 0.0f);
+}
+
+// y (J, B, P): of each level the sum of its k lags by their shares (J, k), and bias (J, P). A tape
+// has entries (J, P); offsets (J, k) say which.
+void lags(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t levels = f[0];
+  const int64_t count = f[1];
+  const int64_t width = f[2];
+  const float* const tape = m.at(f[3]) + b * m.argument(f[4]);
+  const auto* const offsets = reinterpret_cast<const int64_t*>(f[5]);
+  for (int64_t j = 0; j < levels; j++) {
+    float* const y = m.at(f[8]) + (j * m.rows + b) * width;
+    std::memcpy(y, constant(f[7]) + j * width, sizeof(float) * width);
+    for (int64_t k = j * count; k < (j + 1) * count; k++) {
+      const float share = constant(f[6])[k];
+      const float* const past = tape + (offsets[k] * levels + j) * width;
+      for (int64_t i = 0; i < width; i++) y[i] += share * past[i];
     }
   }
-  groups = (groups + LANES - 1) / LANES * LANES;
-  // Kept between calls, since asking for memory takes longer than a small product.
-  static thread_local std::vector<const float*> plain_kept;
-  static thread_local std::vector<Rounded> rounded_kept;
-  static thread_local std::vector<int16_t> q_kept;
-  static thread_local std::vector<float> scales_kept;
-  plain_kept.resize(rows);
-  rounded_kept.resize(rows);
-  q_kept.resize(rows * groups * GROUP);
-  scales_kept.resize(2 * rows * groups);
-  // Other threads see these vectors by what they are here, not as their own.
-  const float** const plain = plain_kept.data();
-  Rounded* const rounded = rounded_kept.data();
-  int16_t* const q = q_kept.data();
-  float* const scales = scales_kept.data();
-  int64_t at = 0;
-  for (int64_t c = 0; c < many; c++)
-    for (int64_t i = 0; i < calls[c].count * calls[c].rows; i++, at++) {
-      const Call& call = calls[c];
-      plain[at] = call.x + call.matrices[i / call.rows].place * call.x_place +
-                  i % call.rows * call.x_row;
-      float* const own = scales + 2 * at * groups;
-      rounded[at] = {q + at * groups * GROUP, own, own + groups};
+}
+
+// c (S, B, P) gains context (B, C) · gains (S, P).
+void join(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t width = f[1];  // C
+  const float* const context = m.at(f[4]) + b * width;
+  for (int64_t s = 0; s < f[0]; s++) {
+    float* const c = m.at(f[3]) + (s * m.rows + b) * f[2];
+    const float* const gains = constant(f[5]) + s * f[2];
+    for (int64_t i = 0; i < width; i++) c[i] += context[i] * gains[i];
+  }
+}
+
+// y = routing (S, S) · c (S, B, P): sums over scales.
+void route(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t scales = f[0];
+  const int64_t width = f[1];
+  for (int64_t s = 0; s < scales; s++) {
+    float* const y = m.at(f[4]) + (s * m.rows + b) * width;
+    std::fill(y, y + width, 0.0f);
+    for (int64_t t = 0; t < scales; t++) {
+      const float share = constant(f[3])[s * scales + t];
+      const float* const c = m.at(f[2]) + (t * m.rows + b) * width;
+      for (int64_t i = 0; i < width; i++) y[i] += share * c[i];
     }
-  // Below some 64 Ki weights waking the other threads takes longer than doing it alone.
-#pragma omp parallel if (weights > 65536)
-  {
-    const int64_t threads = omp_get_num_threads();
-    const int64_t thread = omp_get_thread_num();
-    int64_t first = 0;  // row of the product, among all rows
-    for (int64_t c = 0; c < many; c++) {
-      const Call& call = calls[c];
-      const int64_t own = call.count * call.rows;
-      if (call.bits < 16) {
-#pragma omp for schedule(static)
-        for (int64_t part = 0; part < own * groups; part++) {
-          const int64_t i = part / groups;
-          const int64_t g = part % groups;
-          const int64_t n = std::min(call.matrices[i / call.rows].reads, call.x_width);
-          float* const scale = scales + 2 * (first + i) * groups + g;
-          round_group(
-              plain[first + i] + std::min(g * GROUP, n), std::max<int64_t>(n - g * GROUP, 0),
-              call.bits == 4, q + ((first + i) * groups + g) * GROUP, scale, scale + groups);
-        }
-      }
-      const auto of_bits = call.bits == 32   ? share<32>
-                           : call.bits == 16 ? share<16>
-                           : call.bits == 8  ? share<8>
-                                             : share<4>;
-      of_bits(call, {plain + first, rounded + first}, thread, threads);
-      first += own;
-      if (c + 1 < many) {
-#pragma omp barrier
-      }
-    }
+  }
+}
+
+// The first numbers of each row of x, as those of y.
+void copy(const int64_t* f, const Memory& m, int64_t b) {
+  std::memcpy(m.at(f[3]) + b * f[4], m.at(f[1]) + b * f[2], sizeof(float) * f[0]);
+}
+
+// A level of the fixed wavelet: from its input x and the lag (B, n, P), whose oldest entry leaves it
+// as x joins it, into a new one, to detail = (x − oldest)/√2 and approx = (x + oldest)/√2.
+void haar(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t n = f[0];
+  const int64_t width = f[1];
+  const float* const x = m.at(f[2]) + b * width;
+  const float* const past = m.at(f[3]) + b * n * width;
+  float* const now = m.at(f[4]) + b * n * width;
+  std::memcpy(now, past + width, sizeof(float) * (n - 1) * width);
+  std::memcpy(now + (n - 1) * width, x, sizeof(float) * width);
+  float* const detail = m.at(f[5]) + b * width;
+  float* const approx = m.at(f[6]) + b * width;
+  for (int64_t i = 0; i < width; i++) {
+    detail[i] = (x[i] - past[i]) * float(M_SQRT1_2);
+    approx[i] = (x[i] + past[i]) * float(M_SQRT1_2);
+  }
+}
+
+// An entry of a tape: y (B, J, P), whose rows lie apart, becomes x (J, B, P).
+void put(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t width = f[1];
+  float* const y = m.at(f[3]) + b * m.argument(f[4]);
+  for (int64_t j = 0; j < f[0]; j++)
+    std::memcpy(y + j * width, m.at(f[2]) + (j * m.rows + b) * width, sizeof(float) * width);
+}
+
+// y = Σ taps ⊙ (the n inputs before, x), the oldest first; past (B, n, C), which x joins in a new one.
+void filter(const int64_t* f, const Memory& m, int64_t b) {
+  const int64_t n = f[0];
+  const int64_t width = f[1];
+  const float* const x = m.at(f[2]) + b * width;
+  const float* const past = m.at(f[3]) + b * n * width;
+  float* const now = m.at(f[4]) + b * n * width;
+  if (n > 0) {
+    std::memcpy(now, past + width, sizeof(float) * (n - 1) * width);
+    std::memcpy(now + (n - 1) * width, x, sizeof(float) * width);
+  }
+  float* const y = m.at(f[6]) + b * width;
+  for (int64_t t = 0; t <= n; t++) {
+    const float* const taps = constant(f[5]) + t * width;
+    const float* const input = t < n ? past + t * width : x;
+    for (int64_t i = 0; i < width; i++) y[i] = (t ? y[i] : 0) + taps[i] * input[i];
+  }
+}
+
+void small_step(const int64_t* step, const Memory& m, int64_t b) {
+  const int64_t* const f = step + 1;
+  switch (step[0]) {
+    case MEAN: return f[10] ? mean<double>(f, m, b) : mean<float>(f, m, b);
+    case NORM: return norm(f, m, b);
+    case LAGS: return lags(f, m, b);
+    case JOIN: return join(f, m, b);
+    case ROUTE: return route(f, m, b);
+    case COPY: return copy(f, m, b);
+    case HAAR: return haar(f, m, b);
+    case PUT: return put(f, m, b);
+    case FILTER: return filter(f, m, b);
   }
 }
 
@@ -495,16 +771,27 @@ void unpack_row(const uint8_t* w, const uint16_t* steps, int64_t n, bool to_bf16
 
 }  // namespace
 
-// 4-bit weights (rows, inputs), inputs in whole groups, to fp32 or bf16 of the same shape.
-extern "C" void unpack(
-    const uint8_t* w, const uint16_t* steps, int64_t rows, int64_t inputs, int64_t to_bf16,
-    void* to) {
+// Rows of 4-bit weights (count, inputs), inputs in whole groups, to fp32 or bf16 (rows, inputs):
+// those that `which` names, or, without it, the first ones. Gives 0 where one is not among them.
+extern "C" int64_t unpack(
+    const uint8_t* w, const uint16_t* steps, int64_t count, int64_t inputs, const int64_t* which,
+    int64_t rows, int64_t to_bf16, void* to) {
   const int64_t bytes = to_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r++)
+  for (int64_t i = 0; which && i < rows; i++)
+    if (which[i] < 0 || which[i] >= count) return 0;
+  const auto unpack_one = [=](int64_t i) {
+    const int64_t r = which ? which[i] : i;
     unpack_row(
         w + r * inputs / 2, steps + 2 * r * inputs / GROUP, inputs, to_bf16,
-        static_cast<char*>(to) + r * inputs * bytes);
+        static_cast<char*>(to) + i * inputs * bytes);
+  };
+  if (rows * inputs <= ALONE) {
+    for (int64_t i = 0; i < rows; i++) unpack_one(i);
+    return 1;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < rows; i++) unpack_one(i);
+  return 1;
 }
 
 extern "C" void product(
@@ -514,25 +801,39 @@ extern "C" void product(
     float beta) {
   const Call call = {
       bits,    static_cast<const Matrix*>(table), count, rows, x,     x_width, x_place, x_row, add,
-      add_place, add_row, bias, y, width, y_place, y_row, how, beta};
-  run(&call, 1);
+      add_place, add_row, bias, 0, y, width, y_place, y_row, how, beta};
+#pragma omp parallel if (weights_of(call) > ALONE)
+  multiply(call);
 }
 
-// One row through a chain of products of one matrix each. An entry of `links` is: bits, table,
-// x, x_width, add, beta, bias, y, width, how. x, add and y are places in `room`, in numbers; add is
-// −1 where nothing is added, and beta is the bits of a double.
-extern "C" void chain(const int64_t* links, int64_t many, float* room) {
-  constexpr int64_t SIZE = 10;
-  static thread_local std::vector<Call> calls;
-  calls.resize(many);
-  for (int64_t c = 0; c < many; c++) {
-    const int64_t* const link = links + c * SIZE;
-    double beta;
-    std::memcpy(&beta, link + 5, 8);
-    calls[c] = {
-        link[0], reinterpret_cast<const Matrix*>(link[1]), 1, 1, room + link[2], link[3], 0, 0,
-        link[4] < 0 ? nullptr : room + link[4], 0, 0, reinterpret_cast<const float*>(link[6]),
-        room + link[7], link[8], 0, 0, link[9], float(beta)};
+// Makes the steps of a program, FIELDS numbers each, for `rows` texts.
+extern "C" void program(
+    const int64_t* steps, int64_t count, int64_t rows, float* room, const int64_t* arguments) {
+  static thread_local std::vector<Call> calls_kept;
+  const Memory memory = {room, arguments, rows};
+  const auto is_product = [=](int64_t i) { return steps[i * FIELDS] == PRODUCT; };
+  calls_kept.resize(count);
+  Call* const calls = calls_kept.data();  // other threads would see a vector of their own
+  int64_t weights = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (!is_product(i)) continue;
+    calls[i] = product_of(steps + i * FIELDS + 1, memory);
+    weights += weights_of(calls[i]);
   }
-  run(calls.data(), many);
+  // All in one parallel region: between two steps the threads don't go to sleep.
+#pragma omp parallel if (weights > ALONE)
+  for (int64_t i = 0; i < count;) {
+    if (is_product(i)) {
+      multiply(calls[i++]);
+#pragma omp barrier
+      continue;
+    }
+    int64_t end = i;
+    while (end < count && !is_product(end)) end++;
+    // Of other texts none of these steps reads anything.
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < rows; b++)
+      for (int64_t j = i; j < end; j++) small_step(steps + j * FIELDS, memory, b);
+    i = end;
+  }
 }

@@ -5,8 +5,8 @@ For matrices s = 1 … S, each of its own size (out_s, in_s), and x (S, N, in):
 
     total[s, n, r] = Σ_k W_s[r, k] x[s, n, k] + beta·add[s, n, r] + bias[r]
 
-and y is that, or its GELU, or what y was times its SiLU. A `Chain` makes several such products one
-after the other in one call.
+and y is that, its GELU, its ReLU squared, or what y was times its SiLU. A `Program` makes several
+such products, and the small steps between them, one after the other in one call.
 
 A product of few rows takes as long as its weights take to come from memory. torch's kernels for 8
 and 4 bits reach a half to two thirds of that speed on the machines that were tried, this one more
@@ -45,13 +45,23 @@ SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # No -march=native: the file may be kept in a home that several machines share. No -ffast-math,
 # which would let the compiler change the order of sums.
 FLAGS = ["-O3", "-mavx2", "-mfma", "-std=c++17", "-fopenmp", "-fPIC"]
+# Besides, where torch finds AVX-512, which is all of these (not with ATEN_CPU_CAPABILITY=avx2).
+WIDE_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SWITCH = "WAVELETLM_KERNELS"  # an environment variable: "torch" for torch's kernels alone
 GROUP = 64  # inputs that share a scale, as in the library
-FINISHES = {"": 0, "gelu": 1, "gate": 2}  # as the library numbers them
+FINISHES = {"": 0, "gelu": 1, "gate": 2, "relu2": 3}  # as the library numbers them
 
 
 class Unavailable(Exception):
     """The library cannot be had here; the message says why."""
+
+
+def flags_here() -> list[str]:
+    """The compiler's flags for this CPU."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return FLAGS
+    has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return [*FLAGS, *WIDE_FLAGS, *["-mavx512vnni"] * has_vnni]
 
 
 def _compiled() -> Path:
@@ -62,8 +72,9 @@ def _compiled() -> Path:
         compiler = []
     if not compiler or shutil.which(compiler[0]) is None:
         raise Unavailable(f"there is no C++ compiler {os.environ.get('CXX') or 'g++'}")
+    flags = flags_here()
     # A home may be shared by machines whose C libraries differ.
-    parts = " ".join([*compiler, *FLAGS, *platform.libc_ver()])
+    parts = " ".join([*compiler, *flags, *platform.libc_ver()])
     key = hashlib.sha256(parts.encode() + SOURCE.read_bytes()).hexdigest()
     path = cache_folder() / f"cpu_kernels-{key[:16]}.so"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -76,7 +87,7 @@ def _compiled() -> Path:
         linked = Path(folder, "made.so")
         # Linked without OpenMP's library, whose functions are then those that torch has loaded: a
         # second one would have threads of its own, which would wait against torch's.
-        for step in ([*FLAGS, "-c", SOURCE, "-o", made], ["-shared", made, "-o", linked]):
+        for step in ([*flags, "-c", SOURCE, "-o", made], ["-shared", made, "-o", linked]):
             command = [*compiler, *map(str, step)]
             done = subprocess.run(command, check=False, capture_output=True, text=True)
             if done.returncode:
@@ -127,43 +138,30 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         address, number, number, number, number, fp32,  # y, width, y_place, y_row, how, beta
     ]  # fmt: skip
     library.product.restype = None
-    library.chain.argtypes = [address, number, address]
-    library.chain.restype = None
-    library.unpack.argtypes = [address, address, number, number, number, address]
-    library.unpack.restype = None
+    library.program.argtypes = [address, number, number, address, address]
+    library.program.restype = None
+    library.unpack.argtypes = [
+        address, address, number, number, address, number, number, address,
+    ]  # fmt: skip
+    library.unpack.restype = number
     _define_operations()
     return library, ""
 
 
 @functools.cache
 def _define_operations() -> None:
-    """Makes both functions operations of torch's, as which torch.compile can call them."""
+    """Makes the product an operation of torch's, as which torch.compile can call it."""
     product = "waveletlm::product"
-    chain = "waveletlm::chain"
     arguments = (
         "Tensor table, int bits, int width, Tensor x, Tensor? add, float beta, Tensor? bias,"
         " str finish"
     )
     torch.library.define(product, f"({arguments}) -> Tensor")
     torch.library.impl(product, "CPU")(_product)
-    torch.library.define(chain, "(Tensor table, Tensor start, int size) -> Tensor")
-    torch.library.impl(chain, "CPU")(_chain)
 
     @torch.library.register_fake(product)
     def product_shape(table, bits, width, x, add, beta, bias, finish):
         return x.new_empty(*x.shape[:-1], width, dtype=torch.float32)
-
-    @torch.library.register_fake(chain)
-    def chain_shape(table, start, size):
-        return start.new_empty(size, dtype=torch.float32)
-
-
-def _chain(table: Tensor, start: Tensor, size: int) -> Tensor:
-    """The library's chain, as `Chain` gives it: table (links, 10)."""
-    room = start.new_empty(size)
-    room[: start.size(0)] = start
-    _library()[0].chain(table.data_ptr(), table.size(0), room.data_ptr())
-    return room
 
 
 def _product(
@@ -222,13 +220,20 @@ def usable(device: torch.device) -> bool:
     return device.type == "cpu" and _library()[0] is not None
 
 
-def unpacked(packed: Tensor, steps: Tensor, kind: torch.dtype) -> Tensor:
+def unpacked(
+    packed: Tensor, steps: Tensor, kind: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
     """4-bit weights (n, in), of bytes (n, in/2) and steps (n, in/64, 2) as `packed.to_int4` gives
-    them, in `kind`, fp32 or bf16."""
-    w = packed.new_empty(packed.size(0), 2 * packed.size(1), dtype=kind)
-    _library()[0].unpack(
-        packed.data_ptr(), steps.data_ptr(), *w.shape, kind == torch.bfloat16, w.data_ptr()
-    )
+    them, in `kind`, fp32 or bf16; or those of their rows (m,) int64 alone, (m, in)."""
+    count, inputs = packed.size(0), 2 * packed.size(1)
+    rows = None if rows is None else rows.contiguous()
+    w = packed.new_empty(count if rows is None else rows.size(0), inputs, dtype=kind)
+    done = _library()[0].unpack(
+        packed.data_ptr(), steps.data_ptr(), count, inputs,
+        None if rows is None else rows.data_ptr(), w.size(0), kind == torch.bfloat16, w.data_ptr(),
+    )  # fmt: skip
+    if not done:
+        raise IndexError(f"rows: not all of them are among the {count}")
     return w
 
 
@@ -283,7 +288,7 @@ class Stack:
 
         x: of any float type. add, (S or 1, N or 1, out) or (N or 1, out), is added times beta; bias
         (out,) to each product. y: where to write, fp32; if None a new tensor. finish: "gelu" of the
-        sum; "gate", where y is multiplied by the sum's SiLU.
+        sum; "relu2", its ReLU squared; "gate", where y is multiplied by the sum's SiLU.
         """
         if torch.compiler.is_compiling():
             assert y is None, "a program would copy the tensor that it writes a part of"
@@ -292,53 +297,109 @@ class Stack:
         return _product(self.table, self.bits, self.outputs, x, add, beta, bias, finish, y)
 
 
-@dataclass(frozen=True)
-class Link:
-    """A product of a chain: y = finish(W x + beta·add + bias), for a stack of one matrix.
+# ===== Programs
 
-    x, add and y are the places in the chain's room, in numbers, where each begins; `inputs` how
-    many x has; add None: nothing is added. bias (out,) or None.
+# The steps of a program besides its products, as the library numbers them; 0 is a product.
+KINDS = {
+    "mean": 1, "norm": 2, "lags": 3, "join": 4, "route": 5, "copy": 6, "haar": 7, "put": 8,
+    "filter": 9,
+}  # fmt: skip
+FIELDS = 20  # numbers of a step in the table: its kind and what it needs
+NOTHING = -1  # the place of what is not there
+
+
+def bits_of(number: float) -> int:
+    """The bits of a number in fp64."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where an operand (S, B, width) of a program lies: `at` its first number, `row` numbers from
+    one text to the next and `place` from one matrix to the next."""
+
+    at: int
+    width: int
+    row: int
+    place: int = 0
+
+    def from_column(self, first: int) -> "Rows":
+        """The operand without its first columns."""
+        return Rows(self.at + first, self.width - first, self.row, self.place)
+
+    def from_place(self, first: int) -> "Rows":
+        """The operand without its first places."""
+        return Rows(self.at + first * self.place, self.width, self.row, self.place)
+
+
+class Program:
+    """Steps that are made one after the other in one call, of one token in each of `rows` texts:
+    between two of them there is no Python, and the threads do not go to sleep.
+
+    All numbers lie in one room, (size,) in fp32, but for those at addresses that each call is given
+    by the names in `arguments`.
     """
 
-    stack: Stack
-    inputs: int
-    x: int
-    y: int
-    add: int | None = None
-    beta: float = 1.0
-    bias: Tensor | None = None
-    finish: str = ""
+    def __init__(self, rows: int, arguments: Sequence[str]):
+        self.rows = rows
+        self.names = list(arguments)
+        self.size = 0
+        self.steps: list[list[int]] = []
+        self.held: list[Tensor | Stack] = []  # the table has their addresses: not to be freed
+        self.table: Tensor | None = None  # (steps, FIELDS) int64, made at the first call
 
+    def argument(self, name: str) -> int:
+        """The place of an argument; arguments are numbered below `NOTHING`."""
+        return NOTHING - 1 - self.names.index(name)
 
-class Chain:
-    """Products of one row each, made one after the other in one call: between two of them there is
-    no Python, and the threads do not go to sleep."""
+    def given(self, name: str, width: int) -> Rows:
+        """An argument (B, width), its rows side by side."""
+        return Rows(self.argument(name), width, width)
 
-    def __init__(self, links: Sequence[Link], size: int):
-        """links: in their order; each may read what those before it wrote. size: of the room."""
-        self.size = size
-        self.links = list(links)  # the table has their addresses, so they must not be freed
-        self.biases = [None if x.bias is None else x.bias.float().contiguous() for x in links]
-        entries = []
-        for link, bias in zip(self.links, self.biases, strict=True):
-            stack = link.stack
-            beta = struct.unpack("q", struct.pack("d", link.beta))[0]  # its bits
-            entries.append(
-                [
-                    stack.bits, stack.table.data_ptr(), link.x, link.inputs,
-                    -1 if link.add is None else link.add, beta,
-                    0 if bias is None else bias.data_ptr(),
-                    link.y, stack.outputs, FINISHES[link.finish],
-                ]
-            )  # fmt: skip
-        self.table = torch.tensor(entries, device="cpu")  # (links, 10) int64
+    def room(self, width: int, places: int = 1) -> Rows:
+        """New numbers (places, B, width)."""
+        at = self.size
+        self.size += -(-places * self.rows * width // 16) * 16  # whole lines of 64 bytes
+        return Rows(at, width, width, self.rows * width)
 
-    def __reduce__(self):
-        """Copies and pickles are made anew: the table has addresses."""
-        return Chain, (self.links, self.size)
+    def constant(self, tensor: Tensor | None) -> int:
+        """The address of a tensor that does not change, in fp32 or int64; 0 for None."""
+        if tensor is None:
+            return 0
+        tensor = (tensor if tensor.dtype == torch.int64 else tensor.float()).contiguous()
+        self.held.append(tensor)
+        return tensor.data_ptr()
 
-    def __call__(self, start: Tensor) -> Tensor:
-        """The room (size,) in fp32 that begins with `start`, after all products."""
-        if torch.compiler.is_compiling():
-            return torch.ops.waveletlm.chain(self.table, start, self.size)
-        return _chain(self.table, start, self.size)
+    def step(self, kind: str, *fields: int) -> None:
+        """A step that is no product, with its fields as the library reads them."""
+        self.steps.append([KINDS[kind], *fields])
+
+    def product(
+        self, stack: Stack, x: Rows, y: Rows, add: Rows | None = None, beta: float = 1.0,
+        bias: Tensor | None = None, finish: str = "",
+    ) -> None:  # fmt: skip
+        """y = what `Stack` gives of x; bias (out,) or (S, out)."""
+        self.held.append(stack)
+        add = Rows(NOTHING, 0, 0) if add is None else add
+        bias_place = bias.size(1) if bias is not None and bias.dim() == 2 else 0
+        self.steps.append(
+            [
+                0, stack.bits, stack.table.data_ptr(), stack.table.size(0),
+                x.at, x.width, x.place, x.row, add.at, add.place, add.row,
+                self.constant(bias), bias_place, y.at, y.width, y.place, y.row,
+                FINISHES[finish], bits_of(beta),
+            ]
+        )  # fmt: skip
+
+    def __call__(self, given: dict[str, int]) -> Tensor:
+        """The room after all steps. given: the arguments, addresses and numbers."""
+        table = self.table  # a name of its own, which keeps it while another thread makes one too
+        if table is None:
+            filled = [step + [0] * (FIELDS - len(step)) for step in self.steps]
+            table = self.table = torch.tensor(filled, device="cpu")
+        room = torch.empty(self.size)
+        arguments = (ctypes.c_int64 * (len(self.names) + 1))(0, *[given[n] for n in self.names])
+        _library()[0].program(
+            table.data_ptr(), len(self.steps), self.rows, room.data_ptr(), arguments
+        )
+        return room

@@ -8,7 +8,9 @@ It computes the model's numbers from fewer and larger products (folded.py), whic
 full bandwidth (packed.py). What reaches far back lies on a `Tape` (tape.py), so a step writes one
 position and copies nothing. A call has three parts: it reads what it needs of the tapes
 (`look_back`), computes with tensors alone (`Decoder.run`), and writes the tapes' new entries. So
-torch.compile can make one program of the middle part: `decoder.compile()`.
+torch.compile can make one program of the middle part: `decoder.compile()`. On a CPU with kernels of
+our own a block's step of few texts is one call instead, from reading its tapes to writing them
+(program.py).
 
 A wavelet branch with a part of layers/variants.py runs as it is in the model, in fp32: see
 `OwnBranch`. Its block's MLP and memories are packed all the same.
@@ -39,7 +41,10 @@ from inference.folded import (
     Ngrams,
     Recall,
     WrittenMemory,
+    counts_after,
 )
+from inference.packed import MOST_ROWS
+from inference.program import BlockProgram, HeadProgram
 from inference.tape import DecoderState, Tape, with_fresh_strides
 from inference.weights import Bits, PackedWeights
 from layers import variants
@@ -47,7 +52,7 @@ from layers.state import State, ids_name
 from model import Block, Haar, LanguageModel, Lifting, Mixers, RunningMean, WaveletLM, parts_of
 
 # For one token, the count of tokens (B,) and over how many positions the running mean goes (B, 1);
-# None in a network without the running mean, and for a chunk of several tokens.
+# None in a network without the running mean, for a chunk of several tokens, and for programs.
 Counts = tuple[Tensor, Tensor] | None
 
 # ===== Wavelet branches
@@ -243,6 +248,7 @@ class DecoderBlock:
             self.memories.append(recall)
         self.reads = fused.MemoryReads(fusable, score_rows) if fusable else None
         self.other_memories = [memory for memory in self.memories if memory not in fusable]
+        self.program = BlockProgram(self) if BlockProgram.takes(self) else None
 
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as the decoder keeps it, with tapes."""
@@ -252,6 +258,17 @@ class DecoderBlock:
         if self.mlp_filter is not None:
             part["before_mlp"] = block["before_mlp"]
         return part
+
+    def reads_tapes(self, rows: int) -> bool:
+        """Whether a step of one token in so many texts takes the state with its tapes, which have
+        become `longer`, and not what `look_back` gives."""
+        return self.program is not None and rows <= MOST_ROWS
+
+    def takes(self, rows: int, part: dict) -> bool:
+        """Whether it makes a step of one token in so many texts by its program: of a state that has
+        not been looked back on."""
+        looked_back = "odd" in part or "oldest" in part or torch.compiler.is_compiling()
+        return self.reads_tapes(rows) and not looked_back
 
     def look_back(self, part: dict) -> dict[str, Tensor]:
         """The state `part` for a step of one token: its tensors, and in place of its tapes what the
@@ -268,19 +285,12 @@ class DecoderBlock:
 
         length: positions of each text. With several, `part` is the state with its tapes, and so is
         the new one. With one, `part` is what `look_back` gives, and the new state has one entry for
-        each tape.
+        each tape; or, where the block `reads_tapes`, they are a state before and after.
         """
-        x, mean, new = self.branch(x, e, below, length, part, counts)
-        h = F.layer_norm(x, *self.norm)  # (N, C)
-        if self.mlp is None:
-            x = self.alpha * x
+        if length == 1 and self.takes(x.size(0), part):
+            x, h, mean, new = self.program(x, e, below, part)
         else:
-            read = h
-            if self.mlp_filter is not None:
-                by_text = h.view(-1, length, h.size(1))  # (B, T, C)
-                read, new["before_mlp"] = self.mlp_filter(by_text, part["before_mlp"])
-                read = read.flatten(0, 1)
-            x = self.mlp(read, x, self.alpha)
+            x, h, mean, new = self.by_parts(x, e, below, length, part, counts)
         # Of one row our own kernels read all memories that they can, and add what they read to x.
         by_kernels = self.reads is not None and x.size(0) == 1
         if by_kernels:
@@ -290,6 +300,22 @@ class DecoderBlock:
             x = x + read
             new |= written
         return x, mean, new
+
+    def by_parts(
+        self, x: Tensor, e: Tensor, below: Tensor | None, length: int, part: dict, counts: Counts
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict]:
+        """The block up to its memories: the new stream, what the memories read (N, C), this block's
+        running mean, and the new state."""
+        x, mean, new = self.branch(x, e, below, length, part, counts)
+        h = F.layer_norm(x, *self.norm)  # (N, C)
+        if self.mlp is None:
+            return self.alpha * x, h, mean, new
+        read = h
+        if self.mlp_filter is not None:
+            by_text = h.view(-1, length, h.size(1))  # (B, T, C)
+            read, new["before_mlp"] = self.mlp_filter(by_text, part["before_mlp"])
+            read = read.flatten(0, 1)
+        return self.mlp(read, x, self.alpha), h, mean, new
 
 
 # ===== The network
@@ -419,6 +445,9 @@ class Decoder:
         head = model.head_weight() if count == 1 else model.head_weight() * model.share
         self.head = weights.matrix(component, head, component)
         self.device = self.cells[0].norm[1].device
+        self.end = None
+        if count == 1 and self.head.kernel is not None:
+            self.end = HeadProgram(self.cells[0].norm, self.head)
         # The state at the start of one text, not a stream's and a stream's. Every start is all
         # zeros, so that a model on the meta device can tell it by its shapes.
         self.starts = [
@@ -470,19 +499,6 @@ class Decoder:
         lags = [list(block.branch.longest) for block in self.blocks]
         return DecoderState(parts, lags, state.embedding)
 
-    def counts(self, seen: list[dict]) -> Counts:
-        """After one more token: the count of tokens (B,), and over how many positions the running
-        mean goes (B, 1); None without a running mean. seen: each block's state in this step."""
-        first = seen[0]  # all blocks count the same tokens
-        if "count" not in first:
-            return None
-        count = first["count"] + 1
-        # A stream's mean is over the last block_size positions: "oldest" is what leaves it next,
-        # "ring" all of them, where a kernel reads them.
-        windowed = "oldest" in first or "ring" in first
-        n = count.clamp(max=self.config.block_size) if windowed else count  # (B,)
-        return count, n[:, None]
-
     @torch.no_grad()
     def __call__(
         self, ids: Tensor, state: State | None = None, last_only: bool = True
@@ -497,9 +513,15 @@ class Decoder:
         if ids.size(1) > 1:  # a chunk: the parts read whole tapes and give new ones
             logits, parts, past = self.run(ids, state.parts, state.embedding, last_only)
             return logits, DecoderState(parts, state.lags, past)
-        pairs = zip(self.blocks, state.parts, strict=True)
-        seen = [block.look_back(part) for block, part in pairs]
-        if self.program is not None and ids.size(0) == self.rows:
+        is_compiled = self.program is not None and ids.size(0) == self.rows
+        seen = []
+        for block, part in zip(self.blocks, state.parts, strict=True):
+            if is_compiled or not block.reads_tapes(ids.size(0)):
+                seen.append(block.look_back(part))
+            else:
+                tapes = {n: tape.longer() for n, tape in part.items() if isinstance(tape, Tape)}
+                seen.append(part | tapes)
+        if is_compiled:
             # Views of tapes have strides that change from step to step.
             seen = [{name: with_fresh_strides(x) for name, x in part.items()} for part in seen]
             past = {name: with_fresh_strides(x) for name, x in state.embedding.items()}
@@ -508,9 +530,13 @@ class Decoder:
             logits, written, past = self.run(ids, seen, state.embedding)
         parts = []
         for part, new in zip(state.parts, written, strict=True):
-            # Where the state has a tape, what the step gave is one entry of it.
-            tapes = {name: part[name] for name in new if isinstance(part[name], Tape)}
-            parts.append(new | {name: tape.then(new[name]) for name, tape in tapes.items()})
+            # Where the state has a tape, what the step gave is one entry of it, or its successor.
+            entries = {
+                name: part[name].then(entry)
+                for name, entry in new.items()
+                if isinstance(part[name], Tape) and not isinstance(entry, Tape)
+            }
+            parts.append(new | entries)
         return logits, DecoderState(parts, state.lags, past)
 
     def run(
@@ -522,7 +548,9 @@ class Decoder:
         remembers. Returns the logits, and both as they are afterwards.
         """
         rows, length = ids.shape
-        counts = self.counts(parts) if length == 1 else None  # a chunk counts in the model's mean
+        counts = None  # a chunk counts in the model's mean, and a block's program in its own
+        if length == 1 and "count" in parts[0] and not self.blocks[0].takes(rows, parts[0]):
+            counts = counts_after(parts[0], self.config.block_size)
         if len(self.cells) == 1:
             x, after, past = self.read(ids, parts, past, counts)  # x (N, C)
             xs = [x]
@@ -531,11 +559,20 @@ class Decoder:
         if last_only and length > 1:
             # The head is a large matrix: only the last position of each text, (B, C), goes on.
             xs = [x.view(rows, length, -1)[:, -1] for x in xs]
+        if self.ends_by_program(xs[0], length):
+            logits = self.end(xs[0])
+            return logits.view(rows, -1, self.vocab_size), after, past
         ends = zip(xs, self.cells, strict=True)
         hs = [F.layer_norm(x, *cell.norm) for x, cell in ends]  # (B or N, C) each
         # The cells' heads lie side by side in one matrix, which adds their logits up.
         logits = self.head(hs[0] if len(hs) == 1 else torch.cat(hs, dim=1))
         return logits.float().view(rows, -1, self.vocab_size), after, past  # (B, T or 1, V)
+
+    def ends_by_program(self, x: Tensor, length: int) -> bool:
+        """Whether the last norm and the head are one call."""
+        if self.end is None or length > 1 or torch.compiler.is_compiling():
+            return False
+        return self.head.way(x.size(0), x, None, 1.0) == "by_kernel"
 
     def read(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], counts: Counts

@@ -31,8 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inference import cpu_kernels, fused
-from inference.cpu_kernels import Link
+from inference import fused
 from inference.packed import GROUP, Matrix, round_up
 from inference.tape import Tape
 from inference.weights import PackedWeights
@@ -113,41 +112,9 @@ class FoldedLifting:
         self.predict_bias = torch.stack([net.bias for net in self.predict])  # (J, P)
         # whether one row is multiplied by our own GPU kernels
         self.has_kernels = self.predict[0].last.row_kernel is not None
-        self.chain = self.make_chain()  # a CPU's, for one row
         # Indices of the gathers, made when first needed: by rows and buffer size for tapes, by rows
         # and 0 for rings, and (1, −1) for the kernel.
         self.gathers: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-
-    def make_chain(self) -> cpu_kernels.Chain | None:
-        """All products of `step` as one call of our own CPU kernels, if there are such.
-
-        Its room has rows of P numbers: the J odd inputs, the J levels' inputs, the approximation,
-        the details from coarse to fine; behind them is what a network's hidden layer gives.
-        """
-        nets = [*self.predict, *self.update]
-        matrices = [m for net in nets for m in (net.hidden, net.last) if m is not None]
-        if any(matrix.kernel is None for matrix in matrices):
-            return None
-        hidden = (3 * self.levels + 1) * self.width
-        links = []
-
-        def through(net: FoldedNet, x: int, y: int, **last) -> None:
-            inputs = self.width
-            if net.hidden is not None:
-                bias = net.hidden_bias
-                links.append(Link(net.hidden.kernel, inputs, x, hidden, bias=bias, finish="gelu"))
-                x = hidden
-                inputs = net.hidden.outputs
-            links.append(Link(net.last.kernel, inputs, x, y, **last))
-
-        for level, (predict, update) in enumerate(zip(self.predict, self.update, strict=True)):
-            odd = level * self.width
-            cur = (self.levels + level) * self.width
-            detail = (3 * self.levels - level) * self.width  # the finest, of level 0, comes last
-            through(predict, cur, detail, add=odd)
-            bias = update.bias
-            through(update, detail, cur + self.width, add=cur, beta=math.sqrt(0.5), bias=bias)
-        return cpu_kernels.Chain(links, hidden + max(matrix.outputs for matrix in matrices))
 
     def lagged(self, tape: Tape) -> Tensor:
         """The odd input of every level at the next token, divided by √2: (B, J, P).
@@ -238,8 +205,6 @@ class FoldedLifting:
         """`decompose` of one token: cur (B, P), and odd (B, J, P), as `lagged` gives it →
         coefficients (S, B, P), and the entry of the tape, as a list of J tensors (B, P)."""
         odd = odd + self.predict_bias
-        if self.chain is not None and cur.size(0) == 1:
-            return self.step_by_chain(cur, odd)
         if self.has_kernels and cur.size(0) == 1:
             rows = self.room(cur)
             rows[0].copy_(cur)
@@ -253,14 +218,6 @@ class FoldedLifting:
             cur = update.last(update.inside(detail), cur, math.sqrt(0.5), update.bias)
             details.append(detail)
         return torch.stack([cur, *reversed(details)]), {"lags": inputs}
-
-    def step_by_chain(self, cur: Tensor, odd: Tensor) -> tuple[Tensor, dict]:
-        """`step` of one text by `make_chain`'s products; odd (1, J, P) with the Predict networks'
-        bias. The tape's entry is a tensor (1, J, P)."""
-        room = self.chain(torch.cat([odd[0], cur]).flatten())
-        rows = room[self.levels * self.width :][: (2 * self.levels + 1) * self.width]
-        rows = rows.view(-1, self.width)  # (2·J + 1, P)
-        return rows[self.levels :, None], {"lags": rows[None, : self.levels]}
 
     def room(self, like: Tensor) -> list[Tensor | None]:
         """For `step_by_kernels`: 2·J + 1 rows (1, P) of one tensor, each for the result of one
@@ -521,6 +478,17 @@ class FoldedReconstruction:
 # ===== Bypass
 
 
+def counts_after(part: dict, window: int) -> tuple[Tensor, Tensor]:
+    """After one more token: the count of tokens (B,), and over how many positions the running mean
+    goes (B, 1). part: the state of a block, all of which count the same tokens."""
+    count = part["count"] + 1
+    # A stream's mean is over the last block_size positions: "oldest" is what leaves it next, "ring"
+    # all of them, on a tape or where a kernel reads them.
+    windowed = "oldest" in part or "ring" in part
+    n = count.clamp(max=window) if windowed else count  # (B,)
+    return count, n[:, None]
+
+
 class Mean:
     """The running mean of the stream."""
 
@@ -575,8 +543,8 @@ class MLP:
         layers = [module for module in block.ffwd if isinstance(module, nn.Linear)]
         # With mlp_layers 1 the MLP is two maps with nothing between them.
         kinds = [type(module) for module in block.ffwd]
-        self.has_gelu = nn.GELU in kinds
-        self.squares = SquaredReLU in kinds
+        # what follows an inner layer, by its name among our own kernels' finishes
+        self.finish = "gelu" if nn.GELU in kinds else "relu2" if SquaredReLU in kinds else ""
         self.inner = []  # (matrix, bias) of all layers but the last
         for i, layer in enumerate(layers[:-1]):
             matrix = weights.matrix(f"{name}.{i}", layer.weight, "mlp")
@@ -587,10 +555,10 @@ class MLP:
 
     def inside(self, matrix: Matrix, h: Tensor, bias: Tensor) -> Tensor:
         """An inner layer and its activation: h (N, in) → (N, out)."""
-        if self.has_gelu:
+        if self.finish == "gelu":
             return matrix(h, bias=bias, finish="gelu")
         h = matrix(h, bias=bias)
-        return F.relu(h).square_() if self.squares else h
+        return F.relu(h).square_() if self.finish == "relu2" else h
 
     def __call__(self, h: Tensor, x: Tensor, alpha: float) -> Tensor:
         """h, the normed stream, and x, the stream, both (N, C) → alpha·x + MLP(h), (N, C)."""

@@ -129,9 +129,9 @@ def quantised(weight: Tensor, bits: int, group: int = GROUP) -> dict[str, Tensor
 
 # ===== Products of one matrix
 
-# The most rows that our own CPU kernels are tried for, by bits; beyond these the products of a
-# library, which keep weights in registers for many rows, were faster by a multiple.
-MOST_ROWS = {32: 16, 16: 16, 8: 64, 4: 64}
+# The most rows that our own CPU kernels are tried for; beyond these the products of a library,
+# which keep weights in registers for many rows, are faster.
+MOST_ROWS = 64
 FEW_ROWS = 8  # for which our own are taken where nothing is measured
 # Beyond so many rows nothing is: a product takes long enough for trying all ways to be felt, and
 # arithmetic decides, at which the first way was the fastest on every CPU that was tried.
@@ -191,9 +191,9 @@ class Routed(ABC):
         return self.chosen[rows]
 
 
-def with_kernel(rows: int, bits: int, others: list[str]) -> list[str]:
+def with_kernel(rows: int, others: list[str]) -> list[str]:
     """The ways of a product of so many rows where there is one by our own CPU kernel."""
-    if rows > MOST_ROWS[bits]:
+    if rows > MOST_ROWS:
         return others
     return ["by_kernel", *others] if rows <= FEW_ROWS else [*others, "by_kernel"]
 
@@ -274,7 +274,7 @@ class FloatMatrix(Matrix):
             # From 8 rows on it was the fastest on a CPU with AVX-512.
             first = rows >= 8 and torch.backends.cpu.get_cpu_capability() == "AVX512"
             names = ["by_onednn", *names] if first else [*names, "by_onednn"]
-        return names if self.kernel is None else with_kernel(rows, self.bits, names)
+        return names if self.kernel is None else with_kernel(rows, names)
 
     def by_linear(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
         """By F.linear."""
@@ -319,7 +319,8 @@ def product_by_slices(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class HalfMatrix(Matrix):
-    """W (out, in) in bf16, in oneDNN's own layout on a CPU that has bf16 instructions."""
+    """W (out, in) in bf16; in oneDNN's own layout on a CPU that has bf16 instructions, where there
+    is no kernel of our own, which reads the weights as they lie."""
 
     bits = 16
     kind = torch.bfloat16
@@ -329,22 +330,24 @@ class HalfMatrix(Matrix):
         super().__init__(tensors, outputs)
         weight = tensors["float16"]
         self.wide = wide_type(weight.device)
-        on_cpu_with_bf16 = self.on_cpu and self.wide == torch.bfloat16
-        self.reordered = on_cpu_with_bf16 and torch.backends.mkldnn.is_available()
         self.weight = weight
+        on_cpu_with_bf16 = self.on_cpu and self.wide == torch.bfloat16
+        has_onednn = on_cpu_with_bf16 and torch.backends.mkldnn.is_available()
+        # One layout alone is kept, since a second one would be all the weights once more.
+        self.reordered = has_onednn and self.kernel is None
         if self.reordered:
-            self.kernel = None
-            # 1: laid out for one row, where reading the weights is all that takes time. It is the
-            # only layout that is kept: a second one would be all the weights once more.
+            # 1: laid out for one row, where reading the weights is all that takes time
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        if self.kernel is not None:
+            self.kind = torch.float32  # what our own kernel reads and gives
 
     def ways(self, rows: int) -> list[str]:
         if self.reordered:
             return ["by_onednn"]
-        if self.wide == torch.bfloat16:  # a GPU
-            return ["by_linear"]
-        names = ["by_linear", "by_slices"] if rows <= self.FEW else ["by_slices"]
-        return names if self.kernel is None else with_kernel(rows, self.bits, names)
+        names = ["by_linear"]
+        if self.wide != torch.bfloat16:
+            names = ["by_linear", "by_slices"] if rows <= self.FEW else ["by_slices"]
+        return names if self.kernel is None else with_kernel(rows, names)
 
     def by_onednn(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
         """By oneDNN, in its own layout."""
@@ -381,7 +384,7 @@ class Int8Matrix(Matrix):
             # runs.md).
             return ["by_torch" if few and self.row_kernel is None else "by_slices"]
         names = ["by_torch", "by_slices"] if few else ["by_slices", "by_torch"]
-        return names if self.kernel is None else with_kernel(rows, self.bits, names)
+        return names if self.kernel is None else with_kernel(rows, names)
 
     def by_torch(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
         """By torch's kernel: int8 becomes bf16 in registers, on the way to the product."""
@@ -440,7 +443,7 @@ class Int4Matrix(Matrix):
         if not self.on_cpu:
             return ["by_torch" if self.row_kernel is None else "by_slices"]
         if self.kernel is not None:
-            return with_kernel(rows, self.bits, ["by_slices"])
+            return with_kernel(rows, ["by_slices"])
         return ["by_torch", "by_slices"] if rows <= self.FEW else ["by_slices", "by_torch"]
 
     def by_torch(self, x: Tensor, add: Tensor | None, beta: float) -> Tensor:
@@ -528,7 +531,7 @@ class FloatStack(MatrixStack):
         if self.weight.device.type != "cpu":
             return ["by_rows"]
         names = ["by_columns", "by_rows"] if rows <= self.FEW else ["by_rows"]
-        return names if self.kernel is None else with_kernel(rows, 32, names)
+        return names if self.kernel is None else with_kernel(rows, names)
 
     def by_kernel(
         self, x: Tensor, add: Tensor | None, y: Tensor | None = None, finish: str = ""
@@ -592,8 +595,7 @@ class PackedStack(MatrixStack):
                     tensors[s] = held
         self.matrices = [MATRICES[b](t, n) for b, t, n in zip(bits, tensors, outputs, strict=True)]
         self.cpu_stacks: list[cpu_kernels.Stack] = []
-        # Not at 16 bits, which a CPU with bf16 instructions keeps in oneDNN's layout alone.
-        if cpu_kernels.usable(device) and all(matrix.kernel for matrix in self.matrices):
+        if cpu_kernels.usable(device):
             for scales in scales_of.values():
                 own = [inputs[s] for s in scales]
                 held = [self.matrices[s].kernel.held[0] for s in scales]  # no second copy
@@ -605,7 +607,7 @@ class PackedStack(MatrixStack):
         self.kind = torch.float32 if fp32 else torch.bfloat16
 
     def ways(self, rows: int) -> list[str]:
-        return with_kernel(rows, min(self.bits), ["each"]) if self.cpu_stacks else ["each"]
+        return with_kernel(rows, ["each"]) if self.cpu_stacks else ["each"]
 
     def one_row(self, x: Tensor, add: Tensor | None, finish: str = "") -> Tensor:
         """The product of x (S, 1, in) by our own GPU kernels: (S, 1, out). finish: as in

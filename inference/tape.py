@@ -41,11 +41,8 @@ class Tape:
         """The entries from old to new, (B, length, …): a view of the buffer."""
         return self.buffer[:, self.end - self.length : self.end]
 
-    def then(self, entry: Tensor | list[Tensor]) -> "Tape":
-        """The tape with one more entry, and without its oldest one.
-
-        entry: (B, …); or the list of its parts, (B, ·) each, which are stacked as dimension 1.
-        """
+    def longer(self) -> "Tape":
+        """The tape with one more entry, which is still to be written, and without its oldest."""
         buffer = self.buffer
         end = self.end
         filled = self.filled
@@ -57,11 +54,25 @@ class Tape:
             end = self.length
             filled = [end]
         filled[0] = end + 1
-        if isinstance(entry, list):
-            torch.stack(entry, dim=1, out=buffer[:, end])  # straight to its place
-        else:
-            buffer[:, end] = entry
         return Tape(buffer, self.length, end + 1, filled)
+
+    def before(self) -> "Tape":
+        """What `longer` was called of: the tape without its last entry."""
+        return Tape(self.buffer, self.length, self.end - 1, self.filled)
+
+    def write(self, entry: Tensor | list[Tensor]) -> None:
+        """Fills the last entry: (B, …), or the list of its parts, (B, ·) each, which are stacked as
+        dimension 1."""
+        if isinstance(entry, list):
+            torch.stack(entry, dim=1, out=self.buffer[:, self.end - 1])  # straight to its place
+        else:
+            self.buffer[:, self.end - 1] = entry
+
+    def then(self, entry: Tensor | list[Tensor]) -> "Tape":
+        """The tape with one more entry, and without its oldest one. entry: as in `write`."""
+        tape = self.longer()
+        tape.write(entry)
+        return tape
 
 
 class DecoderState(State):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.command import InputError
+from inference import cpu_kernels
 from inference.packed import (
     GROUP,
     MATRICES,
@@ -100,6 +101,10 @@ class Table:
             "int4": self.int4,
         }
         self.read = by_kind[self.kind]
+        self.by_kernel = False  # whether rows are unpacked by our own CPU kernel
+        if self.kind == "int4" and cpu_kernels.usable(self.held.device):
+            groups = tensors["steps"].size(1)
+            self.by_kernel = 2 * self.held.size(1) == groups * cpu_kernels.GROUP
 
     # Each of these reads rows (…) → (…, width) in fp32, of a table of one kind.
 
@@ -111,6 +116,11 @@ class Table:
         return q * F.embedding(rows, self.tensors["scale"][:, None].float())
 
     def int4(self, rows: Tensor) -> Tensor:
+        if self.by_kernel and not torch.compiler.is_compiling():
+            steps = self.tensors["steps"]
+            w = cpu_kernels.unpacked(self.held, steps, torch.float32, rows.flatten())
+            w = w.view(*rows.shape, -1)  # (…, groups·group)
+            return w if w.size(-1) == self.width else w[..., : self.width]
         q = from_int4(F.embedding(rows, self.held)).float().sub_(8)  # (…, groups·group)
         steps = F.embedding(rows, self.tensors["steps"].flatten(1)).float()  # (…, groups·2)
         steps = steps.unflatten(-1, (-1, 2))  # (…, groups, 2)

@@ -8,7 +8,6 @@ Letters: B batch, T positions, C channels, d width of a key.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
+from layers.delta_rule import by_library
 from layers.lags import CausalFilter
 from layers.state import BlockState, remember
 
@@ -24,9 +24,6 @@ from layers.state import BlockState, remember
 # Positions that are solved as one system. Solving 64 at a time costs a CPU more, and so does 16,
 # by the T / CHUNK steps that follow each other.
 CHUNK = 32
-# Other ways to compute `delta_rule` of several positions: whether one takes such queries, and the
-# way. layers/delta_rule.py puts one for CPUs here; an exported network does without it.
-FASTER: list[tuple[Callable, Callable]] = []
 
 
 class AssociativeMemory(nn.Module):
@@ -123,9 +120,9 @@ def delta_rule(
         pairs = log_alpha.exp()[..., None] * pairs
         pairs = pairs + (beta[..., None] * (v - k @ pairs.mT)).mT @ k
         return q @ pairs.mT, pairs
-    for takes, faster in FASTER:
-        if takes(q):
-            return faster(q, k, v, log_alpha, beta, pairs)
+    done = by_library(q, k, v, log_alpha, beta, pairs)
+    if done is not None:
+        return done
     length = q.size(2)
     size = min(CHUNK, length)
     filler = -length % size

@@ -12,6 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = [("model", "build_model"), ("layers.state", "State")]  # what the exported model imports
 
+# What stands for functions that are no use outside the repository.
+LEFT_OUT = {
+    ("layers.delta_rule", "by_library"): '''def by_library(*tensors: Tensor) -> None:
+    """Nothing: the C++ of the repository is not here."""''',
+}
+
 CONFIG = '''class Config(SimpleNamespace):
     """The keys that shape the network, as in the config.json of the run that it is from."""
 
@@ -48,9 +54,7 @@ class Module:
         for alias in statement.names:
             local = alias.asname or alias.name
             if isinstance(statement, ast.Import):
-                # a file of ours that is imported whole only adds to what is here without it
-                if not path_of(alias.name).is_file():
-                    self.packages[local.partition(".")[0]] = ast.Import([alias])
+                self.packages[local.partition(".")[0]] = ast.Import([alias])
             elif path_of(statement.module).is_file():
                 self.ours[local] = (statement.module, alias.name)
             elif path_of(f"{statement.module}.{alias.name}").is_file():
@@ -117,7 +121,9 @@ def needed() -> tuple[list[Module], dict[str, set[str]]]:
     waiting = list(ROOTS)
     while waiting:
         module, name = waiting.pop()
-        if (module, name) == ("config", "Config") or name in names.setdefault(module, set()):
+        if (module, name) == ("config", "Config") or (module, name) in LEFT_OUT:
+            continue
+        if name in names.setdefault(module, set()):
             continue
         names[module].add(name)
         if module not in modules:
@@ -172,7 +178,7 @@ def imports_of(text: str, modules: list[Module]) -> str:
 def network_source() -> str:
     """The text of the one file. Raises `ValueError` where two files define the same name."""
     modules, names = needed()
-    parts = [config_source()]
+    parts = [config_source(), *LEFT_OUT.values()]
     seen: dict[str, str] = {"Config": "config"}
     for module in modules:
         parts.append(f"# {'=' * 40} {module.name.replace('.', '/')}.py")

@@ -51,6 +51,24 @@ def test_a_product_is_that_of_the_weights_as_they_were_rounded(shape, bits):
 
 
 @needs_kernels
+def test_registers_of_either_width_give_the_same_but_for_rounding(monkeypatch):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("no AVX-512: the other tests have the narrow ones")
+    weight = torch.randn(50, 330)
+    x = torch.randn(9, 330)
+    stacks = [cpu_kernels.Stack([quantised(weight, bits)]) for bits in BITS]
+    wide = [stack(x, finish="gelu") for stack in stacks]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    cpu_kernels._load.cache_clear()
+    try:
+        assert cpu_kernels.flags_here() == cpu_kernels.FLAGS
+        for stack, expected in zip(stacks, wide, strict=True):
+            torch.testing.assert_close(stack(x, finish="gelu"), expected, atol=1e-4, rtol=1e-4)
+    finally:
+        cpu_kernels._load.cache_clear()
+
+
+@needs_kernels
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_is_the_same_whatever_rows_and_threads_there_are(bits):
     # large enough for several threads
@@ -86,7 +104,15 @@ def test_matrices_of_several_sizes_are_one_call(bits):
 @pytest.mark.parametrize("shape", [(7, 64), (33, 200)])
 def test_4_bit_weights_are_unpacked_as_a_table_reads_them(shape):
     tensors = quantised(torch.randn(shape), 4)
-    expected = whole(tensors, tensors["int4"].size(1) * 2)
+    width = tensors["int4"].size(1) * 2
+    table = Table(tensors, width)
+    rows = torch.tensor([[3, 0], [6, 3]])
+    by_kernel = table(rows)
+    table.by_kernel = False
+    torch.testing.assert_close(by_kernel, table(rows))
+    with pytest.raises(IndexError):
+        cpu_kernels.unpacked(*tensors.values(), torch.float32, torch.tensor([shape[0]]))
+    expected = table(torch.arange(shape[0]))
     for kind in (torch.float32, torch.bfloat16):
         w = cpu_kernels.unpacked(tensors["int4"], tensors["steps"], kind)
         torch.testing.assert_close(w, expected.to(kind))
@@ -99,6 +125,8 @@ def test_finishes_are_torchs_functions():
     x = torch.randn(2, 64) * torch.tensor([[0.1], [3.0]])  # small sums, and some far from zero
     sums = x @ weight.T
     torch.testing.assert_close(stack(x, finish="gelu"), F.gelu(sums), atol=1e-5, rtol=1e-5)
+    squares = F.relu(sums).square()
+    torch.testing.assert_close(stack(x, finish="relu2"), squares, atol=1e-4, rtol=1e-5)
     y = torch.randn(2, 300)
     expected = y * F.silu(sums)
     stack(x, y=y, finish="gate")
@@ -115,25 +143,6 @@ def test_what_is_not_finite_stays_so(bits, bad):
     y = stack(x)
     assert not y[0].isfinite().any()
     assert y[1].isfinite().all()
-
-
-@needs_kernels
-@pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("keys", [{}, {"levels": 1}])
-def test_a_chain_gives_what_its_products_give_one_by_one(keys, bits):
-    decoder = Decoder(random_model(tiny(**keys)), bits)
-    ids = random_ids(1, 12)
-    by_chain = []
-    one_by_one = []
-    for into in (by_chain, one_by_one):
-        state = decoder.start(1, stream=True)
-        for token in ids.split(1, dim=1):
-            logits, state = decoder(token, state)
-            into.append(logits)
-        for wavelet in {block.branch.wavelet for block in decoder.blocks}:
-            assert into is one_by_one or wavelet.chain is not None
-            wavelet.chain = None
-    torch.testing.assert_close(torch.cat(by_chain), torch.cat(one_by_one), atol=1e-4, rtol=1e-4)
 
 
 @needs_kernels

@@ -157,7 +157,9 @@ def test_a_step_is_one_graph(name):
         2,
     )
     logits, _ = read(decoder, ids, [4, 1, 1, 1], decoder.start(2, stream=True))
-    torch.testing.assert_close(logits, expected)
+    # Quantised products round x, which a difference in the last digit may change.
+    most = 1e-5 if bits is None else 1e-3
+    torch.testing.assert_close(logits, expected, atol=most, rtol=most)
 
 
 def test_a_step_is_compiled_once_for_its_rows_and_kind_of_state(monkeypatch):
