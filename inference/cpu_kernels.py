@@ -15,22 +15,12 @@ to bf16. The sums of such integers are exact, so a row's result is the same what
 threads and of other rows.
 
 Where the library cannot be made (no C++ compiler, another system than Linux, a CPU without AVX2)
-torch's kernels do all products, and `missing()` says why. WAVELETLM_KERNELS=torch asks for that.
+torch's kernels do all products, and `missing()` says why (common/native.py).
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import stat
 import struct
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,98 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.command import InputError
-from common.files import cache_folder, write_whole
+from common.native import NativeLibrary
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-# No -march=native: the file may be kept in a home that several machines share. No -ffast-math,
-# which would let the compiler change the order of sums.
-FLAGS = ["-O3", "-mavx2", "-mfma", "-std=c++17", "-fopenmp", "-fPIC"]
-# Besides, where torch finds AVX-512, which is all of these (not with ATEN_CPU_CAPABILITY=avx2).
-WIDE_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-SWITCH = "WAVELETLM_KERNELS"  # an environment variable: "torch" for torch's kernels alone
 GROUP = 64  # inputs that share a scale, as in the library
 FINISHES = {"": 0, "gelu": 1, "gate": 2, "relu2": 3}  # as the library numbers them
 
 
-class Unavailable(Exception):
-    """The library cannot be had here; the message says why."""
-
-
-def flags_here() -> list[str]:
-    """The compiler's flags for this CPU."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return FLAGS
-    has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return [*FLAGS, *WIDE_FLAGS, *["-mavx512vnni"] * has_vnni]
-
-
-def _compiled() -> Path:
-    """The library's file, compiled now unless an earlier process did it. Raises `Unavailable`."""
-    try:
-        compiler = shlex.split(os.environ.get("CXX") or "g++")
-    except ValueError:
-        compiler = []
-    if not compiler or shutil.which(compiler[0]) is None:
-        raise Unavailable(f"there is no C++ compiler {os.environ.get('CXX') or 'g++'}")
-    flags = flags_here()
-    # A home may be shared by machines whose C libraries differ.
-    parts = " ".join([*compiler, *flags, *platform.libc_ver()])
-    key = hashlib.sha256(parts.encode() + SOURCE.read_bytes()).hexdigest()
-    path = cache_folder() / f"cpu_kernels-{key[:16]}.so"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_ours(path.parent)
-    if path.exists():
-        _check_ours(path)
-        return path
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "made.o")
-        linked = Path(folder, "made.so")
-        # Linked without OpenMP's library, whose functions are then those that torch has loaded: a
-        # second one would have threads of its own, which would wait against torch's.
-        for step in ([*flags, "-c", SOURCE, "-o", made], ["-shared", made, "-o", linked]):
-            command = [*compiler, *map(str, step)]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode:
-                line = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
-                raise Unavailable(f"{compiler[0]} cannot compile {SOURCE.name}: {line}")
-        write_whole(path, linked.read_bytes())
-        path.chmod(0o700)  # where the umask lets a user's group write, too
-    return path
-
-
-def _check_ours(path: Path) -> None:
-    """Raises `Unavailable` where others could have put their code: what is loaded is executed."""
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unavailable(f"{path} is another user's, or others may write it")
-
-
-LOADING = threading.Lock()  # two threads would compile at once, and define operations twice
-
-
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and why there is none."""
-    with LOADING:
-        return _load()
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """`_library`, for one thread at a time."""
-    if os.environ.get(SWITCH) == "torch":
-        return None, f"{SWITCH} is torch"
-    try:
-        has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        if sys.platform != "linux" or platform.machine() != "x86_64" or not has_avx2:
-            raise Unavailable("they are for Linux on x86-64 with AVX2")
-        if not torch.backends.openmp.is_available():
-            raise Unavailable("this torch is without OpenMP")
-        library = ctypes.CDLL(str(_compiled()))
-    except (Unavailable, InputError) as error:
-        return None, str(error)
-    except OSError as error:  # no room for the file, or one that the loader refuses
-        return None, f"the library cannot be made or loaded ({error})"
+def _declare(library: ctypes.CDLL) -> None:
+    """Gives the library's functions their arguments' types, and torch their operation."""
     number, address, fp32 = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     library.product.argtypes = [
         number, address, number, number,  # bits, table, count, rows
@@ -145,7 +51,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     ]  # fmt: skip
     library.unpack.restype = number
     _define_operations()
-    return library, ""
+
+
+LIBRARY = NativeLibrary(Path(__file__).with_suffix(".cpp"), _declare)
+missing = LIBRARY.missing
 
 
 @functools.cache
@@ -187,7 +96,7 @@ def _product(
     bias = None if bias is None else _readable(bias)
     x_place, x_row = _steps(x)
     y_place, y_row = _steps(y)
-    _library()[0].product(
+    LIBRARY.get().product(
         bits, table.data_ptr(), table.size(0), x.size(-2), x.data_ptr(), x.size(-1), x_place, x_row,
         None if add is None else add.data_ptr(), add_place, add_row,
         None if bias is None else bias.data_ptr(),
@@ -210,14 +119,9 @@ def _steps(t: Tensor) -> tuple[int, int]:
     return place, row
 
 
-def missing() -> str:
-    """Why there are no kernels of our own on this CPU; empty where there are."""
-    return _library()[1]
-
-
 def usable(device: torch.device) -> bool:
     """Whether these kernels multiply few rows on this device."""
-    return device.type == "cpu" and _library()[0] is not None
+    return device.type == "cpu" and LIBRARY.get() is not None
 
 
 def unpacked(
@@ -228,7 +132,7 @@ def unpacked(
     count, inputs = packed.size(0), 2 * packed.size(1)
     rows = None if rows is None else rows.contiguous()
     w = packed.new_empty(count if rows is None else rows.size(0), inputs, dtype=kind)
-    done = _library()[0].unpack(
+    done = LIBRARY.get().unpack(
         packed.data_ptr(), steps.data_ptr(), count, inputs,
         None if rows is None else rows.data_ptr(), w.size(0), kind == torch.bfloat16, w.data_ptr(),
     )  # fmt: skip
@@ -399,7 +303,7 @@ class Program:
             table = self.table = torch.tensor(filled, device="cpu")
         room = torch.empty(self.size)
         arguments = (ctypes.c_int64 * (len(self.names) + 1))(0, *[given[n] for n in self.names])
-        _library()[0].program(
+        LIBRARY.get().program(
             table.data_ptr(), len(self.steps), self.rows, room.data_ptr(), arguments
         )
         return room

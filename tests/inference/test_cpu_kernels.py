@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import random_ids, random_model, tiny
 
+from common import native
 from inference import cpu_kernels
 from inference.decode import Decoder
 from inference.packed import quantised
@@ -59,13 +60,13 @@ def test_registers_of_either_width_give_the_same_but_for_rounding(monkeypatch):
     stacks = [cpu_kernels.Stack([quantised(weight, bits)]) for bits in BITS]
     wide = [stack(x, finish="gelu") for stack in stacks]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    cpu_kernels._load.cache_clear()
+    cpu_kernels.LIBRARY.forget()
     try:
-        assert cpu_kernels.flags_here() == cpu_kernels.FLAGS
+        assert native.flags_here() == native.FLAGS
         for stack, expected in zip(stacks, wide, strict=True):
             torch.testing.assert_close(stack(x, finish="gelu"), expected, atol=1e-4, rtol=1e-4)
     finally:
-        cpu_kernels._load.cache_clear()
+        cpu_kernels.LIBRARY.forget()
 
 
 @needs_kernels
@@ -169,7 +170,7 @@ def test_groups_of_another_size_are_refused():
     or platform.machine() != "x86_64"
     or shutil.which("g++") is None
     or not torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    or cpu_kernels.SWITCH in os.environ,
+    or native.SWITCH in os.environ,
     reason="not where there are such kernels",
 )
 def test_they_are_there_where_they_can_be():
@@ -180,10 +181,10 @@ def test_they_are_there_where_they_can_be():
 def afresh(monkeypatch, tmp_path):
     """Has the library looked for anew, in an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(cpu_kernels.SWITCH, raising=False)
-    cpu_kernels._load.cache_clear()
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    cpu_kernels.LIBRARY.forget()
     yield monkeypatch
-    cpu_kernels._load.cache_clear()
+    cpu_kernels.LIBRARY.forget()
 
 
 def test_without_a_compiler_torch_multiplies_and_the_reason_is_named(afresh):
@@ -216,7 +217,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(afresh, tmp_path
         pytest.skip(cpu_kernels.missing())
     (library,) = (tmp_path / "cache").rglob("*.so")
     library.chmod(0o777)
-    cpu_kernels._load.cache_clear()
+    cpu_kernels.LIBRARY.forget()
     assert str(library) in cpu_kernels.missing()
 
 
@@ -224,7 +225,7 @@ def test_a_library_made_where_the_group_may_write_is_loaded_again(afresh):
     before = os.umask(0o002)
     try:
         reason = cpu_kernels.missing()
-        cpu_kernels._load.cache_clear()
+        cpu_kernels.LIBRARY.forget()
         assert cpu_kernels.missing() == reason
     finally:
         os.umask(before)
@@ -237,6 +238,6 @@ def test_several_threads_may_come_first(afresh):
 
 
 def test_torchs_kernels_can_be_asked_for(afresh):
-    afresh.setenv(cpu_kernels.SWITCH, "torch")
+    afresh.setenv(native.SWITCH, "torch")
     assert not cpu_kernels.usable(CPU)
-    assert cpu_kernels.SWITCH in cpu_kernels.missing()
+    assert native.SWITCH in cpu_kernels.missing()
