@@ -169,8 +169,8 @@ class Config(BaseModel):
     )
     mlp_taps: int = option(
         0,
-        "taps of a causal filter of what the MLP reads, for each channel: its position and those"
-        " before it; 0 = none",
+        "positions that a learned filter before the MLP joins for each channel, the last one's own"
+        " included; 0 = no filter",
         ge=0,
         le=64,
     )

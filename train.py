@@ -35,6 +35,7 @@ from data.corpus import check_source, located
 from data.prepare import run_corpus
 from inference.sampling import sample_text
 from inference.scoring import bigram_nats, figures, score
+from layers import delta_rule
 from training.distributed import World, join
 from training.loop import AVERAGE_FILE, Loop, StopRequest, hours
 from training.origin import Origin, check_vocabulary, config_from, read_origin
@@ -394,6 +395,9 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
         f" ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), {world.size} ×"
         f" {trainer.device}, autocast {trainer.cast}"
     )
+    on_cpu = torch.device(trainer.device).type == "cpu"
+    if on_cpu and config.recall_heads and (reason := delta_rule.LIBRARY.missing()):
+        record.say(f"associative memory by torch alone, four times as slow: {reason}")
     return trainer
 
 

@@ -20,18 +20,19 @@ TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, advice: str = "") -> Iterator[Path]:
+def written_whole(path: Path, advice: str = "", mode: int | None = None) -> Iterator[Path]:
     """Yields a name beside `path` to write to, and renames it to `path` if all went well.
 
     Readers see the old file or the new one, never a part of it, whenever the process is killed.
     Raises `InputError` where the file cannot be written, with `advice` on what to do about it.
+    mode: the file's; None for what the umask makes of a new one.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.tmp")
     try:
         check_regular(path)  # a device would be replaced by a file
         beside.touch()
-        # What the umask makes of a new file: safetensors' own files are for their owner alone.
-        mode = beside.stat().st_mode
+        # safetensors' own files are for their owner alone
+        mode = beside.stat().st_mode if mode is None else mode
         yield beside
         beside.chmod(mode)
         with open(beside, "rb") as file:

@@ -15,15 +15,15 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEPT = 2**30  # bytes free at the heap's end before any go back: more than a step's tensors
 LARGEST = 2**25  # 32 MiB, the most that glibc takes: what is larger comes from the system each time
-# How the variables begin by which users decide that for themselves (mallopt(3), and glibc's manual
-# under "Memory Allocation Tunables").
-DECIDED_BY = ("MALLOC_", "GLIBC_TUNABLES")
+# Variables by which users decide that for themselves (mallopt(3), and glibc's manual under "Memory
+# Allocation Tunables").
+DECIDED_BY = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
     """Has this process keep what it frees, where its C library is glibc and the user has not
     decided. Returns whether it does."""
-    if sys.platform != "linux" or any(name.startswith(DECIDED_BY) for name in os.environ):
+    if sys.platform != "linux" or any(name in os.environ for name in DECIDED_BY):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):  # musl, say, has other ways

@@ -1,7 +1,8 @@
 """C++ of our own, compiled when it is first needed and kept in the user's cache.
 
 Where it cannot be made (no C++ compiler, another system than Linux, a CPU without AVX2) torch does
-the same, slower, and `NativeLibrary.missing` says why. WAVELETLM_KERNELS=torch asks for that.
+the same, slower, and `NativeLibrary.missing` says why, which generate.py and train.py print.
+WAVELETLM_KERNELS=torch asks for that.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.command import InputError
-from common.files import cache_folder, write_whole
+from common.files import cache_folder, written_whole
 
 # No -march=native: the file may be kept in a home that several machines share. No -ffast-math,
 # which would let the compiler change the order of sums.
@@ -76,12 +77,14 @@ def compiled(source: Path) -> Path:
         # second one would have threads of its own, which would wait against torch's.
         for step in ([*flags, "-c", source, "-o", made], ["-shared", made, "-o", linked]):
             command = [*compiler, *map(str, step)]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            # in any language and encoding
+            done = subprocess.run(command, check=False, capture_output=True, errors="replace")
             if done.returncode:
                 line = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
                 raise Unavailable(f"{compiler[0]} cannot compile {source.name}: {line}")
-        write_whole(path, linked.read_bytes())
-        path.chmod(0o700)  # where the umask lets a user's group write, too
+        # for this user alone, whatever the umask
+        with written_whole(path, mode=0o700) as beside:
+            beside.write_bytes(linked.read_bytes())
     return path
 
 

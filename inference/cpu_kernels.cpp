@@ -41,11 +41,6 @@ inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-// ===== One row of weights times X rows of x
-
-// Each `dot_…<X>` writes X sums. X rows at a time share what is made of a weight; each is summed as
-// if it were alone.
-
 // ===== Registers
 
 #ifdef __AVX512F__

@@ -270,6 +270,8 @@ class Program:
         """The address of a tensor that does not change, in fp32 or int64; 0 for None."""
         if tensor is None:
             return 0
+        # detached: a parameter that is given another type would let go of what lies at the address
+        tensor = tensor.detach()
         tensor = (tensor if tensor.dtype == torch.int64 else tensor.float()).contiguous()
         self.held.append(tensor)
         return tensor.data_ptr()
@@ -299,9 +301,11 @@ class Program:
         """The room after all steps. given: the arguments, addresses and numbers."""
         table = self.table  # a name of its own, which keeps it while another thread makes one too
         if table is None:
+            assert max(map(len, self.steps)) <= FIELDS, "the library reads so many fields a step"
             filled = [step + [0] * (FIELDS - len(step)) for step in self.steps]
             table = self.table = torch.tensor(filled, device="cpu")
-        room = torch.empty(self.size)
+        # by name: a program may have made other types or devices its default
+        room = torch.empty(self.size, dtype=torch.float32, device="cpu")
         arguments = (ctypes.c_int64 * (len(self.names) + 1))(0, *[given[n] for n in self.names])
         LIBRARY.get().program(
             table.data_ptr(), len(self.steps), self.rows, room.data_ptr(), arguments

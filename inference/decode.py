@@ -250,6 +250,13 @@ class DecoderBlock:
         self.other_memories = [memory for memory in self.memories if memory not in fusable]
         self.program = BlockProgram(self) if BlockProgram.takes(self) else None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"program": None}  # it is of this block
+
+    def __setstate__(self, attributes: dict) -> None:
+        self.__dict__ |= attributes
+        self.program = BlockProgram(self) if BlockProgram.takes(self) else None
+
     def adopt(self, block: dict[str, Tensor]) -> dict:
         """A model's state of this block as the decoder keeps it, with tapes."""
         part = self.branch.adopt(block)
@@ -456,6 +463,8 @@ class Decoder:
             )
             for stream in (False, True)
         ]
+        # what its states look like, by whether they are a stream's: see `check`
+        self.layouts: dict[bool, list[dict[str, tuple]]] = {}
         self.program: Callable | None = None  # a compiled `run`, for steps of one token
         self.rows = 0  # texts at once that `program` is for
         self.graphs: dict = {}  # kept for graphs.py: by rows and kind of state
@@ -478,7 +487,11 @@ class Decoder:
             # Kernels are then called from C++, which costs less than from Python.
             options["cpp_wrapper"] = True
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        # An ordinary step first: while it is traced no product's ways can be timed.
+        # An ordinary step first, by parts as the compiled one: while it is traced no product's ways
+        # can be timed.
+        for block in self.blocks:
+            if block.program is not None:
+                block.program.chosen[rows] = "by_parts"
         self(ids, self.start(rows, stream))
         run = types.MethodType(own_code(Decoder.run), self)
         # One program for exactly these shapes: no Python between its parts, no checks of sizes.
@@ -510,9 +523,10 @@ class Decoder:
         """
         state = self.start(ids.size(0)) if state is None else state
         state = state if isinstance(state, DecoderState) else self.adopt(state)
+        self.check(state, ids.size(0))
         if ids.size(1) > 1:  # a chunk: the parts read whole tapes and give new ones
             logits, parts, past = self.run(ids, state.parts, state.embedding, last_only)
-            return logits, DecoderState(parts, state.lags, past)
+            return logits, DecoderState(parts, state.lags, past, self.layouts)
         is_compiled = self.program is not None and ids.size(0) == self.rows
         seen = []
         for block, part in zip(self.blocks, state.parts, strict=True):
@@ -537,7 +551,20 @@ class Decoder:
                 if isinstance(part[name], Tape) and not isinstance(entry, Tape)
             }
             parts.append(new | entries)
-        return logits, DecoderState(parts, state.lags, past)
+        return logits, DecoderState(parts, state.lags, past, self.layouts)
+
+    def check(self, state: DecoderState, rows: int) -> None:
+        """Raises `InputError` for a state of another network or of another number of texts: our own
+        kernels are given addresses, and would read and write past its end."""
+        if state.rows != rows:
+            raise InputError(f"state: it is of {state.rows} texts, and there are {rows}")
+        if state.layout_of is self.layouts:  # a step of this decoder made it
+            return
+        is_stream = any("ring" in part for part in state.parts)
+        if is_stream not in self.layouts:
+            self.layouts[is_stream] = self.start(1, is_stream).layout()
+        if state.layout() != self.layouts[is_stream]:
+            raise InputError("state: it is of another network, or of another type than fp32")
 
     def run(
         self, ids: Tensor, parts: list[dict], past: dict[str, Tensor], last_only: bool = True

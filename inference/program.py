@@ -9,6 +9,7 @@ reads is added afterwards. Which of both ways is faster is measured, as for a pr
 Letters as in model.py; B texts, of one token each.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -65,8 +66,9 @@ class BlockProgram(Routed):
     tapes written."""
 
     def __init__(self, block):
-        """block: a `DecoderBlock` of decode.py."""
-        self.block = block
+        """block: a `DecoderBlock` of decode.py, which has this program and is not kept by it:
+        decoders in a circle would keep their weights until the collector comes by."""
+        self._block = weakref.ref(block)
         branch = block.branch
         self.levels = len(branch.longest or branch.wavelet.names)
         self.channels = branch.norm[0][0]  # C
@@ -91,9 +93,9 @@ class BlockProgram(Routed):
             return False
         return all(stacks_of(weights) for weights in products_of(block))
 
-    def __getstate__(self) -> dict:
-        """Copies and pickles make their programs anew: tables have addresses."""
-        return self.__dict__ | {"programs": {}}
+    @property
+    def block(self):
+        return self._block()
 
     def ways(self, rows: int) -> list[str]:
         both = ["by_program", "by_parts"]
@@ -334,7 +336,7 @@ class HeadProgram:
             p.product(self.head.kernel, h, p.given("logits", self.head.outputs))
             self.programs[rows] = p
         x = x.contiguous()
-        logits = torch.empty(rows, self.head.outputs)
+        logits = torch.empty(rows, self.head.outputs, dtype=torch.float32, device="cpu")
         self.programs[rows]({"x": x.data_ptr(), "logits": logits.data_ptr()})
         return logits
 

@@ -83,13 +83,30 @@ class DecoderState(State):
         parts: list[dict[str, Tensor | Tape]],
         lags: list[list[int]],
         embedding: BlockState,
+        layout_of: dict | None = None,
     ):
         """parts: the state of each application of a block, by name; lags: for each of these the
         longest lag of every level, where lags are on a tape; embedding: what the embedding
-        remembers."""
+        remembers; layout_of: the layouts of the decoder whose step made it, if one did."""
         self.parts = parts
         self.lags = lags
         self.embedding = embedding
+        self.layout_of = layout_of
+
+    @property
+    def rows(self) -> int:
+        """How many texts it is of."""
+        first = next(iter(self.parts[0].values()))
+        return (first.buffer if isinstance(first, Tape) else first).size(0)
+
+    def layout(self) -> list[dict[str, tuple]]:
+        """Of each block's tensors the sizes for one text, and the type."""
+
+        def of(part: Tensor | Tape) -> tuple:
+            whole = part.window if isinstance(part, Tape) else part
+            return (*whole.shape[1:], whole.dtype)
+
+        return [{name: of(part) for name, part in block.items()} for block in self.parts]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "DecoderState":
         """A state of what `function` makes of each tensor, and of each tape's window."""

@@ -29,10 +29,22 @@ def declare(library: ctypes.CDLL) -> None:
 LIBRARY = NativeLibrary(Path(__file__).with_suffix(".cpp"), declare)
 
 
-def takes(q: Tensor) -> bool:
-    """Whether `DeltaRule` can be had for queries (B, heads, T, d)."""
-    here = q.device.type == "cpu" and q.dtype == torch.float32 and q.size(-1) in WIDTHS
-    return here and not torch.compiler.is_compiling() and LIBRARY.get() is not None
+def takes(*inputs: Tensor) -> bool:
+    """Whether `DeltaRule` can be had for such inputs. The library is given addresses, so they are
+    looked at here: no stand-in for a tensor, nor another type or size, may get there."""
+    q = inputs[0]
+    width = q.size(-1)
+    # of q, k, v, log α, β and the matrix before them
+    sizes = [q.shape] * 3 + [q.shape[:3]] * 2 + [(*q.shape[:2], width, width)]
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) is Tensor and x.device.type == "cpu" for x in inputs)
+        and all(x.dtype == torch.float32 for x in inputs)
+        and all(x.shape == size for x, size in zip(inputs, sizes, strict=True))
+        and width in WIDTHS
+        and q.size(2) > 0
+        and LIBRARY.get() is not None
+    )
 
 
 def addresses(*tensors: Tensor) -> list[int]:
@@ -71,8 +83,6 @@ class DeltaRule(torch.autograd.Function):
         return tuple(of_inputs)
 
 
-def by_library(
-    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, pairs: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """`delta_rule` of memory.py where the library takes it, or None."""
-    return DeltaRule.apply(q, k, v, log_alpha, beta, pairs) if takes(q) else None
+def by_library(*inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`delta_rule` of memory.py where the library takes its inputs, or None."""
+    return DeltaRule.apply(*inputs) if takes(*inputs) else None

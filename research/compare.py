@@ -37,6 +37,7 @@ import torch
 from torch import nn
 
 from common.command import InputError, Parser, run_command
+from common.device import cpu_multiplies_bf16
 from common.figures import new_figure, plain, save_figure
 from common.files import written_whole
 from config import make_config
@@ -264,7 +265,7 @@ def leads(results: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], np.
 
     def bits(name: str, seed: int) -> np.ndarray:
         at, _, values = zip(*curves[name][seed], strict=True)
-        return np.interp(minutes, at, values)
+        return np.interp(minutes, at, values, left=math.nan)  # not before its first point
 
     lead = {}
     for other in others:
@@ -381,6 +382,8 @@ def main() -> None:
     above_zero = args.minutes > 0 and min(args.seeds, args.jobs, args.batch) >= 1
     if not above_zero or args.choice_minutes < 0:
         raise InputError("minutes, seeds, jobs and batch must be above 0, choice_minutes not below")
+    if args.bf16 and not cpu_multiplies_bf16():
+        raise InputError("bf16: this CPU would imitate it, slowly; leave it out")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     keys = {key: getattr(args, key) for key in ("dataset", "vocab_size", "cache_dir", "block_size")}

@@ -43,7 +43,7 @@ def transformers_library():
         import transformers
     except ImportError:
         raise InputError(
-            "models: all but WaveletLMs need the package transformers; pip install '.[research]'"
+            "models: Llama and Mamba-2 need the package transformers; pip install '.[research]'"
         ) from None
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
     return transformers
@@ -105,12 +105,12 @@ RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/r
 # Builder, and keys of its config. Widths are such that each has about 1 million parameters besides
 # embedding and head (4 million with -4m), like RELEASED.
 OWN = {
-    # best-small's memory in each block, and no wavelet: what that adds
+    # best-small's memory, of two heads, in each block, and no wavelet: what that adds
     "delta-ngrams": (
         partial(build_delta_net, width=128, layers=2, inner=448),
         MUON | {"ngram_slots": 21000, "recall_heads": 2},
     ),
-    # the Transformer that we could make strongest: fewer blocks, and more MLP and slots for them
+    # of llama-muon-ngrams-2's size, with what makes it faster and better
     "transformer-ngrams": (
         partial(Transformer, width=128, layers=2, inner=384),
         MUON | {"ngram_slots": 21000},

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = [("model", "build_model"), ("layers.state", "State")]  # what the exported model imports
 
-# What stands for functions that are no use outside the repository.
+# What stands for functions that need the C++, which is not exported.
 LEFT_OUT = {
     ("layers.delta_rule", "by_library"): '''def by_library(*tensors: Tensor) -> None:
     """Nothing: the C++ of the repository is not here."""''',

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.heap import DECIDED_BY
+
 ROOT = Path(__file__).resolve().parents[2]
 # Ten pieces of 4 MiB are written and freed, twenty times; prints the pages that the system gave in
 # the last ten.
@@ -32,7 +34,7 @@ def kept_and_pages(**variables: str) -> tuple[bool, int]:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | variables,
+        env={k: v for k, v in os.environ.items() if k not in DECIDED_BY} | variables,
         check=True,
         capture_output=True,
         text=True,

@@ -2,11 +2,14 @@
 by part."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from helpers import random_ids, random_model, tiny
 
+from common.command import InputError
 from inference import cpu_kernels, packed
 from inference.decode import Decoder
 from inference.program import BlockProgram
@@ -102,6 +105,72 @@ def test_a_text_is_the_same_whatever_texts_and_threads_there_are(bits):
             assert torch.equal(steps(decoder, ids[1:2], True, "by_program"), together[1:2])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_forks_other_orders_and_chunks_between_steps_change_nothing():
+    decoder = Decoder(random_model(tiny(mlp_taps=3, recall_heads=1)))
+
+    def walk(way: str) -> torch.Tensor:
+        for block in decoder.blocks:
+            block.program.chosen = dict.fromkeys((1, 2, 3), way)
+        ids = random_ids(3, 12)
+        _, state = decoder(ids[:2, :5], decoder.start(2, True))
+        logits, state = decoder(ids[:2, 5:6], state)
+        fork, _ = decoder(ids[:2, 6:7], state)  # the same state is gone on from twice
+        other, state = decoder(ids[:2, 7:8], state)
+        more, state = decoder(ids[:, 8:9], state.select([1, 0, 1]))
+        _, state = decoder(ids[:, 9:11], state)
+        last, _ = decoder(ids[:, 11:], state)
+        return torch.cat([logits, fork, other, more, last])
+
+    torch.testing.assert_close(walk("by_program"), walk("by_parts"), atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_that_is_not_this_network_s_is_refused():
+    decoder = Decoder(random_model(tiny()))
+    ids = random_ids(2, 1)
+    _, state = decoder(ids, decoder.start(2, True))
+    wrong = [
+        (state.select([0]), "1 texts, and there are 2"),
+        (Decoder(random_model(tiny(C=8))).start(2, True), "another network"),
+        (Decoder(random_model(tiny(levels=2))).start(2, True), "another network"),
+        (state.map(lambda t: t.bfloat16() if t.is_floating_point() else t), "another type"),
+    ]
+    for other, message in wrong:
+        with pytest.raises(InputError, match=message):
+            decoder(ids, other)
+
+
+def test_the_type_that_a_program_made_its_default_changes_nothing():
+    decoder = Decoder(random_model(tiny()))
+    ids = random_ids(1, 3)
+    expected = steps(decoder, ids, True, "by_program")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(steps(decoder, ids, True, "by_program"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_decoder_is_freed_as_soon_as_nobody_has_it():
+    decoder = Decoder(random_model(tiny()))
+    steps(decoder, random_ids(1, 3), True)
+    weight = weakref.ref(decoder.blocks[0].branch)
+    gc.disable()  # which would find it later, if it were in a circle
+    try:
+        del decoder
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_gets_another_type_leaves_its_decoder_as_it_was():
+    model = random_model(tiny(mlp_taps=3))
+    decoder = Decoder(model)
+    ids = random_ids(1, 3)
+    expected = steps(decoder, ids, True, "by_program")
+    model.bfloat16()
+    assert torch.equal(steps(decoder, ids, True, "by_program"), expected)
 
 
 def test_a_copy_has_a_program_of_its_own():

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from helpers import VOCAB, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layers import delta_rule
 from layers.delta_rule import DeltaRule
 from layers.memory import delta_rule as chunked
 from layers.memory import unit
+from model import build_model
 
 pytestmark = pytest.mark.skipif(
     delta_rule.LIBRARY.get() is None, reason=f"no library: {delta_rule.LIBRARY.missing()}"
@@ -71,8 +74,21 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert all(map(torch.equal, one, two))
 
 
-def test_it_is_taken_for_fp32_on_a_cpu_of_the_widths_that_it_has():
-    q = torch.zeros(1, 1, 4, 32)
-    assert delta_rule.takes(q)
-    assert not delta_rule.takes(q.double()) and not delta_rule.takes(q[..., :31])
-    assert not delta_rule.takes(q.to("meta"))
+def test_it_is_taken_for_fp32_on_a_cpu_of_the_sizes_that_it_has():
+    given = [x.detach() for x in inputs(1, 4, 32)]
+    assert delta_rule.takes(*given)
+    for i in range(len(given)):  # a single one that is unlike what the library reads
+        for other in (given[i].double(), given[i].bfloat16(), given[i][:1], given[i].to("meta")):
+            assert not delta_rule.takes(*given[:i], other, *given[i + 1 :])
+    assert not delta_rule.takes(*(x.detach() for x in inputs(1, 4, 31)))
+    assert not delta_rule.takes(*(x.detach() for x in inputs(1, 0, 32)))
+
+
+def test_a_plan_of_a_network_with_it_needs_no_numbers():
+    config = tiny(recall_heads=1, recall_dim=16)
+    with FakeTensorMode():
+        model = build_model(config, VOCAB)
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        loss, _ = model.loss(ids, ids)
+        loss.backward()
+    assert loss.shape == ()
