@@ -565,6 +565,7 @@ Call product_of(const int64_t* f, const Memory& m) {
 
 // sum (B, C) gains x and loses `oldest`, into a new sum, and count (B,) becomes one more; y = sum / n
 // with n = count, or the window where that is less.
+// f: width, x, sum, oldest, its row, new sum, y, count, new count, window, whether sums are fp64.
 template <class T>
 void mean(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t width = f[0];
@@ -598,6 +599,7 @@ float total(const float* x, int64_t count, float middle) {
 }
 
 // x (B, C) gains gamma·e; y (B, P) is its layer norm, filled up with zeros.
+// f: width of x, of y, x, e, gamma, the sum, weight, bias, eps, y.
 void norm(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t width = f[0];
   const float* const gamma = constant(f[4]);
@@ -619,6 +621,7 @@ void norm(const int64_t* f, const Memory& m, int64_t b) {
 
 // y (J, B, P): of each level the sum of its k lags by their shares (J, k), and bias (J, P). A tape
 // has entries (J, P); offsets (J, k) say which.
+// f: levels, lags of each, width, the tape, its row, offsets, shares, bias, y.
 void lags(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t levels = f[0];
   const int64_t count = f[1];
@@ -637,6 +640,7 @@ void lags(const int64_t* f, const Memory& m, int64_t b) {
 }
 
 // c (S, B, P) gains context (B, C) · gains (S, P).
+// f: scales, channels, width, c, context, gains.
 void join(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t width = f[1];  // C
   const float* const context = m.at(f[4]) + b * width;
@@ -648,6 +652,7 @@ void join(const int64_t* f, const Memory& m, int64_t b) {
 }
 
 // y = routing (S, S) · c (S, B, P): sums over scales.
+// f: scales, width, c, shares, y.
 void route(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t scales = f[0];
   const int64_t width = f[1];
@@ -663,12 +668,14 @@ void route(const int64_t* f, const Memory& m, int64_t b) {
 }
 
 // The first numbers of each row of x, as those of y.
+// f: width, x, its row, y, its row.
 void copy(const int64_t* f, const Memory& m, int64_t b) {
   std::memcpy(m.at(f[3]) + b * f[4], m.at(f[1]) + b * f[2], sizeof(float) * f[0]);
 }
 
 // A level of the fixed wavelet: from its input x and the lag (B, n, P), whose oldest entry leaves it
 // as x joins it, into a new one, to detail = (x − oldest)/√2 and approx = (x + oldest)/√2.
+// f: n, width, x, past, new past, detail, approx.
 void haar(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t n = f[0];
   const int64_t width = f[1];
@@ -686,6 +693,7 @@ void haar(const int64_t* f, const Memory& m, int64_t b) {
 }
 
 // An entry of a tape: y (B, J, P), whose rows lie apart, becomes x (J, B, P).
+// f: J, width, x, y, its row.
 void put(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t width = f[1];
   float* const y = m.at(f[3]) + b * m.argument(f[4]);
@@ -694,6 +702,7 @@ void put(const int64_t* f, const Memory& m, int64_t b) {
 }
 
 // y = Σ taps ⊙ (the n inputs before, x), the oldest first; past (B, n, C), which x joins in a new one.
+// f: n, width, x, past, new past, taps, y.
 void filter(const int64_t* f, const Memory& m, int64_t b) {
   const int64_t n = f[0];
   const int64_t width = f[1];

@@ -36,8 +36,9 @@ def width_of(weights: FloatStack | PackedStack) -> int:
 
 
 def tape_arguments(tape: Tape, name: str) -> dict[str, int]:
-    """Where a tape that has become `longer` lies: the window before, the entry that is still to be
-    written, and how far the texts are apart.
+    """Where a tape that has become `longer` lies: under `name` the address of the window before,
+    under "… end" that of the entry that is still to be written, and under "… row" how many numbers
+    the texts are apart.
 
     Its buffer was made by `longer`, so that the numbers of a text lie side by side.
     """
@@ -49,7 +50,8 @@ def tape_arguments(tape: Tape, name: str) -> dict[str, int]:
 
 
 def write_norm(p: Program, x: Rows, norm: tuple, y: Rows, gamma: Tensor | None = None) -> Rows:
-    """y = the layer norm of x, or of x + gamma·e. Returns what it is of."""
+    """y = the layer norm of x, or of x + gamma·e. Returns the stream that was normed: x, or that
+    sum."""
     _, weight, bias, eps = norm
     normed = x if gamma is None else p.room(x.width)
     e = NOTHING if gamma is None else p.argument("e")
