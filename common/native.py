@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from common.command import InputError
 from common.files import cache_folder, written_whole
 
@@ -36,12 +38,9 @@ class Unavailable(Exception):
 
 def flags_here() -> list[str]:
     """The compiler's flags for this CPU."""
-    import torch  # not at the top: nothing is slower to import
-
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return FLAGS
-    has_vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return [*FLAGS, *WIDE_FLAGS, *["-mavx512vnni"] * has_vnni]
+    return [*FLAGS, *WIDE_FLAGS, *["-mavx512vnni"] * torch.cpu._is_vnni_supported()]
 
 
 def check_ours(path: Path) -> None:
@@ -118,8 +117,6 @@ class NativeLibrary:
             return self.found
 
     def _load(self) -> tuple[ctypes.CDLL | None, str]:
-        import torch
-
         if os.environ.get(SWITCH) == "torch":
             return None, f"{SWITCH} is torch"
         try:

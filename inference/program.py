@@ -130,22 +130,11 @@ class BlockProgram(Routed):
         given: dict[str, int] = {}
         if below is not None:
             used["below"] = below.contiguous()
-        if self.block.branch.average is not None:
-            for name in ("count", "sum"):
-                used[name] = part[name].contiguous()
-                new[name] = used[f"new {name}"] = torch.empty_like(used[name])
-            if "ring" in part:
-                new["ring"] = part["ring"]
-                given |= tape_arguments(part["ring"], "ring")
-        if isinstance(self.block.branch.wavelet, FoldedLifting):
-            new["lags"] = part["lags"]
-            given |= tape_arguments(part["lags"], "lags")
-        else:
-            for name in self.block.branch.wavelet.names:
-                used[name] = part[name].contiguous()
-                new[name] = used[f"new {name}"] = torch.empty_like(used[name])
-        if self.block.mlp_filter is not None:
-            name = "before_mlp"
+        tapes, renewed = self.entries(is_stream="ring" in part)
+        for name in tapes:
+            new[name] = part[name]
+            given |= tape_arguments(part[name], name)
+        for name in renewed:
             used[name] = part[name].contiguous()
             new[name] = used[f"new {name}"] = torch.empty_like(used[name])
         for name, tensor in used.items():
@@ -159,6 +148,22 @@ class BlockProgram(Routed):
 
         return result("y"), result("h"), result("mean"), new
 
+    def entries(self, is_stream: bool) -> tuple[list[str], list[str]]:
+        """The names of the state's tapes, and of its tensors that a step makes anew."""
+        branch = self.block.branch
+        tapes = []
+        renewed = []
+        if branch.average is not None:
+            renewed += ["sum", "count"]
+            tapes += ["ring"] if is_stream else []
+        if isinstance(branch.wavelet, FoldedLifting):
+            tapes.append("lags")
+        else:
+            renewed += branch.wavelet.names
+        if self.block.mlp_filter is not None:
+            renewed.append("before_mlp")
+        return tapes, renewed
+
     def written(
         self, rows: int, is_first: bool, is_stream: bool
     ) -> tuple[Program, dict[str, Rows]]:
@@ -166,15 +171,10 @@ class BlockProgram(Routed):
         state or not; and where its results lie."""
         branch = self.block.branch
         width = self.channels
+        tapes, renewed = self.entries(is_stream)
         names = ["x", "e"] if is_first else ["x", "e", "below"]
-        if branch.average is not None:
-            names += ["sum", "new sum", "count", "new count"]
-            names += ["ring", "ring end", "ring row"] if is_stream else []
-        if isinstance(branch.wavelet, FoldedLifting):
-            names += ["lags", "lags end", "lags row"]
-        else:
-            names += [name for lag in branch.wavelet.names for name in (lag, f"new {lag}")]
-        names += ["before_mlp", "new before_mlp"] if self.block.mlp_filter is not None else []
+        names += [each for name in tapes for each in (name, f"{name} end", f"{name} row")]
+        names += [each for name in renewed for each in (name, f"new {name}")]
         p = Program(rows, names)
         places = {}
         x = p.given("x", width)

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -137,15 +138,24 @@ void backward(int64_t length, int64_t piece, const float* q, const float* k, con
   transpose<D>(g, of_before);
 }
 
-}  // namespace
+// Calls run(width as a type, n) for each n below `texts`, shared out among threads.
+template <int D, class Run>
+void for_each_text(int64_t texts, const Run& run) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < texts; n++) run(std::integral_constant<int, D>(), n);
+}
 
-// The widths of keys and values that there is code for.
-#define FOR_EACH_WIDTH(call) \
-  switch (width) {           \
-    case 16: call(16) break; \
-    case 32: call(32) break; \
-    case 64: call(64) break; \
+// The same for the widths of keys and values that there is code for.
+template <class Run>
+void for_each_text(int64_t width, int64_t texts, const Run& run) {
+  switch (width) {
+    case 16: return for_each_text<16>(texts, run);
+    case 32: return for_each_text<32>(texts, run);
+    case 64: return for_each_text<64>(texts, run);
   }
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -156,15 +166,11 @@ void delta_rule(int64_t width, int64_t texts, int64_t length, int64_t piece, con
                 const float* before, float* o, float* after, float* marks) {
   const int64_t vectors = length * width, square = width * width;
   const int64_t pieces = (length + piece - 1) / piece;
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < texts; n++) {
-#define CALL(D)                                                                                \
-  forward<D>(length, piece, q + n * vectors, k + n * vectors, v + n * vectors,                 \
-             log_alpha + n * length, beta + n * length, before + n * square, o + n * vectors, \
-             after + n * square, marks ? marks + n * pieces * square : nullptr);
-    FOR_EACH_WIDTH(CALL)
-#undef CALL
-  }
+  for_each_text(width, texts, [=](auto d, int64_t n) {
+    forward<d()>(length, piece, q + n * vectors, k + n * vectors, v + n * vectors,
+                 log_alpha + n * length, beta + n * length, before + n * square, o + n * vectors,
+                 after + n * square, marks ? marks + n * pieces * square : nullptr);
+  });
 }
 
 void delta_rule_backward(int64_t width, int64_t texts, int64_t length, int64_t piece,
@@ -174,17 +180,13 @@ void delta_rule_backward(int64_t width, int64_t texts, int64_t length, int64_t p
                          float* of_log_alpha, float* of_beta, float* of_before) {
   const int64_t vectors = length * width, square = width * width;
   const int64_t pieces = (length + piece - 1) / piece;
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < texts; n++) {
-#define CALL(D)                                                                                  \
-  backward<D>(length, piece, q + n * vectors, k + n * vectors, v + n * vectors,                  \
-              log_alpha + n * length, beta + n * length, marks + n * pieces * square,            \
-              of_o + n * vectors, of_after + n * square, of_q + n * vectors, of_k + n * vectors, \
-              of_v + n * vectors, of_log_alpha + n * length, of_beta + n * length,               \
-              of_before + n * square);
-    FOR_EACH_WIDTH(CALL)
-#undef CALL
-  }
+  for_each_text(width, texts, [=](auto d, int64_t n) {
+    backward<d()>(length, piece, q + n * vectors, k + n * vectors, v + n * vectors,
+                  log_alpha + n * length, beta + n * length, marks + n * pieces * square,
+                  of_o + n * vectors, of_after + n * square, of_q + n * vectors,
+                  of_k + n * vectors, of_v + n * vectors, of_log_alpha + n * length,
+                  of_beta + n * length, of_before + n * square);
+  });
 }
 
 }  // extern "C"

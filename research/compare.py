@@ -55,8 +55,8 @@ from research.contestants import (
     transformers_library,
 )
 from research.tables import markdown_table, mean_deviation, put_first
-from research.timing import in_bf16, seconds_of_each, step_timer, steps_in
-from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
+from research.timing import seconds_of_each, step_timer, steps_in, take_step
+from training.optimizers import learning_rate, make_optimizers, rates
 from training.profiling import peak_memory
 from training.record import environment
 
@@ -153,12 +153,8 @@ def train_and_measure(
         began = time.process_time()
         model.train()
         torch.manual_seed(spec.seed * 1_000_003 + step)  # for dropout: the same for all
-        ids, targets = windows.batch(step)
-        with in_bf16(bf16):
-            loss, _ = model.loss(ids, targets)
-        loss.backward()
         rate = learning_rate(step, spec.steps, config)
-        step_at_rate(model, optimizers, rate, config.grad_clip)
+        take_step(model, optimizers, windows.batch(step), rate, config.grad_clip, bf16)
         used += time.process_time() - began
         done = step + 1
         if done * CURVE_POINTS >= spec.steps * (len(curve) + 1):

@@ -14,7 +14,7 @@ from layers.memory import NgramEmbedding
 from model import build_model
 from research.delta_net import build_delta_net
 from research.opponent import Opponent, ngram_table
-from research.transformer import Transformer
+from research.transformer import build_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,7 +112,7 @@ OWN = {
     ),
     # of llama-muon-ngrams-2's size, with what makes it faster and better
     "transformer-ngrams": (
-        partial(Transformer, width=128, layers=2, inner=384),
+        partial(build_transformer, width=128, layers=2, inner=384),
         MUON | {"ngram_slots": 21000},
     ),
 }

@@ -1,6 +1,5 @@
 """Timing calls: medians, means, and several candidates in turn."""
 
-import contextlib
 import json
 import statistics
 import time
@@ -86,9 +85,15 @@ def interleaved(
 # ===== How many steps a variant gets
 
 
-def in_bf16(wanted: bool) -> contextlib.AbstractContextManager:
-    """Autocast to bf16 on a CPU, as train.py's where it has instructions for it, or none."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=wanted)
+def take_step(
+    model: nn.Module, optimizers: list, batch: tuple, rate: float, clip: float, bf16: bool
+) -> None:
+    """A training step on a CPU, in fp32 or with bf16 in the autocast that train.py takes where a
+    CPU has instructions for it. batch: ids and targets; rate: as in `step_at_rate`."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss, _ = model.loss(*batch)
+    loss.backward()
+    step_at_rate(model, optimizers, rate, clip)
 
 
 def step_timer(
@@ -110,10 +115,8 @@ def step_timer(
         times = []
         for step in range(rounds + 1):  # the first warms up
             began = time.process_time()
-            with in_bf16(bf16):
-                loss, _ = model.loss(*windows.batch(step))
-            loss.backward()
-            step_at_rate(model, optimizers, config.lr, config.grad_clip)
+            batch_of_step = windows.batch(step)
+            take_step(model, optimizers, batch_of_step, config.lr, config.grad_clip, bf16)
             times.append(time.process_time() - began)
         return min(times[1:])
 

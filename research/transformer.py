@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from model import SquaredReLU
-from research.opponent import Opponent, ngram_table
+from research.opponent import BlockOpponent, OpponentBlock
 
 HEAD = 64  # channels of a head: with 32 attention costs a CPU up to 2.8 times as much
 
@@ -46,62 +45,42 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (scores.softmax(-1) @ value.flatten(0, 1)).unflatten(0, query.shape[:2])
 
 
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+class Attention(nn.Module):
+    """(B, T, C) → (B, T, C)."""
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, length: int):
+        """length: of the longest text."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, bias=False)
-        self.norm2 = nn.LayerNorm(width, bias=False)
         self.query_key = nn.Linear(width, 2 * width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
         # what a head's scores are multiplied by: queries and keys are √d long, and a score is their
         # product over √d, so √d = 8 at the most at first
         self.scale = nn.Parameter(torch.ones(width // HEAD))
-        self.up = nn.Linear(width, inner, bias=False)
-        self.activation = SquaredReLU()
-        self.down = nn.Linear(inner, width, bias=False)
-        nn.init.normal_(self.up.weight, std=width**-0.5)  # as large behind it as before it
-        for branch in (self.out, self.down):  # both add nothing at first
-            nn.init.zeros_(branch.weight)
+        self.register_buffer("rotation", rotations(length), persistent=False)
 
-    def attention(self, h: Tensor, rotation: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+    def forward(self, h: Tensor) -> Tensor:
         heads = len(self.scale)
         # (B, 2h, T, d): queries of all heads, then keys
         query_key = self.query_key(h).unflatten(-1, (2 * heads, HEAD)).transpose(1, 2)
         query_key = F.rms_norm(query_key, (HEAD,))
         even, odd = query_key.chunk(2, dim=-1)
-        cos, sin = rotation.to(query_key.dtype)
+        cos, sin = self.rotation[:, : h.size(1)].to(query_key.dtype)
         query_key = torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         query, key = query_key.chunk(2, dim=1)
         query = query * self.scale.to(query.dtype)[:, None, None]
         value = self.value(h).unflatten(-1, (heads, HEAD)).transpose(1, 2)  # (B, h, T, d)
-        return self.out(attend(query, key, value).transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x), rotation)
-        return x + self.down(self.activation(self.up(self.norm2(x))))
+        return self.output(attend(query, key, value).transpose(1, 2).flatten(2))
 
 
-class Transformer(Opponent):
-    """A causal language model with the interface of ours."""
+def build_transformer(
+    config: Config, vocab_size: int, width: int, layers: int, inner: int
+) -> BlockOpponent:
+    """So many blocks of the width `width`, with an MLP of `inner` channels; config: the longest
+    text, and a table of n-grams if it has one."""
+    config = config.model_copy(update={"C": width})
 
-    def __init__(self, config: Config, vocab_size: int, width: int, layers: int, inner: int):
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        nn.init.normal_(self.token_embedding.weight, std=width**-0.5)  # of length 1, as ours
-        self.ngrams = ngram_table(config, width)
-        self.layers = nn.ModuleList(TransformerBlock(width, inner) for _ in range(layers))
-        self.register_buffer("rotation", rotations(config.block_size), persistent=False)
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.lm_head = nn.Linear(width, vocab_size, bias=False)
-        nn.init.normal_(self.lm_head.weight, std=0.02)  # as GPT-2's begins
+    def block() -> OpponentBlock:
+        return OpponentBlock(width, inner, Attention(width, config.block_size))
 
-    def body(self, e: Tensor) -> Tensor:
-        rotation = self.rotation[:, : e.size(1)]
-        for layer in self.layers:
-            e = layer(e, rotation)
-        return self.norm(e)
+    return BlockOpponent(config, vocab_size, layers, block)
