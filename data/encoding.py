@@ -191,7 +191,8 @@ class Encoders:
                 self.alone += sum(len(piece.text) for piece in batch)
                 yield batch, encode_batch(batch, self.tokenizer, self.dtype)
                 continue
-            waiting.append((batch, self._submit(batch)))
+            with _said_when_ended():
+                waiting.append((batch, self._submit(batch)))
             if len(waiting) > AHEAD * self.processes:
                 yield self._result(*waiting.popleft())
         while waiting:
@@ -211,13 +212,21 @@ class Encoders:
 
     @staticmethod
     def _result(batch: list[Piece], future: Future) -> tuple[list[Piece], Encoded]:
-        try:
+        with _said_when_ended():
             return batch, future.result()
-        except BrokenProcessPool:
-            raise InputError(
-                "dataset: a process that encodes text was ended from outside, by a lack of memory"
-                " perhaps; run again"
-            ) from None
+
+
+@contextlib.contextmanager
+def _said_when_ended() -> Iterator[None]:
+    """What the pool raises when one of its processes is gone, in one line for the user: a result
+    that is waited for raises it, and so does the next batch that is handed in."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise InputError(
+            "dataset: a process that encodes text was ended from outside, by a lack of memory"
+            " perhaps; run again"
+        ) from None
 
 
 @contextlib.contextmanager

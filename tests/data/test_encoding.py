@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -90,14 +91,28 @@ def test_an_end_of_text_follows_the_documents_it_ends():
     assert ids.tolist() == [97, 98, 256, 99] and (documents, size, words) == (2, 2, 2)
 
 
-def test_a_process_that_is_killed_is_an_error_in_one_line(small, monkeypatch):
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_process_that_is_killed_is_an_error_in_one_line(small, monkeypatch, noticed):
+    """Whether it is noticed while a result is waited for, or when the next batch is handed in."""
     monkeypatch.setattr(encoding, "ALONE_CHARACTERS", 0)
     with Encoders(ByteTokenizer(), np.dtype(np.uint16), 1) as encoders:
         encoders.processes = 2
         results = encoders.in_order(batches(iter([Piece(True, "a" * 5000, False)] * 50)))
         next(results)
-        for process in encoders.pool._processes.values():
-            os.kill(process.pid, signal.SIGKILL)
+        processes = list(encoders.pool._processes.values())
+
+        def kill():
+            for process in processes:
+                os.kill(process.pid, signal.SIGKILL)
+
+        if noticed:
+            kill()
+            while not encoders.pool._broken:
+                time.sleep(0.01)
+        else:
+            for process in processes:
+                os.kill(process.pid, signal.SIGSTOP)  # what is handed in now is never done
+            threading.Timer(0.3, kill).start()
         with pytest.raises(InputError, match="was ended from outside"):
             list(results)
 
