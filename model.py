@@ -47,10 +47,11 @@ from config import Config
 from layers import variants
 from layers.features import FeatureEmbedding
 from layers.lags import (
-    CausalFilter,
     HaarCoefficients,
     HaarOfScales,
     ShortFilter,
+    causal_filter,
+    gated_haar,
     haar_reconstruction,
     levels_of,
 )
@@ -165,7 +166,7 @@ class Lifting(nn.Module):
         if self.dilation_logits is None:
             return joined[:, :length]
         weights = self.dilation_logits[level].float().softmax(0).to(joined.dtype)  # (k,)
-        return CausalFilter.apply(joined, weights.flip(0)[:, None], length)  # longest lag first
+        return causal_filter(joined, weights.flip(0)[:, None], length)  # longest lag first
 
     def decompose(self, cur: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """(B, T, P) → coefficients (S, B, T, P), the approximation first, then the details from
@@ -218,21 +219,21 @@ class Haar(nn.Module):
         c, *pasts = HaarCoefficients.apply(cur, *pasts)
         return c, {f"lag{level}": past for level, past in enumerate(pasts)}
 
-    def decompose_mapped(
-        self, h: Tensor, mapped: Tensor, matrix: Tensor, widths: tuple[int, ...], state: BlockState
-    ) -> tuple[Tensor, BlockState]:
-        """The coefficients of h (B, T, P), those of scale s multiplied by its rows of `matrix`
-        (Σw, P), side by side (B, T, Σw), and the new state; mapped: h · matrixᵀ. The wavelet acts
-        on positions and the matrix on channels, so the matrix may come first, as one product, and
-        the wavelet has less to do."""
-        pasts = [
+    def mapped(self, matrix: Tensor, widths: tuple[int, ...], state: BlockState) -> list[Tensor]:
+        """For scales that have a matrix each, one below the other in `matrix` (Σw, P), `widths`
+        rows of each: of each level the inputs before it, (B, 2^l, P), multiplied by the matrices of
+        the scales that get so far. The wavelet acts on positions and a matrix on channels, so the
+        matrices may come first, as one product, and the wavelet has less to do."""
+        return [
             F.linear(state[f"lag{level}"], matrix[:columns])
             for level, (_, _, columns) in enumerate(levels_of(widths))
         ]
-        c = HaarOfScales.apply(mapped, widths, *pasts)
+
+    def state_after(self, h: Tensor, state: BlockState) -> BlockState:
+        """The state after h (B, T, P)."""
         # What the next positions need of the past are sums of so many positions at the most.
         reach = 2 * self.longest_lag[-1] - 1
-        return c, self.decompose(h[:, -reach:], state)[1]
+        return self.decompose(h[:, -reach:], state)[1]
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
@@ -871,16 +872,16 @@ class Block(nn.Module):
         bank = self.mixers.banks[0]
         values, gates = bank.first_matrices(self.mixers.transform)  # (Σw, P) both
         widths = tuple(mixer.mixer.weight.size(0) for mixer in bank)
+        pasts = wavelet.mapped(values, widths, state)
         if gates is None:
-            mixed, lags = wavelet.decompose_mapped(h, F.linear(h, values), values, widths, state)
+            mixed = HaarOfScales.apply(F.linear(h, values), widths, *pasts)  # (B, T, Σw)
         else:
             # One product of what both read, twice as wide: 0.98 of a small network's step.
             both = F.linear(h, torch.cat([values, gates]))  # (B, T, 2·Σw)
-            mapped, gate = both.split([len(values), len(gates)], dim=-1)
-            mixed, lags = wavelet.decompose_mapped(h, mapped, values, widths, state)
-            mixed = mixed * bank.activation(gate)  # (B, T, Σw)
+            mixed = gated_haar(both, widths, pasts, bank.activation)
         out = self.mixers.outward(self.scale_weights * wavelet.shares)  # (Σw, P)
-        return F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias), lags
+        gain = F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias)  # (B, T, C)
+        return gain, wavelet.state_after(h, state)
 
     def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The stream x (B, T, C) with what the memory branches make of its norm."""

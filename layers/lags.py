@@ -9,12 +9,14 @@ Letters as in model.py: B batch, T positions, P channels, J levels, S = J + 1 sc
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.device import autocast_type
+from layers.passes import filter_by_library, gated_haar_by_library
 from layers.state import remember
 
 
@@ -41,6 +43,12 @@ class CausalFilter(torch.autograd.Function):
         return of_x, torch.stack(of_taps), None
 
 
+def causal_filter(x: Tensor, taps: Tensor, length: int) -> Tensor:
+    """`CausalFilter`, by C++ of our own where it can be had."""
+    done = filter_by_library(x, taps) if x.size(1) == len(taps) - 1 + length else None
+    return CausalFilter.apply(x, taps, length) if done is None else done
+
+
 class ShortFilter(nn.Module):
     """A causal filter of `taps` positions for each of `width` channels, (B, T, width) → the same;
     at first each position passes as it is. After Allen-Zhu, "Physics of language models: part 4.1",
@@ -58,7 +66,7 @@ class ShortFilter(nn.Module):
     def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, width) and the inputs before it → x filtered, and the last inputs."""
         joined, past = remember(past, x)
-        return CausalFilter.apply(joined, self.taps.to(joined.dtype), x.size(1)), past
+        return causal_filter(joined, self.taps.to(joined.dtype), x.size(1)), past
 
 
 def with_lagged(u: Tensor, past: Tensor, sign: int) -> Tensor:
@@ -177,3 +185,15 @@ def levels_of(widths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     for level, width in enumerate(reversed(widths[1:])):
         yield 2**level, columns - width, columns
         columns -= width
+
+
+def gated_haar(
+    both: Tensor, widths: tuple[int, ...], pasts: list[Tensor], activation: Callable
+) -> Tensor:
+    """both (B, T, 2·Σw): what `HaarOfScales` takes, with its widths and pasts, and beside it as
+    many gates → coefficients ⊙ activation(gates), (B, T, Σw)."""
+    done = gated_haar_by_library(both, widths, pasts) if activation is F.silu else None
+    if done is not None:
+        return done
+    values, gates = both.chunk(2, dim=-1)
+    return HaarOfScales.apply(values, widths, *pasts) * activation(gates)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.device import autocast_type
+from layers.passes import errors_by_library
 
 # Numbers of logits that are made at a time: on a CPU as many as a cache holds, 32 MB in fp32; on a
 # GPU, whose caches hold no piece worth its launches, 1 GiB of them, which is all of a batch of
@@ -29,6 +30,25 @@ def rows_filled_up(weight: Tensor, kind: torch.dtype) -> Tensor:
     return filled
 
 
+def errors(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Of logits (N, V or more), which may be overwritten, and targets (N,): softmax less one at
+    each target, in their type, and the nats of each row, (N,) in fp32. Columns from vocab_size on
+    are no words."""
+    nats = errors_by_library(logits, targets) if logits.size(1) == vocab_size else None
+    if nats is not None:
+        return logits, nats
+    target, kind = targets[:, None], logits.dtype
+    logits = logits.float()
+    logits[:, vocab_size:] = -math.inf
+    wanted, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
+    # in place, as all that follows: every pass is over the largest tensor
+    softmax = logits.sub_(highest).exp_()
+    sums = softmax.sum(1, keepdim=True)
+    nats = (sums.log() + (highest - wanted)).squeeze(1)
+    error = softmax.div_(sums).scatter_add_(1, target, sums.new_full(target.shape, -1.0))
+    return error.to(kind), nats
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of a linear head, in nats, that never holds more than `rows` rows of
     logits.
@@ -49,20 +69,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             (torch.empty_like(h), torch.zeros_like(weight)) if want_gradient else (None, None)
         )
         for start in range(0, h.size(0), rows):
-            part, target = h_low[start : start + rows], targets[start : start + rows, None]
-            logits = (part @ w_low.T).float()
-            logits[:, vocab_size:] = -math.inf  # of rows that are not words
-            wanted, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
-            # in place, as all that follows: every pass is over the largest tensor
-            softmax = logits.sub_(highest).exp_()
-            sums = softmax.sum(1, keepdim=True)
-            total += (sums.log() + highest - wanted).sum()
+            part = h_low[start : start + rows]
+            error, nats = errors(part @ w_low.T, targets[start : start + rows], vocab_size)
+            total += nats.sum()
             if want_gradient:
-                error = (
-                    softmax.div_(sums)
-                    .scatter_add_(1, target, sums.new_full(target.shape, -1.0))
-                    .to(kind)
-                )
                 grad_h[start : start + rows] = error @ w_low
                 if kind == grad_w.dtype:
                     grad_w.addmm_(

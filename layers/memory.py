@@ -16,7 +16,7 @@ from torch import Tensor
 
 from config import Config
 from layers.delta_rule import by_library
-from layers.lags import CausalFilter
+from layers.lags import causal_filter
 from layers.state import BlockState, remember
 
 # ===== Associative memory: the gated delta rule
@@ -88,7 +88,7 @@ def recall(
 
     joined, new_keys = remember(state["keys"], query_key)
     both_taps = taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
-    filtered = CausalFilter.apply(joined, both_taps, query_key.size(1))  # (B, T, 2·heads·d)
+    filtered = causal_filter(joined, both_taps, query_key.size(1))  # (B, T, 2·heads·d)
     value, gate = value_gate.chunk(2, dim=-1)
     with torch.autocast(joined.device.type, enabled=False):
         q, k = unit(split(filtered.float().unflatten(-1, (2, -1)).movedim(2, 0)))

@@ -14,9 +14,13 @@ ROOTS = [("model", "build_model"), ("layers.state", "State")]  # what the export
 
 # What stands for functions that need the C++, which is not exported.
 LEFT_OUT = {
-    ("layers.delta_rule", "by_library"): '''def by_library(*tensors: Tensor) -> None:
-    """Nothing: the C++ of the repository is not here."""''',
+    ("layers.delta_rule", "by_library"),
+    ("layers.passes", "filter_by_library"),
+    ("layers.passes", "gated_haar_by_library"),
+    ("layers.passes", "errors_by_library"),
 }
+STAND_IN = '''def {}(*inputs) -> None:
+    """Nothing: the C++ of the repository is not here."""'''
 
 CONFIG = '''class Config(SimpleNamespace):
     """The keys that shape the network, as in the config.json of the run that it is from."""
@@ -178,7 +182,7 @@ def imports_of(text: str, modules: list[Module]) -> str:
 def network_source() -> str:
     """The text of the one file. Raises `ValueError` where two files define the same name."""
     modules, names = needed()
-    parts = [config_source(), *LEFT_OUT.values()]
+    parts = [config_source(), *(STAND_IN.format(name) for _, name in sorted(LEFT_OUT))]
     seen: dict[str, str] = {"Config": "config"}
     for module in modules:
         parts.append(f"# {'=' * 40} {module.name.replace('.', '/')}.py")

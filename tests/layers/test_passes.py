@@ -1,0 +1,216 @@
+"""Passes over memory by C++ of our own: what torch gives, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import VOCAB, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from layers import passes
+from layers.lags import CausalFilter, HaarOfScales, levels_of
+from layers.loss import linear_cross_entropy
+from model import build_model
+
+pytestmark = pytest.mark.skipif(
+    passes.LIBRARY.get() is None, reason=f"no library: {passes.LIBRARY.missing()}"
+)
+KINDS = {torch.float32: 1e-6, torch.bfloat16: 2**-7}  # and the error that rounding may leave
+
+
+def near(got: torch.Tensor, expected: torch.Tensor, kind: torch.dtype) -> bool:
+    got, expected = got.float(), expected.float()
+    return (got - expected).abs().max() <= KINDS[kind] * expected.abs().max()
+
+
+def all_near(got, expected, kind) -> bool:
+    return all(near(a, b, kind) for a, b in zip(got, expected, strict=True))
+
+
+def logits_and_targets(kind: torch.dtype, rows: int = 9, words: int = 333):
+    torch.manual_seed(rows)
+    return (5 * torch.randn(rows, words)).to(kind), torch.randint(words, (rows,))
+
+
+# ===== The loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", [1, 7, 16, 333, 2048])
+def test_errors_are_the_gradient_of_the_cross_entropy(kind, words):
+    logits, targets = logits_and_targets(kind, words=words)
+    given = logits.float().requires_grad_()
+    nats = F.cross_entropy(given, targets, reduction="none")
+    (error,) = torch.autograd.grad(nats.sum(), given)
+    assert near(passes.errors_by_library(logits, targets), nats.detach(), torch.float32)
+    assert (logits.float() - error).abs().max() <= KINDS[kind]
+
+
+def test_logits_of_any_size_are_taken_without_an_overflow():
+    logits = torch.tensor([[1e30, -1e30, 0.0], [-3e38, -3e38, -3e38], [88.0, 89.0, -200.0]])
+    targets = torch.tensor([0, 1, 1])
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    nats = passes.errors_by_library(logits, targets)
+    torch.testing.assert_close(nats, expected)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(kind, wrong):
+    """A step whose loss is no number is left out by the trainer, which must see that."""
+    for place in (0, 100):
+        logits, _ = logits_and_targets(kind)
+        logits[4, place] = wrong
+        nats = passes.errors_by_library(logits, torch.zeros(9, dtype=torch.int64))
+        assert not nats[4].isfinite() and not logits[4].isfinite().all()
+        assert nats[:4].isfinite().all() and nats[5:].isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 333])
+def test_a_target_that_is_no_word_is_an_error(wrong):
+    logits, targets = logits_and_targets(torch.float32)
+    targets[3] = wrong
+    with pytest.raises(IndexError, match="targets"):
+        passes.errors_by_library(logits, targets)
+
+
+# ===== The filter, and the wavelet with its gates
+
+
+@pytest.mark.parametrize("taps, length, width", [(4, 13, 20), (4, 1, 128), (1, 5, 3), (9, 2, 17)])
+def test_a_filter_gives_what_torch_gives_and_its_gradients(taps, length, width):
+    torch.manual_seed(length)
+    given = [torch.randn(3, taps - 1 + length, width), torch.randn(taps, width)]
+    given = [x.requires_grad_() for x in given]
+    weights = torch.randn(3, length, width)
+
+    def all_of(out):
+        return [out, *torch.autograd.grad((out * weights).sum(), given)]
+
+    ours = all_of(passes.filter_by_library(*given))
+    assert all_near(ours, all_of(CausalFilter.apply(*given, length)), torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "length, widths", [(37, (5, 16, 20, 3)), (3, (32,) * 5), (64, (17, 1)), (1, (7, 9)), (9, (4,))]
+)
+def test_the_gated_wavelet_gives_what_torch_gives_and_its_gradients(kind, length, widths):
+    """Also of texts that are shorter than a level's lag, and of widths of all kinds."""
+    torch.manual_seed(length)
+    given = [torch.randn(3, length, 2 * sum(widths))]
+    given += [torch.randn(3, lag, columns) for lag, _, columns in levels_of(widths)]
+    weights = torch.randn(3, length, sum(widths))
+
+    def all_of(function, kind):
+        inputs = [x.to(kind).requires_grad_() for x in given]
+        out = function(inputs[0], widths, inputs[1:])
+        return [out, *torch.autograd.grad((out * weights.to(kind)).sum(), inputs)]
+
+    def by_torch(both, widths, pasts):
+        values, gates = both.chunk(2, dim=-1)
+        return HaarOfScales.apply(values, widths, *pasts) * F.silu(gates)
+
+    ours = all_of(passes.gated_haar_by_library, kind)
+    # against fp32: torch rounds to bf16 between the wavelet and the gates besides
+    assert all_near(ours, all_of(by_torch, torch.float32), kind)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    both, widths = torch.randn(5, 20, 2 * 40), (10, 30)
+    pasts = [torch.randn(5, 1, 40)]
+    x, taps = torch.randn(5, 23, 40, requires_grad=True), torch.randn(4, 40, requires_grad=True)
+
+    def all_of(threads):
+        torch.set_num_threads(threads)
+        inputs = both.clone().requires_grad_()
+        mixed = passes.gated_haar_by_library(inputs, widths, pasts)
+        filtered = passes.filter_by_library(x, taps)
+        logits, targets = logits_and_targets(torch.bfloat16)
+        nats = passes.errors_by_library(logits, targets)
+        gradients = torch.autograd.grad(mixed.sum() + filtered.square().sum(), [inputs, x, taps])
+        return [mixed, filtered, logits, nats, *gradients]
+
+    before = torch.get_num_threads()
+    try:
+        one, two = all_of(1), all_of(2)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, one, two))
+
+
+# ===== Which inputs it takes
+
+
+def test_it_takes_what_it_can_read_and_nothing_else():
+    x, taps = torch.randn(2, 8, 4), torch.randn(4, 4)
+    assert passes.filter_by_library(x, taps) is not None
+    for wrong in (x.double(), x.bfloat16(), x.to("meta"), x[:0], x[:, :3]):
+        assert passes.filter_by_library(wrong, taps) is None
+    assert passes.filter_by_library(x, taps[:, :1]) is None  # taps that all channels share
+    both, widths = torch.randn(2, 8, 2 * 5), (2, 3)
+    past = torch.randn(2, 1, 5)
+    assert passes.gated_haar_by_library(both, widths, [past]) is not None
+    for wrong in (past.double(), past.to("meta"), past.bfloat16()):
+        assert passes.gated_haar_by_library(both, widths, [wrong]) is None
+    assert passes.gated_haar_by_library(both[..., :9], widths, [past]) is None
+    logits, targets = logits_and_targets(torch.float32)
+    assert passes.errors_by_library(logits.half(), targets) is None
+    assert passes.errors_by_library(logits[:, ::2], targets) is None
+
+
+def narrow() -> dict:
+    """A network that all of the library is of use to."""
+    return {
+        "wavelet_mode": "haar", "decompose_bypass": False, "low_rank": 0,
+        "mixer_gate_input": "stream", "cross_scale_gating": False, "mlp_taps": 4,
+        "recall_heads": 1, "recall_dim": 16, "levels": 2,
+        "per_scale_mixer_widths": [0.25, 0.5, 0.25],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_network_learns_the_same_with_and_without_the_library(monkeypatch, bf16):
+    ids = torch.randint(VOCAB, (2, 21), generator=torch.Generator().manual_seed(1))
+    used = []
+
+    def gradients():
+        torch.manual_seed(0)
+        model = build_model(tiny(**narrow()), VOCAB)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    get = passes.LIBRARY.get
+    monkeypatch.setattr(passes.LIBRARY, "get", lambda: used.append(True) or get())
+    ours = gradients()
+    assert len(used) > 10
+    monkeypatch.setattr(passes.LIBRARY, "get", lambda: None)
+    for got, expected in zip(ours, gradients(), strict=True):
+        scale = expected.abs().max()
+        assert (got - expected).abs().max() <= (3e-2 if bf16 else 1e-5) * scale + 1e-9
+
+
+def test_a_plan_of_a_network_with_it_needs_no_numbers():
+    with FakeTensorMode():
+        model = build_model(tiny(**narrow()), VOCAB)
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+        loss, _ = model.loss(ids, ids)
+        loss.backward()
+    assert loss.shape == ()
+
+
+def test_the_loss_is_taken_from_it():
+    h, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    targets = torch.randint(40, (2, 3))
+    expected = F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten())
+    loss = linear_cross_entropy(h, weight, targets)
+    torch.testing.assert_close(loss, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(loss, (h, weight)),
+        torch.autograd.grad(expected, (h, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
