@@ -48,15 +48,16 @@ from layers import variants
 from layers.features import FeatureEmbedding
 from layers.lags import (
     HaarCoefficients,
-    HaarOfScales,
     ShortFilter,
     causal_filter,
     gated_haar,
+    haar_of_scales,
     haar_reconstruction,
-    levels_of,
+    haar_state,
 )
 from layers.loss import linear_cross_entropy
 from layers.memory import AssociativeMemory, NgramEmbedding
+from layers.passes import squared_relu_by_library, weighted_sum_by_library
 from layers.state import BlockState, State, remember, start_of_lags
 
 # ===== Hadamard transform of the channels
@@ -219,21 +220,14 @@ class Haar(nn.Module):
         c, *pasts = HaarCoefficients.apply(cur, *pasts)
         return c, {f"lag{level}": past for level, past in enumerate(pasts)}
 
-    def mapped(self, matrix: Tensor, widths: tuple[int, ...], state: BlockState) -> list[Tensor]:
-        """For scales that have a matrix each, one below the other in `matrix` (Σw, P), `widths`
-        rows of each: of each level the inputs before it, (B, 2^l, P), multiplied by the matrices of
-        the scales that get so far. The wavelet acts on positions and a matrix on channels, so the
-        matrices may come first, as one product, and the wavelet has less to do."""
-        return [
-            F.linear(state[f"lag{level}"], matrix[:columns])
-            for level, (_, _, columns) in enumerate(levels_of(widths))
-        ]
+    def joined(self, state: BlockState) -> Tensor:
+        """All that `state` has of the wavelet, level by level, (B, 2^J − 1, P)."""
+        return torch.cat([state[f"lag{level}"] for level in range(len(self.longest_lag))], dim=1)
 
-    def state_after(self, h: Tensor, state: BlockState) -> BlockState:
-        """The state after h (B, T, P)."""
-        # What the next positions need of the past are sums of so many positions at the most.
-        reach = 2 * self.longest_lag[-1] - 1
-        return self.decompose(h[:, -reach:], state)[1]
+    def state_after(self, h: Tensor, before: Tensor) -> BlockState:
+        """The state after h (B, T, P), where `before` is what was `joined` before it."""
+        pasts = haar_state(h, before.split(self.longest_lag, dim=1))
+        return {f"lag{level}": past for level, past in enumerate(pasts)}
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
@@ -499,7 +493,8 @@ class SquaredReLU(nn.Module):
     """max(0, x)² (So et al., "Primer", 2021): a CPU makes it in a fraction of a GELU's time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
+        done = squared_relu_by_library(x)
+        return F.relu(x).square() if done is None else done
 
 
 def build_mlp(config: Config) -> nn.Sequential:
@@ -727,6 +722,20 @@ def parts_of(config: Config) -> Parts:
 # ===== Block
 
 
+def weighted_sum(*terms: tuple[Tensor | float, Tensor]) -> Tensor:
+    """Σ weight · x over pairs of a weight, 1 or a tensor of one number, and x (…) of one shape."""
+    done = weighted_sum_by_library(terms)
+    if done is not None:
+        return done
+    (weight, x), *others = terms
+    total = weight * x
+    for weight, x in others:
+        total = (
+            torch.addcmul(total, weight, x) if isinstance(weight, Tensor) else total + weight * x
+        )
+    return total
+
+
 class Block(nn.Module):
     """One block: a wavelet branch that mixes positions, then a position-wise memory branch, both
     added to the stream."""
@@ -829,7 +838,7 @@ class Block(nn.Module):
             branch = self.folded_branch if self.folds else self.wavelet_branch
             gain = branch(c, h, wavelet)
         # "spectral": the first implementation's word for the wavelet branch
-        x = self.residual_alpha_spectral * x + self.dropout_projection(gain)
+        x = weighted_sum((self.residual_alpha_spectral, x), (1.0, self.dropout_projection(gain)))
         return x, mean, lags | averages
 
     def mix(self, c: Tensor, h: Tensor) -> Tensor:
@@ -872,38 +881,40 @@ class Block(nn.Module):
         bank = self.mixers.banks[0]
         values, gates = bank.first_matrices(self.mixers.transform)  # (Σw, P) both
         widths = tuple(mixer.mixer.weight.size(0) for mixer in bank)
-        pasts = wavelet.mapped(values, widths, state)
+        remembered = wavelet.joined(state)
+        # The wavelet acts on positions and the matrices on channels, so these may come first.
+        before = F.linear(remembered, values)  # (B, 2^J − 1, Σw)
         if gates is None:
-            mixed = HaarOfScales.apply(F.linear(h, values), widths, *pasts)  # (B, T, Σw)
+            mixed = haar_of_scales(F.linear(h, values), before, widths)  # (B, T, Σw)
         else:
             # One product of what both read, twice as wide: 0.98 of a small network's step.
             both = F.linear(h, torch.cat([values, gates]))  # (B, T, 2·Σw)
-            mixed = gated_haar(both, widths, pasts, bank.activation)
+            mixed = gated_haar(both, before, widths, bank.activation)
         out = self.mixers.outward(self.scale_weights * wavelet.shares)  # (Σw, P)
         gain = F.linear(mixed, self.proj_out.weight @ out.mT, self.proj_out.bias)  # (B, T, C)
-        return gain, wavelet.state_after(h, state)
+        return gain, wavelet.state_after(h, remembered)
 
     def remember_and_think(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """The stream x (B, T, C) with what the memory branches make of its norm."""
         h = self.ln2(x)  # all branches read the same h, side by side
-        x = self.residual_alpha_mlp * x
+        terms = [(self.residual_alpha_mlp, x)]
         written: BlockState = {}
         if self.ffwd is not None:
             read = h
             if self.mlp_filter is not None:
                 read, written["before_mlp"] = self.mlp_filter(h, state["before_mlp"])
-            x = torch.addcmul(x, self.alpha_mlp, self.ffwd(read))
+            terms.append((self.alpha_mlp, self.ffwd(read)))
         if self.pkm is not None:
-            x = torch.addcmul(x, self.alpha_pkm, self.pkm(h))
+            terms.append((self.alpha_pkm, self.pkm(h)))
         if self.fwpkm is not None:
             read, new = self.fwpkm(h, state)
-            x = torch.addcmul(x, self.alpha_fwpkm, read)
+            terms.append((self.alpha_fwpkm, read))
             written |= new
         if self.recall is not None:
             read, new = self.recall(h, state)
-            x = torch.addcmul(x, self.alpha_recall, read)
+            terms.append((self.alpha_recall, read))
             written |= new
-        return x, written
+        return weighted_sum(*terms), written
 
 
 # ===== The network

@@ -35,7 +35,7 @@ from data.corpus import check_source, located
 from data.prepare import run_corpus
 from inference.sampling import sample_text
 from inference.scoring import bigram_nats, figures, score
-from layers import delta_rule, passes
+from layers import passes
 from training.distributed import World, join
 from training.loop import AVERAGE_FILE, Loop, StopRequest, hours
 from training.origin import Origin, check_vocabulary, config_from, read_origin
@@ -395,10 +395,9 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
         f" ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), {world.size} ×"
         f" {trainer.device}, autocast {trainer.cast}"
     )
-    if torch.device(trainer.device).type == "cpu":
-        reasons = [library.missing() for library in (passes.LIBRARY, delta_rule.LIBRARY)]
-        if any(reasons):  # of config.json's step 0.96, of a small network's with a memory 0.6
-            record.say(f"steps by torch alone, which is slower: {next(filter(None, reasons))}")
+    on_cpu = torch.device(trainer.device).type == "cpu"
+    if on_cpu and (reason := passes.LIBRARY.missing()):
+        record.say(f"steps by torch alone, which is slower: {reason}")
     return trainer
 
 

@@ -9,14 +9,19 @@ Letters as in model.py: B batch, T positions, P channels, J levels, S = J + 1 sc
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.device import autocast_type
-from layers.passes import filter_by_library, gated_haar_by_library
+from layers.passes import (
+    filter_by_library,
+    gated_haar_by_library,
+    haar_state_by_library,
+    takes_haar_state,
+)
 from layers.state import remember
 
 
@@ -188,12 +193,58 @@ def levels_of(widths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 def gated_haar(
-    both: Tensor, widths: tuple[int, ...], pasts: list[Tensor], activation: Callable
+    both: Tensor, before: Tensor, widths: tuple[int, ...], activation: Callable
 ) -> Tensor:
-    """both (B, T, 2·Σw): what `HaarOfScales` takes, with its widths and pasts, and beside it as
-    many gates → coefficients ⊙ activation(gates), (B, T, Σw)."""
-    done = gated_haar_by_library(both, widths, pasts) if activation is F.silu else None
+    """`haar_of_scales` of the first half of both (B, T, 2·Σw), ⊙ activation(the other half)."""
+    done = gated_haar_by_library(both, before, widths) if activation is F.silu else None
     if done is not None:
         return done
     values, gates = both.chunk(2, dim=-1)
-    return HaarOfScales.apply(values, widths, *pasts) * activation(gates)
+    return haar_of_scales(values, before, widths) * activation(gates)
+
+
+def haar_of_scales(v: Tensor, before: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """`HaarOfScales` of v (B, T, Σw) with what came before in one tensor: of each level the 2^l
+    inputs of that level, one level after the other, (B, 2^J − 1, Σw)."""
+    pasts = [
+        before[:, lag - 1 : 2 * lag - 1, :columns].to(v.dtype)
+        for lag, _, columns in levels_of(widths)
+    ]
+    return HaarOfScales.apply(v, widths, *pasts)
+
+
+class HaarState(torch.autograd.Function):
+    """`haar_state` by C++ of our own, from what came before as one tensor (B, 2^J − 1, P)."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, before: Tensor, lags: tuple[int, ...]) -> Tensor:
+        ctx.lags = lags
+        ctx.shapes = h.shape, before.shape
+        return haar_state_by_library(h, before, len(lags))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_after: Tensor):
+        # linear: the gradients are those of any inputs; and rare, for a state is detached
+        with torch.enable_grad():
+            given = [of_after.new_zeros(shape, requires_grad=True) for shape in ctx.shapes]
+            after = torch.cat(torch_haar_state(given[0], given[1].split(ctx.lags, dim=1)), dim=1)
+            return *torch.autograd.grad(after, given, of_after), None
+
+
+def haar_state(h: Tensor, pasts: Sequence[Tensor]) -> list[Tensor]:
+    """What a fixed wavelet remembers after h (B, T, P): for each level l the last 2^l inputs of
+    that level (B, 2^l, P), where `pasts` is the same before h."""
+    # What the next positions need of the past are sums of so many positions at the most.
+    h = h[:, 1 - 2 * pasts[-1].size(1) :]
+    before = torch.cat(list(pasts), dim=1)
+    if not takes_haar_state(h, before):
+        return torch_haar_state(h, pasts)
+    lags = tuple(past.size(1) for past in pasts)
+    # copies, each of which may be kept without the others
+    return [past.clone() for past in HaarState.apply(h, before, lags).split(lags, dim=1)]
+
+
+def torch_haar_state(h: Tensor, pasts: Sequence[Tensor]) -> list[Tensor]:
+    """`haar_state` by torch."""
+    return list(HaarCoefficients.apply(h, *pasts)[1:])

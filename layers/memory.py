@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
-from layers.delta_rule import by_library
 from layers.lags import causal_filter
+from layers.passes import recall_by_library
 from layers.state import BlockState, remember
 
 # ===== Associative memory: the gated delta rule
@@ -81,6 +81,12 @@ def recall(
     query_key, value_gate (B, T, 2·heads·d), rates (B, T, 2·heads) in fp32, taps (2, TAPS, heads·d)
     → what was read, gated, (B, T, heads·d), and the new state.
     """
+    done = recall_by_library(query_key, value_gate, rates, taps, state["keys"], state["pairs"])
+    if done is not None:
+        read, pairs = done
+        before = state["keys"].size(1)
+        new_keys = remember(state["keys"], query_key[:, -before:])[1]
+        return read, {"keys": new_keys, "pairs": pairs}
     heads = rates.size(-1) // 2
 
     def split(x: Tensor) -> Tensor:  # (…, T, heads·d) → (…, heads, T, d)
@@ -120,9 +126,6 @@ def delta_rule(
         pairs = log_alpha.exp()[..., None] * pairs
         pairs = pairs + (beta[..., None] * (v - k @ pairs.mT)).mT @ k
         return q @ pairs.mT, pairs
-    done = by_library(q, k, v, log_alpha, beta, pairs)
-    if done is not None:
-        return done
     length = q.size(2)
     size = min(CHUNK, length)
     filler = -length % size

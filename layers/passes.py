@@ -3,10 +3,11 @@
 does not take its inputs; what torch makes of them stands beside its callers in loss.py and lags.py.
 
 Letters: B batch, T positions, N positions of all texts, P channels, J levels, Σw columns of all
-scales, V vocabulary.
+scales, d width of a key, V vocabulary.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,17 +17,18 @@ from common.native import NativeLibrary
 
 
 def declare(library: ctypes.CDLL) -> None:
-    size, tensor, array = ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
-    arguments = {
-        "error_of_logits": [*[size] * 3, *[tensor] * 3],
-        "causal_filter": [*[size] * 4, *[tensor] * 3],
-        "causal_filter_backward": [*[size] * 4, *[tensor] * 5],
-        "gated_haar": [*[size] * 5, *[array] * 2, tensor, array, tensor],
-        "gated_haar_backward": [*[size] * 5, *[array] * 2, tensor, array, tensor, tensor, array],
-    }
-    for name, types in arguments.items():
-        getattr(library, name).argtypes = types
-        getattr(library, name).restype = None
+    """Gives each function its arguments' types: so many sizes, then so many addresses."""
+    counts = {
+        "error_of_logits": (3, 3), "causal_filter": (4, 3), "causal_filter_backward": (4, 5),
+        "gated_haar": (5, 4), "gated_haar_backward": (5, 6), "haar_state": (4, 3),
+        "squared_relu": (2, 2), "squared_relu_backward": (2, 3),
+        "weighted_sum": (2, 4), "weighted_sum_backward": (2, 6),
+        "recall": (6, 10), "recall_backward": (6, 15),
+    }  # fmt: skip
+    for name, (sizes, addresses) in counts.items():
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * addresses
+        function.restype = None
 
 
 LIBRARY = NativeLibrary(Path(__file__).with_suffix(".cpp"), declare)
@@ -45,13 +47,14 @@ def takes(*inputs: Tensor) -> bool:
     )
 
 
-def addresses(tensors: list[Tensor] | tuple[Tensor, ...]) -> ctypes.Array:
-    """An array of C of the tensors' addresses."""
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def places(*tensors: Tensor) -> list[int]:
+    """The addresses of tensors."""
+    return [tensor.data_ptr() for tensor in tensors]
 
 
-def integers(values: list[int] | tuple[int, ...]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
+def array(kind: type, values: Sequence) -> ctypes.Array:
+    """An array of C's, of addresses or whole numbers."""
+    return (kind * len(values))(*values)
 
 
 # ===== The loss
@@ -71,9 +74,7 @@ def errors_by_library(logits: Tensor, targets: Tensor) -> Tensor | None:
     LIBRARY.get().error_of_logits(
         logits.dtype == torch.bfloat16,
         *logits.shape,
-        targets.data_ptr(),
-        logits.data_ptr(),
-        nats.data_ptr(),
+        *places(targets, logits, nats),
     )
     return nats
 
@@ -90,7 +91,7 @@ class FilterByLibrary(torch.autograd.Function):
         ctx.save_for_backward(x, taps)
         ctx.sizes = x.size(0), x.size(1) - len(taps) + 1, x.size(2), len(taps)
         out = x.new_empty(ctx.sizes[:3])
-        LIBRARY.get().causal_filter(*ctx.sizes, x.data_ptr(), taps.data_ptr(), out.data_ptr())
+        LIBRARY.get().causal_filter(*ctx.sizes, *places(x, taps, out))
         return out
 
     @staticmethod
@@ -98,8 +99,8 @@ class FilterByLibrary(torch.autograd.Function):
     def backward(ctx, of_out: Tensor):
         x, taps = ctx.saved_tensors
         of_x, of_taps = torch.empty_like(x), taps.new_empty(len(x), *taps.shape)
-        tensors = x, taps, of_out.contiguous(), of_x, of_taps
-        LIBRARY.get().causal_filter_backward(*ctx.sizes, *(t.data_ptr() for t in tensors))
+        tensors = places(x, taps, of_out.contiguous(), of_x, of_taps)
+        LIBRARY.get().causal_filter_backward(*ctx.sizes, *tensors)
         return of_x, of_taps.sum(0)
 
 
@@ -118,41 +119,196 @@ class GatedHaar(torch.autograd.Function):
     """`HaarOfScales` of lags.py, and its coefficients ⊙ silu(gates)."""
 
     @staticmethod
-    def forward(ctx, both: Tensor, widths: tuple[int, ...], *pasts: Tensor) -> Tensor:
-        both, *pasts = (x.contiguous() for x in (both, *pasts))
-        ctx.save_for_backward(both, *pasts)
-        width = sum(widths)
-        ctx.sizes = both.dtype == torch.bfloat16, *both.shape[:2], len(widths), width
-        ctx.arrays = integers(widths), integers([past.size(2) for past in pasts])
-        out = both.new_empty(*both.shape[:2], width)
-        LIBRARY.get().gated_haar(
-            *ctx.sizes, *ctx.arrays, both.data_ptr(), addresses(pasts), out.data_ptr()
-        )
+    def forward(ctx, both: Tensor, before: Tensor, widths: tuple[int, ...]) -> Tensor:
+        both, before = both.contiguous(), before.contiguous()
+        ctx.save_for_backward(both, before)
+        ctx.sizes = both.dtype == torch.bfloat16, *both.shape[:2], len(widths), sum(widths)
+        ctx.widths = array(ctypes.c_int64, widths)
+        out = both.new_empty(*both.shape[:2], sum(widths))
+        LIBRARY.get().gated_haar(*ctx.sizes, ctx.widths, *places(both, before, out))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_out: Tensor):
-        both, *pasts = ctx.saved_tensors
+        both, before = ctx.saved_tensors
+        of_both, of_before = torch.empty_like(both), torch.empty_like(before)
+        tensors = places(both, before, of_out.contiguous(), of_both, of_before)
+        LIBRARY.get().gated_haar_backward(*ctx.sizes, ctx.widths, *tensors)
+        return of_both, of_before, None
+
+
+def gated_haar_by_library(both: Tensor, before: Tensor, widths: tuple[int, ...]) -> Tensor | None:
+    """`gated_haar` of lags.py with silu."""
+    texts, _, columns = both.shape
+    width = sum(widths)
+    fits = columns == 2 * width and before.shape == (texts, 2 ** (len(widths) - 1) - 1, width)
+    return GatedHaar.apply(both, before, widths) if fits and takes(both, before) else None
+
+
+def takes_haar_state(h: Tensor, before: Tensor) -> bool:
+    """Whether `haar_state_by_library` can be asked."""
+    return takes(h, before) and h.dtype == torch.float32
+
+
+def haar_state_by_library(h: Tensor, before: Tensor, levels: int) -> Tensor:
+    """What a fixed wavelet of so many levels remembers after h (B, T, P), all levels' in a row (B,
+    2^J − 1, P), from the same before h."""
+    h, before = h.contiguous(), before.contiguous()
+    after = torch.empty_like(before)
+    LIBRARY.get().haar_state(*h.shape[:2], levels, h.size(2), *places(h, before, after))
+    return after
+
+
+# ===== Squared ReLU, and sums of the residual stream
+
+
+class SquaredReLUByLibrary(torch.autograd.Function):
+    """max(0, x)² of x (…)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.sizes = x.dtype == torch.bfloat16, x.numel()
+        out = torch.empty_like(x)
+        LIBRARY.get().squared_relu(*ctx.sizes, *places(x, out))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_out: Tensor):
+        (x,) = ctx.saved_tensors
+        of_x = torch.empty_like(x)
+        tensors = places(x, of_out.contiguous(), of_x)
+        LIBRARY.get().squared_relu_backward(*ctx.sizes, *tensors)
+        return of_x
+
+
+def squared_relu_by_library(x: Tensor) -> Tensor | None:
+    """max(0, x)² of x (…)."""
+    return SquaredReLUByLibrary.apply(x) if takes(x) else None
+
+
+class WeightedSum(torch.autograd.Function):
+    """Σ_i weights_i · parts_i, in fp32."""
+
+    @staticmethod
+    def sizes_and_places(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list:
+        """What both of the library's functions begin with."""
+        kinds = [part.dtype == torch.bfloat16 for part in parts]
+        return [
+            parts[0].numel(),
+            len(parts),
+            array(ctypes.c_int64, kinds),
+            array(ctypes.c_void_p, places(*weights)),
+            array(ctypes.c_void_p, places(*parts)),
+        ]
+
+    @staticmethod
+    def forward(ctx, count: int, *inputs: Tensor) -> Tensor:
+        """inputs: `count` parts of one shape, then as many weights, each a number."""
+        parts, weights = [x.contiguous() for x in inputs[:count]], inputs[count:]
+        ctx.save_for_backward(*parts, *weights)
+        out = torch.empty_like(parts[0], dtype=torch.float32)
+        given = WeightedSum.sizes_and_places(parts, weights)
+        LIBRARY.get().weighted_sum(*given, out.data_ptr())
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_out: Tensor):
+        saved = ctx.saved_tensors
+        parts, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         of_out = of_out.contiguous()
-        of_both, of_pasts = torch.empty_like(both), [torch.empty_like(past) for past in pasts]
-        LIBRARY.get().gated_haar_backward(
-            *ctx.sizes,
-            *ctx.arrays,
-            both.data_ptr(),
-            addresses(pasts),
-            of_out.data_ptr(),
-            of_both.data_ptr(),
-            addresses(of_pasts),
+        of_parts = [torch.empty_like(part) for part in parts]
+        of_weights = of_out.new_empty(len(parts))
+        wanted = array(ctypes.c_void_p, places(*of_parts))
+        given = WeightedSum.sizes_and_places(parts, weights)
+        LIBRARY.get().weighted_sum_backward(
+            *given, of_out.data_ptr(), wanted, of_weights.data_ptr()
         )
-        return of_both, None, *of_pasts
+        return None, *of_parts, *of_weights.unbind()
 
 
-def gated_haar_by_library(
-    both: Tensor, widths: tuple[int, ...], pasts: list[Tensor]
-) -> Tensor | None:
-    """both (B, T, 2·Σw): the scales' columns side by side from coarse to fine, `widths` of each,
-    then their gates; pasts as in `HaarOfScales` → the coefficients ⊙ silu(gates), (B, T, Σw)."""
-    if both.size(2) != 2 * sum(widths) or not takes(both, *pasts):
+def weighted_sum_by_library(terms: Sequence[tuple[Tensor | float, Tensor]]) -> Tensor | None:
+    """Σ weight · x, in fp32: x (…) of one shape, the first of them in fp32, a weight a number or a
+    tensor of one in fp32."""
+    first = terms[0][1]
+    if not takes(first) or first.dtype != torch.float32:
         return None
-    return GatedHaar.apply(both, widths, *pasts)
+    weights = [w if isinstance(w, Tensor) else first.new_tensor(w) for w, _ in terms]
+    parts = [x for _, x in terms]
+    fit = all(w.dim() == 0 for w in weights) and all(x.shape == first.shape for x in parts)
+    if not fit or not takes(first, *weights) or not all(takes(x) for x in parts):
+        return None
+    return WeightedSum.apply(len(parts), *parts, *weights)
+
+
+# ===== The associative memory
+
+WIDTHS = (16, 32, 64)  # of keys, that the library has code for
+# Positions from one matrix that is kept for the backward pass to the next. 8, 16 and 32 took the
+# same time; kept matrices take d/16 times the memory of the keys.
+PIECE = 16
+
+
+class Recall(torch.autograd.Function):
+    """`recall` of memory.py without the keys that it remembers."""
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        inputs = tuple(x.contiguous() for x in inputs)
+        query_key, *_, pairs = inputs
+        texts, length, inner = query_key.size(0), query_key.size(1), query_key.size(2) // 2
+        heads, width = pairs.shape[1:3]
+        ctx.sizes = query_key.dtype == torch.bfloat16, width, texts, heads, length, PIECE
+        out = query_key.new_empty(texts, length, inner)
+        after = torch.empty_like(pairs)
+        kept = []  # what was read, and matrices on the way
+        if any(ctx.needs_input_grad):
+            pieces = -(-length // PIECE)
+            kept = [
+                pairs.new_empty(texts, length, inner),
+                pairs.new_empty(texts, heads, pieces, width, width),
+            ]
+        tensors = places(*inputs, out, after, *kept)
+        LIBRARY.get().recall(*ctx.sizes, *tensors, *[None] * (2 - len(kept)))
+        ctx.save_for_backward(*inputs[:-1], *kept)
+        return out, after
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_out: Tensor, of_after: Tensor):
+        *inputs, reads, marks = ctx.saved_tensors
+        query_key, value_gate, rates, taps, keys = inputs
+        of_taps = taps.new_empty(len(query_key), *taps.shape)  # of each text
+        of_inputs = [torch.empty_like(x) for x in (query_key, value_gate, rates)]
+        of_inputs += [of_taps, torch.empty_like(keys), torch.empty_like(of_after)]
+        of_results = of_out.contiguous(), of_after.contiguous()
+        tensors = places(*inputs, reads, marks, *of_results, *of_inputs)
+        LIBRARY.get().recall_backward(*ctx.sizes, *tensors)
+        of_inputs[3] = of_taps.sum(0)
+        return tuple(of_inputs)
+
+
+def recall_by_library(
+    query_key: Tensor, value_gate: Tensor, rates: Tensor, taps: Tensor, keys: Tensor, pairs: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """`recall` of memory.py, from query_key, value_gate (B, T, 2·heads·d), rates (B, T, 2·heads),
+    taps (2, 4, heads·d), and of the text before the last keys (B, 3, 2·heads·d) and the matrix (B,
+    heads, d, d) → what was read, gated, (B, T, heads·d), and the matrix after the text. All but the
+    first two are in fp32."""
+    if pairs.size(-1) not in WIDTHS or not (takes(query_key, value_gate)):
+        return None
+    if not takes(rates, taps, keys, pairs) or rates.dtype != torch.float32:
+        return None
+    texts, length, both = query_key.shape
+    heads = pairs.size(1)
+    sizes = {
+        value_gate: query_key.shape, rates: (texts, length, 2 * heads), taps: (2, 4, both // 2),
+        keys: (texts, 3, both), pairs: (texts, heads, both // 2 // heads, both // 2 // heads),
+    }  # fmt: skip
+    if any(tensor.shape != size for tensor, size in sizes.items()):
+        return None
+    return Recall.apply(query_key, value_gate, rates, taps, keys, pairs)

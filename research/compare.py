@@ -61,6 +61,7 @@ from training.profiling import peak_memory
 from training.record import environment
 
 CURVE_POINTS = 10  # measurements on validation during a run
+LONG_WINDOW = 4096  # tokens, of networks that read as long a text as they are given
 CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
 RATES = (0.5, 1.0, 2.0)  # learning rates tried first, in units of the contestant's own
 MOST_RATES = 6  # tried for one contestant
@@ -110,6 +111,7 @@ def data_digest(corpus: Corpus, batch: int, bf16: bool = False) -> str:
         corpus.test.digest,
         corpus.tokenizer.fingerprint,
         batch,
+        "read_on",  # results have this figure
         *(["bf16"] if bf16 else []),
     ]
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
@@ -173,12 +175,30 @@ def train_and_measure(
     } | (final_figures(model, corpus) if spec.final else {})  # fmt: skip
 
 
+def read_on(model: nn.Module, corpus: Corpus, split: str) -> float:
+    """Bits per byte of a whole split that is read as each network best reads a long text: on and
+    on with its state (ours), in long windows (others without a longest text), or in windows of
+    block_size of which each begins a quarter after the one before it and scores its last quarter,
+    which takes four times as long as windows side by side."""
+    file = getattr(corpus, split)
+    model.eval()
+    longest = getattr(model, "longest", None)
+    if longest is not None:
+        nats = score(model, file.tokens, longest, longest // 4, "window")
+    elif hasattr(model, "start"):
+        nats = score(model, file.tokens, 0, 0, "stream")
+    else:
+        nats = score(model, file.tokens, LONG_WINDOW, LONG_WINDOW, "window")
+    return figures(nats, len(file.tokens), file.scored_bytes, 1)["bits_per_byte"]
+
+
 def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:
     """Bits per byte of the whole splits that were not trained on."""
-    return {
-        f"{split}_bits_per_byte": bits_per_byte(model, corpus, split)
-        for split in ("validation", "test")
-    }
+    found = {}
+    for split in ("validation", "test"):
+        found[f"{split}_bits_per_byte"] = bits_per_byte(model, corpus, split)
+        found[f"{split}_read_on"] = read_on(model, corpus, split)
+    return found
 
 
 # ===== The table
@@ -223,7 +243,10 @@ def contestants_table(results: Sequence[dict[str, Any]]) -> str:
         first = group[0]
         body = first["parameters"] - first["embedding_parameters"]
         tokens = sum(r["tokens"] for r in group) / len(group)
-        values = [[r[f"{split}_bits_per_byte"] for r in group] for split in ("validation", "test")]
+        names = [
+            f"{s}_{kind}" for kind in ("bits_per_byte", "read_on") for s in ("validation", "test")
+        ]
+        values = [[r[name] for r in group] for name in names]
         rows.append(
             (
                 sum(values[0]) / len(group),
@@ -241,7 +264,7 @@ def contestants_table(results: Sequence[dict[str, Any]]) -> str:
         )
     header = [
         "model", "parameters", "+ embeddings", "optimizer, lr", "tokens", "tokens/s", "MiB",
-        "validation bits/byte", "test bits/byte (runs)",
+        "validation bits/byte", "test bits/byte", "validation, read on", "test, read on (runs)",
     ]  # fmt: skip
     return markdown_table(header, [row for _, row in sorted(rows)])
 
@@ -508,7 +531,9 @@ def section_of(
         f" {machine['torch']}, {machine['machine']}.\n{args.minutes:g} minutes of CPU time each, as"
         f" steps that were timed in turn, one thread, {precision}; SentencePiece {args.vocab_size},"
         f" windows of {args.block_size}, {args.batch} in a step; measured in such windows side by"
-        " side over whole splits. Mean ± sample standard deviation (runs)."
+        " side over whole splits, and read on: ours with its state, others without a longest text"
+        f" in windows of {LONG_WINDOW}, a Transformer in windows that begin a quarter after each"
+        " other and score their last quarter. Mean ± sample standard deviation (runs)."
         f" {chosen}\n\n{contestants_table(results)}\n"
     ) + tried_rates
 

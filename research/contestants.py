@@ -53,7 +53,7 @@ def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner:
     """Rotary positions, RMSNorm, SwiGLU; heads of 32 channels; with a table of n-grams where the
     config has one."""
     library = transformers_library()
-    return Foreign(
+    network = Foreign(
         library.LlamaForCausalLM(
             library.LlamaConfig(
                 vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
@@ -65,6 +65,8 @@ def build_llama(config: Config, vocab_size: int, width: int, layers: int, inner:
         vocab_size,
         ngram_table(config, width),
     )  # fmt: skip
+    network.longest = config.block_size
+    return network
 
 
 def build_mamba2(config: Config, vocab_size: int, width: int, layers: int) -> Foreign:
@@ -107,12 +109,12 @@ RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/r
 OWN = {
     # best-small's memory, of two heads, in each block, and no wavelet: what that adds
     "delta-ngrams": (
-        partial(build_delta_net, width=128, layers=2, inner=448),
+        partial(build_delta_net, width=128, layers=2, inner=464, taps=4),
         MUON | {"ngram_slots": 21000, "recall_heads": 2},
     ),
     # of llama-muon-ngrams-2's size, with what makes it faster and better
     "transformer-ngrams": (
-        partial(build_transformer, width=128, layers=2, inner=384),
+        partial(build_transformer, width=128, layers=2, inner=384, taps=4),
         MUON | {"ngram_slots": 21000},
     ),
 }

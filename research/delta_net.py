@@ -1,6 +1,7 @@
 """The gated delta rule without a wavelet: compare.py trains it beside ours to see what that adds.
 
-    ids → embedding (+ n-grams) → [ x + memory(norm(x)), x + MLP(norm(x)) ] × layers → norm → head
+    ids → embedding (+ n-grams)
+        → [ x + memory(norm(x)), x + MLP(filter(norm(x))) ] × layers → norm → head
 
 The memory is ours (layers/memory.py), here the only way that a block looks back.
 
@@ -22,13 +23,13 @@ class DeltaBlock(OpponentBlock):
 
 
 def build_delta_net(
-    config: Config, vocab_size: int, width: int, layers: int, inner: int
+    config: Config, vocab_size: int, width: int, layers: int, inner: int, taps: int
 ) -> BlockOpponent:
     """So many blocks of the width `width`, with an MLP of `inner` channels; config: the memory's
     heads and width, and a table of n-grams if it has one."""
     config = config.model_copy(update={"C": width})
 
     def block() -> DeltaBlock:
-        return DeltaBlock(width, inner, AssociativeMemory(config))
+        return DeltaBlock(width, inner, taps, AssociativeMemory(config))
 
     return BlockOpponent(config, vocab_size, layers, block)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from config import Config
+from layers.lags import ShortFilter
 from layers.loss import linear_cross_entropy
 from layers.memory import NgramEmbedding
 from model import SquaredReLU
@@ -23,6 +24,8 @@ class Opponent(nn.Module, ABC):
     """A causal language model with the interface of ours: forward → (logits, state), loss → (loss,
     state). It has `token_embedding`, `lm_head`, and `ngrams`, a table beside its embedding or
     None."""
+
+    longest: int | None = None  # tokens of the longest text that it reads; None: any text
 
     @abstractmethod
     def body(self, e: Tensor) -> Tensor:
@@ -48,14 +51,17 @@ class Opponent(nn.Module, ABC):
 
 
 class OpponentBlock(nn.Module):
-    """x + mixing(norm(x)), then x + MLP(norm(x)), an MLP of squared ReLU."""
+    """x + mixing(norm(x)), then x + MLP(filter(norm(x))), a short causal filter as ours has before
+    an MLP of squared ReLU."""
 
-    def __init__(self, width: int, inner: int, mixing: nn.Module):
-        """mixing: how the block looks back, (B, T, C) → (B, T, C); its last map is `output`."""
+    def __init__(self, width: int, inner: int, taps: int, mixing: nn.Module):
+        """mixing: how the block looks back, (B, T, C) → (B, T, C); its last map is `output`. taps:
+        positions that the filter reads."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width, bias=False)
         self.norm2 = nn.LayerNorm(width, bias=False)
         self.mixing = mixing
+        self.filter = ShortFilter(width, taps)
         self.up = nn.Linear(width, inner, bias=False)
         self.activation = SquaredReLU()
         self.down = nn.Linear(inner, width, bias=False)
@@ -69,7 +75,9 @@ class OpponentBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) → (B, T, C)."""
         x = x + self.mix(self.norm1(x))
-        return x + self.down(self.activation(self.up(self.norm2(x))))
+        h = self.norm2(x)
+        h, _ = self.filter(h, self.filter.start(h.size(0), h))
+        return x + self.down(self.activation(self.up(h)))
 
 
 class BlockOpponent(Opponent):

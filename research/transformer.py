@@ -1,7 +1,7 @@
 """A Transformer written out with what helps a small one: compare.py trains it beside ours.
 
     ids → embedding (+ n-grams)
-        → [ x + attention(norm(x)), x + MLP(norm(x)) ] × layers → norm → head
+        → [ x + attention(norm(x)), x + MLP(filter(norm(x))) ] × layers → norm → head
 
 Heads with rotary positions (Su et al., "RoFormer", 2021), queries and keys of one length (Henry et
 al., "Query-key normalization", 2020), an MLP of squared ReLU. A step of it takes less of a CPU than
@@ -74,13 +74,15 @@ class Attention(nn.Module):
 
 
 def build_transformer(
-    config: Config, vocab_size: int, width: int, layers: int, inner: int
+    config: Config, vocab_size: int, width: int, layers: int, inner: int, taps: int
 ) -> BlockOpponent:
     """So many blocks of the width `width`, with an MLP of `inner` channels; config: the longest
     text, and a table of n-grams if it has one."""
     config = config.model_copy(update={"C": width})
 
     def block() -> OpponentBlock:
-        return OpponentBlock(width, inner, Attention(width, config.block_size))
+        return OpponentBlock(width, inner, taps, Attention(width, config.block_size))
 
-    return BlockOpponent(config, vocab_size, layers, block)
+    network = BlockOpponent(config, vocab_size, layers, block)
+    network.longest = config.block_size
+    return network

@@ -7,7 +7,7 @@ from helpers import VOCAB, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layers import passes
-from layers.lags import CausalFilter, HaarOfScales, levels_of
+from layers.lags import CausalFilter, haar_of_scales, haar_state, torch_haar_state
 from layers.loss import linear_cross_entropy
 from model import build_model
 
@@ -93,44 +93,91 @@ def test_a_filter_gives_what_torch_gives_and_its_gradients(taps, length, width):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "length, widths", [(37, (5, 16, 20, 3)), (3, (32,) * 5), (64, (17, 1)), (1, (7, 9)), (9, (4,))]
+    "length, widths", [(37, (5, 16, 20, 3)), (3, (32,) * 5), (64, (17, 1)), (1, (7, 9))]
 )
 def test_the_gated_wavelet_gives_what_torch_gives_and_its_gradients(kind, length, widths):
     """Also of texts that are shorter than a level's lag, and of widths of all kinds."""
     torch.manual_seed(length)
-    given = [torch.randn(3, length, 2 * sum(widths))]
-    given += [torch.randn(3, lag, columns) for lag, _, columns in levels_of(widths)]
+    positions = 2 ** (len(widths) - 1) - 1
+    given = [torch.randn(3, length, 2 * sum(widths)), torch.randn(3, positions, sum(widths))]
     weights = torch.randn(3, length, sum(widths))
 
     def all_of(function, kind):
         inputs = [x.to(kind).requires_grad_() for x in given]
-        out = function(inputs[0], widths, inputs[1:])
+        out = function(*inputs, widths)
         return [out, *torch.autograd.grad((out * weights.to(kind)).sum(), inputs)]
 
-    def by_torch(both, widths, pasts):
+    def by_torch(both, before, widths):
         values, gates = both.chunk(2, dim=-1)
-        return HaarOfScales.apply(values, widths, *pasts) * F.silu(gates)
+        return haar_of_scales(values, before, widths) * F.silu(gates)
 
     ours = all_of(passes.gated_haar_by_library, kind)
     # against fp32: torch rounds to bf16 between the wavelet and the gates besides
     assert all_near(ours, all_of(by_torch, torch.float32), kind)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 14, 15, 16, 40])
+def test_what_the_wavelet_remembers_is_what_torch_remembers_with_its_gradients(length):
+    torch.manual_seed(length)
+    given = [torch.randn(2, length, 6), *(torch.randn(2, 2**level, 6) for level in range(4))]
+    given = [x.requires_grad_() for x in given]
+    weights = [torch.randn(2, 2**level, 6) for level in range(4)]
+
+    def all_of(function):
+        after = function(given[0], given[1:])
+        total = sum((x * w).sum() for x, w in zip(after, weights, strict=True))
+        return [*after, *torch.autograd.grad(total, given)]
+
+    assert all_near(all_of(haar_state), all_of(torch_haar_state), torch.float32)
+
+
+# ===== Squared ReLU, and sums of the residual stream
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_squared_relu_gives_what_torch_gives_and_its_gradient(kind):
+    torch.manual_seed(0)
+    x = torch.randn(5, 77).to(kind).requires_grad_()
+    weights = torch.randn(5, 77).to(kind)
+    ours, expected = passes.squared_relu_by_library(x), F.relu(x).square()
+    assert near(ours, expected, kind)
+    of_ours, of_expected = (torch.autograd.grad((y * weights).sum(), x) for y in (ours, expected))
+    assert all_near(of_ours, of_expected, kind)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3000, 3)])
+def test_a_weighted_sum_gives_what_torch_gives_and_its_gradients(shape):
+    torch.manual_seed(0)
+    parts = [torch.randn(shape), torch.randn(shape).bfloat16(), torch.randn(shape)]
+    weights = [torch.tensor(0.5), torch.tensor(-2.0)]
+    given = [x.requires_grad_() for x in (*parts, *weights)]
+    wanted = torch.randn(shape)
+
+    def all_of(total):
+        return [total, *torch.autograd.grad((total * wanted).sum(), given)]
+
+    terms = list(zip([*weights, 1.0], parts, strict=True))
+    ours = all_of(passes.weighted_sum_by_library(terms))
+    expected = all_of(sum(weight * x.float() for weight, x in terms))
+    for got, want in zip(ours, expected, strict=True):
+        assert got.dtype == want.dtype
+        assert near(got, want, got.dtype)
+
+
 def test_the_result_does_not_depend_on_the_number_of_threads():
     torch.manual_seed(0)
-    both, widths = torch.randn(5, 20, 2 * 40), (10, 30)
-    pasts = [torch.randn(5, 1, 40)]
-    x, taps = torch.randn(5, 23, 40, requires_grad=True), torch.randn(4, 40, requires_grad=True)
+    given = [torch.randn(5, 2000, 2 * 40), torch.randn(5, 1, 40), torch.randn(5, 2003, 40)]
+    given = [x.requires_grad_() for x in (*given, torch.randn(4, 40), torch.tensor(0.3))]
 
     def all_of(threads):
         torch.set_num_threads(threads)
-        inputs = both.clone().requires_grad_()
-        mixed = passes.gated_haar_by_library(inputs, widths, pasts)
-        filtered = passes.filter_by_library(x, taps)
+        both, before, x, taps, weight = given
+        mixed = passes.gated_haar_by_library(both, before, (10, 30))
+        filtered = passes.squared_relu_by_library(passes.filter_by_library(x, taps))
+        total = passes.weighted_sum_by_library([(weight, mixed), (1.0, filtered)])
         logits, targets = logits_and_targets(torch.bfloat16)
         nats = passes.errors_by_library(logits, targets)
-        gradients = torch.autograd.grad(mixed.sum() + filtered.square().sum(), [inputs, x, taps])
-        return [mixed, filtered, logits, nats, *gradients]
+        return [total, logits, nats, *torch.autograd.grad(total.square().sum(), given)]
 
     before = torch.get_num_threads()
     try:
@@ -150,11 +197,19 @@ def test_it_takes_what_it_can_read_and_nothing_else():
         assert passes.filter_by_library(wrong, taps) is None
     assert passes.filter_by_library(x, taps[:, :1]) is None  # taps that all channels share
     both, widths = torch.randn(2, 8, 2 * 5), (2, 3)
-    past = torch.randn(2, 1, 5)
-    assert passes.gated_haar_by_library(both, widths, [past]) is not None
-    for wrong in (past.double(), past.to("meta"), past.bfloat16()):
-        assert passes.gated_haar_by_library(both, widths, [wrong]) is None
-    assert passes.gated_haar_by_library(both[..., :9], widths, [past]) is None
+    before = torch.randn(2, 1, 5)
+    assert passes.gated_haar_by_library(both, before, widths) is not None
+    for wrong in (before.double(), before.to("meta"), before.bfloat16(), before[:1]):
+        assert passes.gated_haar_by_library(both, wrong, widths) is None
+    assert passes.gated_haar_by_library(both[..., :9], before, widths) is None
+    terms = [(torch.tensor(2.0), x), (1.0, x)]
+    assert passes.weighted_sum_by_library(terms) is not None
+    for wrong in (x.double(), x.half(), x.to("meta"), x[:1]):
+        assert passes.weighted_sum_by_library([*terms, (1.0, wrong)]) is None
+    for wrong in (taps, torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0).bfloat16()):
+        assert passes.weighted_sum_by_library([(wrong, x), *terms]) is None
+    assert passes.weighted_sum_by_library([(1.0, x.bfloat16()), *terms]) is None
+    assert passes.squared_relu_by_library(x.double()) is None
     logits, targets = logits_and_targets(torch.float32)
     assert passes.errors_by_library(logits.half(), targets) is None
     assert passes.errors_by_library(logits[:, ::2], targets) is None
@@ -165,7 +220,7 @@ def narrow() -> dict:
     return {
         "wavelet_mode": "haar", "decompose_bypass": False, "low_rank": 0,
         "mixer_gate_input": "stream", "cross_scale_gating": False, "mlp_taps": 4,
-        "recall_heads": 1, "recall_dim": 16, "levels": 2,
+        "recall_heads": 1, "recall_dim": 16, "levels": 2, "mlp_activation": "relu2",
         "per_scale_mixer_widths": [0.25, 0.5, 0.25],
     }  # fmt: skip
 

@@ -75,6 +75,7 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
             "peak_memory_mib": 100.0, "curve": [[0.1, 500, 3.0], [0.2, 1000, bits]],
             "chosen_by": bits,
             "validation_bits_per_byte": bits, "test_bits_per_byte": bits,
+            "validation_read_on": bits, "test_read_on": bits,
             "environment": {"date": "2026-01-01", "commit": "c", "torch": "2", "machine": "m"},
         }  # fmt: skip
         spec.path(tmp_path, "data", 256).write_text(json.dumps(result))
@@ -170,6 +171,33 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     )
     assert result["curve"][-1][2] < result["curve"][0][2]
     assert 0 < result["test_bits_per_byte"] < 8
+    assert abs(result["test_read_on"] - result["test_bits_per_byte"]) < 0.5
+
+
+@pytest.mark.parametrize("longest", [None, 8])
+def test_reading_on_scores_each_token_once(tmp_path, longest):
+    """A network that looks back at nothing has the same figure however the text is cut."""
+    (tmp_path / "tale.txt").write_text("The bears met 13 foxes.\n" * 40)
+    keys = {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}
+    corpus = prepare(make_config(SMALL | keys, "test"), lambda line: None)
+
+    class Blind(torch.nn.Module):
+        block_size = 8
+        vocab_size = corpus.vocab_size
+
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Embedding(self.vocab_size, self.vocab_size)
+            self.longest = longest
+
+        def forward(self, ids, state):
+            assert longest is None or ids.size(1) <= longest
+            return self.logits(ids), None
+
+    torch.manual_seed(0)
+    model = Blind()
+    expected = compare.bits_per_byte(model, corpus, "validation")
+    assert compare.read_on(model, corpus, "validation") == pytest.approx(expected)
 
 
 def test_a_model_nobody_knows_is_a_clear_error():
