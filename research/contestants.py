@@ -107,10 +107,10 @@ RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/r
 # Builder, and keys of its config. Widths are such that each has about 1 million parameters besides
 # embedding and head (4 million with -4m), like RELEASED.
 OWN = {
-    # best-small's memory, of two heads, in each block, and no wavelet: what that adds
+    # best-small's memory in each block, of four heads in place of two and a wavelet: what that adds
     "delta-ngrams": (
-        partial(build_delta_net, width=128, layers=2, inner=464, taps=4),
-        MUON | {"ngram_slots": 21000, "recall_heads": 2},
+        partial(build_delta_net, width=128, layers=2, inner=300, taps=4),
+        MUON | {"ngram_slots": 21000, "recall_heads": 4},
     ),
     # of llama-muon-ngrams-2's size, with what makes it faster and better
     "transformer-ngrams": (
