@@ -368,10 +368,15 @@ void add_weighted(int64_t count, float weight, const T* x, bool first, float* ou
   }
 }
 
-// The gradient of x, and returned that of its weight.
+// The gradient of x, and returned that of its weight: 0 where x is null, for a constant one.
 template <class T>
 float add_weighted_backward(int64_t count, float weight, const T* x, const float* of_out, T* of_x) {
   float of_weight = 0;
+  if (!x) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) put(weight * of_out[i], of_x + i);
+    return 0;
+  }
 #pragma omp simd reduction(+ : of_weight)
   for (int64_t i = 0; i < count; i++) {
     of_weight += of_out[i] * number(x[i]);
@@ -838,7 +843,7 @@ void weighted_sum(int64_t count, int64_t parts, const int64_t* bf16, const float
   }
 }
 
-// of_weights (parts).
+// of_weights (parts). x: null for a part whose weight is constant.
 void weighted_sum_backward(int64_t count, int64_t parts, const int64_t* bf16,
                            const float* const* weights, const void* const* x, const float* of_out,
                            void* const* of_x, float* of_weights) {
@@ -850,8 +855,9 @@ void weighted_sum_backward(int64_t count, int64_t parts, const int64_t* bf16,
     for (int64_t i = 0; i < parts; i++) {
       const auto back = [&](auto type) {
         using T = decltype(type);
-        return add_weighted_backward(some, *weights[i], static_cast<const T*>(x[i]) + at,
-                                     of_out + at, static_cast<T*>(of_x[i]) + at);
+        const T* given = static_cast<const T*>(x[i]);
+        return add_weighted_backward(some, *weights[i], given ? given + at : nullptr, of_out + at,
+                                     static_cast<T*>(of_x[i]) + at);
       };
       of_piece[piece * parts + i] = bf16[i] ? back(uint16_t()) : back(float());
     }

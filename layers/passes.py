@@ -194,39 +194,38 @@ class WeightedSum(torch.autograd.Function):
     """Σ_i weights_i · parts_i, in fp32."""
 
     @staticmethod
-    def sizes_and_places(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list:
-        """What both of the library's functions begin with."""
-        kinds = [part.dtype == torch.bfloat16 for part in parts]
-        return [
-            parts[0].numel(),
-            len(parts),
-            array(ctypes.c_int64, kinds),
-            array(ctypes.c_void_p, places(*weights)),
-            array(ctypes.c_void_p, places(*parts)),
-        ]
-
-    @staticmethod
     def forward(ctx, count: int, *inputs: Tensor) -> Tensor:
         """inputs: `count` parts of one shape, then as many weights, each a number."""
         parts, weights = [x.contiguous() for x in inputs[:count]], inputs[count:]
-        ctx.save_for_backward(*parts, *weights)
+        # a part is of use to the gradient of its weight alone
+        learned = ctx.needs_input_grad[1 + count :]
+        kept = [part if wanted else None for part, wanted in zip(parts, learned, strict=True)]
+        ctx.save_for_backward(*kept, *weights)
+        ctx.likes = [(part.shape, part.dtype) for part in parts]
+        ctx.sizes = parts[0].numel(), count
+        ctx.kinds = array(ctypes.c_int64, [part.dtype == torch.bfloat16 for part in parts])
         out = torch.empty_like(parts[0], dtype=torch.float32)
-        given = WeightedSum.sizes_and_places(parts, weights)
-        LIBRARY.get().weighted_sum(*given, out.data_ptr())
+        arrays = (array(ctypes.c_void_p, places(*some)) for some in (weights, parts))
+        LIBRARY.get().weighted_sum(*ctx.sizes, ctx.kinds, *arrays, out.data_ptr())
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_out: Tensor):
-        saved = ctx.saved_tensors
-        parts, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        count, saved = ctx.sizes[1], ctx.saved_tensors
+        parts, weights = saved[:count], saved[count:]
         of_out = of_out.contiguous()
-        of_parts = [torch.empty_like(part) for part in parts]
-        of_weights = of_out.new_empty(len(parts))
-        wanted = array(ctypes.c_void_p, places(*of_parts))
-        given = WeightedSum.sizes_and_places(parts, weights)
+        of_parts = [of_out.new_empty(shape, dtype=kind) for shape, kind in ctx.likes]
+        of_weights = of_out.new_empty(count)
+        given = [None if part is None else part.data_ptr() for part in parts]
         LIBRARY.get().weighted_sum_backward(
-            *given, of_out.data_ptr(), wanted, of_weights.data_ptr()
+            *ctx.sizes,
+            ctx.kinds,
+            array(ctypes.c_void_p, places(*weights)),
+            array(ctypes.c_void_p, given),
+            of_out.data_ptr(),
+            array(ctypes.c_void_p, places(*of_parts)),
+            of_weights.data_ptr(),
         )
         return None, *of_parts, *of_weights.unbind()
 
