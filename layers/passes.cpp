@@ -412,21 +412,60 @@ void transpose(const float* from, float* to) {
     for (int j = 0; j < D; j++) to[j * D + i] = from[i * D + j];
 }
 
-// What one position does to the matrix: `next` from r, and u. Both may be the same memory.
-template <int D>
-void advance(const float* r, const float* k, const float* v, float alpha, float beta, float* u,
-             float* next) {
-  float found[D] = {};  // S k
-  for (int j = 0; j < D; j++) {
-#pragma omp simd
-    for (int i = 0; i < D; i++) found[i] += k[j] * r[j * D + i];
+// LANES numbers that the compiler keeps in a register, or in two of them, wherever they lie.
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef float LanesAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const LanesAnywhere*>(from); }
+inline void store(Lanes x, float* to) { *reinterpret_cast<LanesAnywhere*>(to) = x; }
+
+// Sums of D numbers that terms are added to in turn. A sum waits for the one before it, so there
+// are several chains of them, as many as there are registers for, which come together at the end.
+template <int D, int CHAINS>
+struct Sums {
+  static constexpr int N = D / LANES;
+  Lanes parts[CHAINS][N] = {};
+  void put(float* to) const {
+    for (int n = 0; n < N; n++) {
+      Lanes sum = parts[0][n];
+      for (int c = 1; c < CHAINS; c++) sum += parts[c][n];
+      store(sum, to + n * LANES);
+    }
   }
+};
+
+// What one position does to the matrix: `next` from r, and u. Both may be the same memory. With a
+// query q, also what it reads of `next`.
+template <int D, bool READS>
+void advance(const float* r, const float* k, const float* v, float alpha, float beta, float* u,
+             float* next, const float* q = nullptr, float* read = nullptr) {
+  constexpr int N = D / LANES, CHAINS = 4;
+  alignas(64) float found[D];  // S k
+  Sums<D, CHAINS> of_key;
+  for (int j = 0; j < D; j += CHAINS) {
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; c++)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++)
+        of_key.parts[c][n] += k[j + c] * load(r + (j + c) * D + n * LANES);
+  }
+  of_key.put(found);
 #pragma omp simd
   for (int i = 0; i < D; i++) u[i] = beta * (v[i] - alpha * found[i]);
-  for (int j = 0; j < D; j++) {
-#pragma omp simd
-    for (int i = 0; i < D; i++) next[j * D + i] = alpha * r[j * D + i] + k[j] * u[i];
+  Sums<D, CHAINS> of_query;
+  for (int j = 0; j < D; j += CHAINS) {
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; c++) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        const int place = (j + c) * D + n * LANES;
+        const Lanes changed = alpha * load(r + place) + k[j + c] * load(u + n * LANES);
+        store(changed, next + place);
+        if (READS) of_query.parts[c][n] += q[j + c] * changed;
+      }
+    }
   }
+  if (READS) of_query.put(read);
 }
 
 // The sizes of a call: texts, heads, positions, and from one kept matrix to the next.
@@ -519,12 +558,8 @@ void recall(const Memory& m, const Head<D, T>& h, const float* before, T* out, f
     filtered_unit<D>(keys.data() + t * D, h.key_taps, h.inner, k);
     numbers<D>(h.value + t * 2 * h.inner, v);
     const float alpha = sigmoid(-h.forget[t * 2 * m.heads]);  // exp(−softplus)
-    advance<D>(r, k, v, alpha, sigmoid(h.write[t * 2 * m.heads]), u, r);
-    alignas(64) float read[D] = {};
-    for (int j = 0; j < D; j++) {
-#pragma omp simd
-      for (int i = 0; i < D; i++) read[i] += q[j] * r[j * D + i];
-    }
+    alignas(64) float read[D];
+    advance<D, true>(r, k, v, alpha, sigmoid(h.write[t * 2 * m.heads]), u, r, q, read);
     if (reads) std::memcpy(reads + t * h.inner, read, sizeof(read));
     numbers<D>(h.gate + t * 2 * h.inner, gate);
 #pragma omp simd
@@ -587,8 +622,8 @@ void recall_backward(const Memory& m, const Head<D, T>& h, const OfHead<D, T>& o
       numbers<D>(h.value + t * 2 * inner, v.data() + n * D);
       alphas[n] = sigmoid(-h.forget[t * 2 * m.heads]);
       betas[n] = sigmoid(h.write[t * 2 * m.heads]);
-      advance<D>(r, k.data() + n * D, v.data() + n * D, alphas[n], betas[n], us.data() + n * D,
-                 r + D * D);
+      advance<D, false>(r, k.data() + n * D, v.data() + n * D, alphas[n], betas[n],
+                        us.data() + n * D, r + D * D);
     }
     for (int64_t n = count - 1; n >= 0; n--) {
       const int64_t t = start + n;
@@ -609,8 +644,8 @@ void recall_backward(const Memory& m, const Head<D, T>& h, const OfHead<D, T>& o
       }
       alignas(64) float of_u[D] = {};
       alignas(64) float found[D] = {};
+      alignas(64) float along[D] = {};  // sums to Σ g ⊙ r; sums across a register are dear
       alignas(64) float of_query[D], of_key[D];
-      float of_alpha = 0;
       for (int j = 0; j < D; j++) {
         float* gj = g + j * D;
         const float* rj = r + j * D;
@@ -619,16 +654,16 @@ void recall_backward(const Memory& m, const Head<D, T>& h, const OfHead<D, T>& o
           gj[i] += query[j] * of_read[i];
           of_u[i] += key[j] * gj[i];
           found[i] += key[j] * rj[i];
+          along[i] += gj[i] * rj[i];
         }
         of_query[j] = dot<D>(next + j * D, of_read);
-        of_alpha += dot<D>(gj, rj);
       }
       alignas(64) float of_found[D];
-      float of_beta = 0;
+      float of_alpha = 0, of_beta = 0;
 #pragma omp simd reduction(+ : of_beta, of_alpha)
       for (int i = 0; i < D; i++) {
         of_beta += of_u[i] * (value[i] - alpha * found[i]);
-        of_alpha -= beta * of_u[i] * found[i];
+        of_alpha += along[i] - beta * of_u[i] * found[i];
         of_found[i] = -beta * alpha * of_u[i];
         put(beta * of_u[i], of.value + t * 2 * inner + i);
       }
@@ -636,9 +671,14 @@ void recall_backward(const Memory& m, const Head<D, T>& h, const OfHead<D, T>& o
       of.write[t * 2 * m.heads] = of_beta * beta * (1.0f - beta);
       for (int j = 0; j < D; j++) {
         float* gj = g + j * D;
-        of_key[j] = dot<D>(gj, u) + dot<D>(r + j * D, of_found);
-#pragma omp simd
-        for (int i = 0; i < D; i++) gj[i] = alpha * gj[i] + key[j] * of_found[i];
+        const float* rj = r + j * D;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < D; i++) {
+          sum += gj[i] * u[i] + rj[i] * of_found[i];
+          gj[i] = alpha * gj[i] + key[j] * of_found[i];
+        }
+        of_key[j] = sum;
       }
       filtered_unit_backward<D>(queries.data() + t * D, h.query_taps, inner, query, q_scale[n],
                                 of_query, of_queries.data() + t * D, of.query_taps);
