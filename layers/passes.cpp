@@ -77,17 +77,22 @@ float error_of_row(int64_t words, int64_t target, T* row, float* e) {
   float highest = -INFINITY;
 #pragma omp simd reduction(max : highest)
   for (int64_t w = 0; w < words; w++) highest = std::max(highest, number(row[w]));
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t w = 0; w < words; w++) {
-    e[w] = exponential(number(row[w]) - highest);
-    sum += e[w];
+  double sum = 0;  // of pieces: one sum of 50,000 numbers in fp32 would lose digits
+  for (int64_t at = 0; at < words; at += 128) {
+    float piece = 0;
+    const int64_t end = std::min(at + 128, words);
+#pragma omp simd reduction(+ : piece)
+    for (int64_t w = at; w < end; w++) {
+      e[w] = exponential(number(row[w]) - highest);
+      piece += e[w];
+    }
+    sum += piece;
   }
-  const float share = 1.0f / sum;
+  const float share = float(1.0 / sum);
 #pragma omp simd
   for (int64_t w = 0; w < words; w++) put(e[w] * share, row + w);
   put(e[target] * share - 1.0f, row + target);
-  return std::log(sum) + (highest - wanted);
+  return float(std::log(sum)) + (highest - wanted);
 }
 
 template <class T>
