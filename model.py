@@ -729,10 +729,8 @@ def weighted_sum(*terms: tuple[Tensor | float, Tensor]) -> Tensor:
         return done
     (weight, x), *others = terms
     total = weight * x
-    for weight, x in others:
-        total = (
-            torch.addcmul(total, weight, x) if isinstance(weight, Tensor) else total + weight * x
-        )
+    for weight, x in others:  # a number is 1, and a product by it would be a pass over memory
+        total = torch.addcmul(total, weight, x) if isinstance(weight, Tensor) else total + x
     return total
 
 
