@@ -37,7 +37,7 @@ def shape_class(*sizes: int) -> str:
 
 
 class Choices:
-    """What was chosen for one CPU, torch and number of threads, by key."""
+    """What was chosen for one CPU, torch, our own kernels and number of threads, by key."""
 
     def __init__(self, path: Path | None):
         """path: the file to read them from, if it is there, and to write them to at the end of the
@@ -76,7 +76,9 @@ class Choices:
 @functools.cache
 def choices(threads: int) -> Choices:
     """The choices for products by so many threads."""
-    here = f"{cpu_name()} {torch.__version__} {threads}"
+    # Our own kernels are among what was chosen from: others may be faster or slower.
+    kernels = hashlib.sha256(Path(__file__).with_name("cpu_kernels.cpp").read_bytes()).hexdigest()
+    here = f"{cpu_name()} {torch.__version__} {threads} {kernels}"
     name = f"routes-{hashlib.sha256(here.encode()).hexdigest()[:16]}.json"
     try:
         return Choices(cache_folder() / name)
