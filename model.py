@@ -226,8 +226,9 @@ class Haar(nn.Module):
 
     def state_after(self, h: Tensor, before: Tensor) -> BlockState:
         """The state after h (B, T, P), where `before` is what was `joined` before it."""
-        pasts = haar_state(h, before.split(self.longest_lag, dim=1))
-        return {f"lag{level}": past for level, past in enumerate(pasts)}
+        pasts = haar_state(h, before, len(self.longest_lag)).split(self.longest_lag, dim=1)
+        # copies, each of which may be kept without the others
+        return {f"lag{level}": past.clone() for level, past in enumerate(pasts)}
 
     def reconstruct(self, u: Tensor, updates: None = None) -> Tensor:
         """(S, B, T, P) → (B, T, P): cur ← (cur + detail) / √2."""
@@ -723,14 +724,15 @@ def parts_of(config: Config) -> Parts:
 
 
 def weighted_sum(*terms: tuple[Tensor | float, Tensor]) -> Tensor:
-    """Σ weight · x over pairs of a weight, 1 or a tensor of one number, and x (…) of one shape."""
+    """Σ weight · x over pairs of a weight, a number or a tensor of one, and x (…) of one shape."""
     done = weighted_sum_by_library(terms)
     if done is not None:
         return done
     (weight, x), *others = terms
     total = weight * x
-    for weight, x in others:  # a number is 1, and a product by it would be a pass over memory
-        total = torch.addcmul(total, weight, x) if isinstance(weight, Tensor) else total + x
+    for weight, x in others:
+        is_learned = isinstance(weight, Tensor)
+        total = torch.addcmul(total, weight, x) if is_learned else total.add(x, alpha=weight)
     return total
 
 

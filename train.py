@@ -396,7 +396,7 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
         f" {trainer.device}, autocast {trainer.cast}"
     )
     on_cpu = torch.device(trainer.device).type == "cpu"
-    if on_cpu and (reason := passes.LIBRARY.missing()):
+    if on_cpu and not config.compile and (reason := passes.LIBRARY.missing()):
         record.say(f"steps by torch alone, which is slower: {reason}")
     return trainer
 

@@ -9,7 +9,7 @@ Letters as in model.py: B batch, T positions, P channels, J levels, S = J + 1 sc
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -214,13 +214,13 @@ def haar_of_scales(v: Tensor, before: Tensor, widths: tuple[int, ...]) -> Tensor
 
 
 class HaarState(torch.autograd.Function):
-    """`haar_state` by C++ of our own, from what came before as one tensor (B, 2^J − 1, P)."""
+    """`haar_state` by C++ of our own."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, before: Tensor, lags: tuple[int, ...]) -> Tensor:
-        ctx.lags = lags
+    def forward(ctx, h: Tensor, before: Tensor, levels: int) -> Tensor:
+        ctx.levels = levels
         ctx.shapes = h.shape, before.shape
-        return haar_state_by_library(h, before, len(lags))
+        return haar_state_by_library(h, before, levels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -228,23 +228,21 @@ class HaarState(torch.autograd.Function):
         # linear: the gradients are those of any inputs; and rare, for a state is detached
         with torch.enable_grad():
             given = [of_after.new_zeros(shape, requires_grad=True) for shape in ctx.shapes]
-            after = torch.cat(torch_haar_state(given[0], given[1].split(ctx.lags, dim=1)), dim=1)
+            after = torch_haar_state(*given, ctx.levels)
             return *torch.autograd.grad(after, given, of_after), None
 
 
-def haar_state(h: Tensor, pasts: Sequence[Tensor]) -> list[Tensor]:
-    """What a fixed wavelet remembers after h (B, T, P): for each level l the last 2^l inputs of
-    that level (B, 2^l, P), where `pasts` is the same before h."""
+def haar_state(h: Tensor, before: Tensor, levels: int) -> Tensor:
+    """What a fixed wavelet remembers after h (B, T, P): of each level l the last 2^l inputs of that
+    level, one level after the other, (B, 2^J − 1, P), where `before` is the same before h."""
     # What the next positions need of the past are sums of so many positions at the most.
-    h = h[:, 1 - 2 * pasts[-1].size(1) :]
-    before = torch.cat(list(pasts), dim=1)
-    if not takes_haar_state(h, before):
-        return torch_haar_state(h, pasts)
-    lags = tuple(past.size(1) for past in pasts)
-    # copies, each of which may be kept without the others
-    return [past.clone() for past in HaarState.apply(h, before, lags).split(lags, dim=1)]
+    h = h[:, 1 - 2**levels :]
+    if takes_haar_state(h, before, levels):
+        return HaarState.apply(h, before, levels)
+    return torch_haar_state(h, before, levels)
 
 
-def torch_haar_state(h: Tensor, pasts: Sequence[Tensor]) -> list[Tensor]:
+def torch_haar_state(h: Tensor, before: Tensor, levels: int) -> Tensor:
     """`haar_state` by torch."""
-    return list(HaarCoefficients.apply(h, *pasts)[1:])
+    pasts = before.split([2**level for level in range(levels)], dim=1)
+    return torch.cat(HaarCoefficients.apply(h, *pasts)[1:], dim=1)

@@ -9,8 +9,8 @@ from torch import Tensor
 from common.device import autocast_type
 from layers.passes import errors_by_library
 
-# Numbers of logits that are made at a time. On a CPU as many as a cache holds, 16 MB in fp32, or
-# four times as many where that is less than CPU_ROWS rows, since products of few rows take longer.
+# Numbers of logits that are made at a time. On a CPU as many as a cache holds, 16 MB in fp32; where
+# these are fewer than CPU_ROWS rows, of which products take longer, up to four times as many.
 # On a GPU, whose caches hold no piece worth its launches, 1 GiB of them, which is all of a batch of
 # 5,000 tokens and 50,000 words.
 CPU_LOGITS, GPU_LOGITS = 2**22, 2**28
@@ -36,13 +36,16 @@ def rows_filled_up(weight: Tensor, kind: torch.dtype) -> Tensor:
     return filled
 
 
-def errors(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def errors(
+    logits: Tensor, targets: Tensor, vocab_size: int, want_errors: bool
+) -> tuple[Tensor | None, Tensor]:
     """Of logits (N, V or more), which may be overwritten, and targets (N,): softmax less one at
-    each target, in their type, and the nats of each row, (N,) in fp32. Columns from vocab_size on
-    are no words."""
-    nats = errors_by_library(logits, targets) if logits.size(1) == vocab_size else None
-    if nats is not None:
-        return logits, nats
+    each target, in their type, or None if that is not wanted, and the nats of each row, (N,) in
+    fp32. Columns from vocab_size on are no words."""
+    if logits.size(1) == vocab_size:
+        nats = errors_by_library(logits, targets, want_errors)
+        if nats is not None:
+            return logits, nats
     target, kind = targets[:, None], logits.dtype
     logits = logits.float()
     logits[:, vocab_size:] = -math.inf
@@ -51,6 +54,8 @@ def errors(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Te
     softmax = logits.sub_(highest).exp_()
     sums = softmax.sum(1, keepdim=True)
     nats = (sums.log() + (highest - wanted)).squeeze(1)
+    if not want_errors:
+        return None, nats
     error = softmax.div_(sums).scatter_add_(1, target, sums.new_full(target.shape, -1.0))
     return error.to(kind), nats
 
@@ -76,7 +81,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
         for start in range(0, h.size(0), rows):
             part = h_low[start : start + rows]
-            error, nats = errors(part @ w_low.T, targets[start : start + rows], vocab_size)
+            logits = part @ w_low.T
+            error, nats = errors(logits, targets[start : start + rows], vocab_size, want_gradient)
             total += nats.sum()
             if want_gradient:
                 grad_h[start : start + rows] = error @ w_low

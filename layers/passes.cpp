@@ -1,6 +1,7 @@
 // Passes over memory of a training step on a CPU, each made once where torch makes several, as
 // passes.py describes them: the softmax of logits and its error, a causal filter, the fixed Haar
-// wavelet with the gates behind it, and an associative memory, forward and backward.
+// wavelet with the gates behind it and what it remembers, squared ReLU, sums of the residual stream,
+// and an associative memory, forward and backward.
 //
 // Tensors are fp32 or bf16, arithmetic is fp32. Rows and texts are shared out among threads, and
 // what one of them computes does not depend on how many there are.
@@ -70,9 +71,9 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // ===== The loss
 
-// A row of logits becomes softmax − one-hot; returns its nats. e: room for a row.
+// The nats of a row of logits, which with `want_error` becomes softmax − one-hot. e: room for a row.
 template <class T>
-float error_of_row(int64_t words, int64_t target, T* row, float* e) {
+float error_of_row(int64_t words, int64_t target, bool want_error, T* row, float* e) {
   const float wanted = number(row[target]);
   float highest = -INFINITY;
 #pragma omp simd reduction(max : highest)
@@ -88,21 +89,24 @@ float error_of_row(int64_t words, int64_t target, T* row, float* e) {
     }
     sum += piece;
   }
-  const float share = float(1.0 / sum);
+  if (want_error) {
+    const float share = float(1.0 / sum);
 #pragma omp simd
-  for (int64_t w = 0; w < words; w++) put(e[w] * share, row + w);
-  put(e[target] * share - 1.0f, row + target);
+    for (int64_t w = 0; w < words; w++) put(e[w] * share, row + w);
+    put(e[target] * share - 1.0f, row + target);
+  }
   return float(std::log(sum)) + (highest - wanted);
 }
 
 template <class T>
-void error_of_logits(int64_t rows, int64_t words, const int64_t* targets, T* logits, float* nats) {
+void error_of_logits(int64_t rows, int64_t words, bool want_errors, const int64_t* targets,
+                     T* logits, float* nats) {
 #pragma omp parallel
   {
     std::vector<float> e(words);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < rows; n++)
-      nats[n] = error_of_row(words, targets[n], logits + n * words, e.data());
+      nats[n] = error_of_row(words, targets[n], want_errors, logits + n * words, e.data());
   }
 }
 
@@ -314,26 +318,20 @@ void gated_backward(const Sizes& sizes, const T* both, const T* before, const T*
 }
 
 // What `before` is for the text behind one of a fixed wavelet's inputs h (length, width): of each
-// level its last 2^level inputs.
+// level its last 2^level inputs. Of a longer text the last 2^levels − 1 positions are enough.
 void next_before(int64_t length, int64_t levels, int64_t width, const float* h, const float* before,
                  float* after) {
-  // Only so many positions matter: the deepest level's inputs are sums of so many.
-  const int64_t kept = std::min(length, 2 * (int64_t(1) << (levels - 1)) - 1);
-  std::vector<float> u(h + (length - kept) * width, h + length * width);
-  const bool whole = kept == length;
+  std::vector<float> u(h, h + length * width);
   for (int64_t level = 0; level < levels; level++) {
     const int64_t lag = int64_t(1) << level;
     const float* old = before + before_level(level) * width;
     float* now = after + before_level(level) * width;
-    const int64_t fresh = std::min(lag, kept);
+    const int64_t fresh = std::min(lag, length);
     std::memcpy(now, old + fresh * width, (lag - fresh) * width * sizeof(float));
-    std::memcpy(now + (lag - fresh) * width, u.data() + (kept - fresh) * width,
+    std::memcpy(now + (lag - fresh) * width, u.data() + (length - fresh) * width,
                 fresh * width * sizeof(float));
-    // The next level's inputs. Where h was cut off, the first ones lack what was before them, and
-    // are never read.
-    for (int64_t t = kept - 1; t >= 0; t--) {
+    for (int64_t t = length - 1; t >= 0; t--) {  // the next level's inputs
       const float* lagged = t >= lag ? u.data() + (t - lag) * width : old + t * width;
-      if (t < lag && !whole) continue;
       float* to = u.data() + t * width;
 #pragma omp simd
       for (int64_t c = 0; c < width; c++) to[c] = (to[c] + lagged[c]) * HALF_ROOT;
@@ -376,18 +374,17 @@ void add_weighted(int64_t count, float weight, const T* x, bool first, float* ou
 // The gradient of x, and returned that of its weight: 0 where x is null, for a constant one.
 template <class T>
 float add_weighted_backward(int64_t count, float weight, const T* x, const float* of_out, T* of_x) {
-  float of_weight = 0;
-  if (!x) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; i++) put(weight * of_out[i], of_x + i);
-    return 0;
+  for (int64_t i = 0; i < count; i++) put(weight * of_out[i], of_x + i);
+  double of_weight = 0;  // of pieces, as `error_of_row` sums
+  for (int64_t at = 0; x && at < count; at += 128) {
+    float piece = 0;
+    const int64_t end = std::min(at + 128, count);
+#pragma omp simd reduction(+ : piece)
+    for (int64_t i = at; i < end; i++) piece += of_out[i] * number(x[i]);
+    of_weight += piece;
   }
-#pragma omp simd reduction(+ : of_weight)
-  for (int64_t i = 0; i < count; i++) {
-    of_weight += of_out[i] * number(x[i]);
-    put(weight * of_out[i], of_x + i);
-  }
-  return of_weight;
+  return float(of_weight);
 }
 
 // ===== The associative memory: the gated delta rule, as memory.py states it
@@ -758,11 +755,11 @@ extern "C" {
 
 // bf16: whether tensors without a type here are bf16; else they are fp32.
 
-// logits (rows, words) become softmax − one-hot; nats (rows).
-void error_of_logits(int64_t bf16, int64_t rows, int64_t words, const int64_t* targets,
-                     void* logits, float* nats) {
+// logits (rows, words) become softmax − one-hot, with want_errors; nats (rows).
+void error_of_logits(int64_t bf16, int64_t rows, int64_t words, int64_t want_errors,
+                     const int64_t* targets, void* logits, float* nats) {
   const auto all = [=](auto type) {
-    error_of_logits(rows, words, targets, static_cast<decltype(type)*>(logits), nats);
+    error_of_logits(rows, words, want_errors, targets, static_cast<decltype(type)*>(logits), nats);
   };
   bf16 ? all(uint16_t()) : all(float());
 }

@@ -1,9 +1,13 @@
-"""Passes over memory that a small network's training step on a CPU consists of, by C++ of our own
-(passes.cpp): one pass where torch makes several. Each function here returns None where the library
-does not take its inputs; what torch makes of them stands beside its callers in loss.py and lags.py.
+"""What a small network's training step on a CPU does beside its products, by C++ of our own
+(passes.cpp): one pass over memory where torch makes several.
 
-Letters: B batch, T positions, N positions of all texts, P channels, J levels, Σw columns of all
-scales, d width of a key, V vocabulary.
+Functions whose names end with `_by_library` return None where the library does not take their
+inputs (for `haar_state_by_library`, `takes_haar_state` says so); what torch then makes stands with
+their callers in loss.py, lags.py, memory.py and model.py. Gradients are of first order: nothing
+here can be differentiated twice, or by torch.func.
+
+Letters: B batch, T positions, N positions of all texts, P channels, K taps, J levels, Σw columns of
+all scales, d width of a key, V vocabulary.
 """
 
 import ctypes
@@ -19,7 +23,7 @@ from common.native import NativeLibrary
 def declare(library: ctypes.CDLL) -> None:
     """Gives each function its arguments' types: so many sizes, then so many addresses."""
     counts = {
-        "error_of_logits": (3, 3), "causal_filter": (4, 3), "causal_filter_backward": (4, 5),
+        "error_of_logits": (4, 3), "causal_filter": (4, 3), "causal_filter_backward": (4, 5),
         "gated_haar": (5, 4), "gated_haar_backward": (5, 6), "haar_state": (4, 3),
         "squared_relu": (2, 2), "squared_relu_backward": (2, 3),
         "weighted_sum": (2, 4), "weighted_sum_backward": (2, 6),
@@ -35,54 +39,62 @@ LIBRARY = NativeLibrary(Path(__file__).with_suffix(".cpp"), declare)
 TYPES = (torch.float32, torch.bfloat16)  # that the library has code for
 
 
+def plain(x: Tensor) -> bool:
+    """Whether x has an address in this process's memory: it is no stand-in for a tensor."""
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu"
+
+
 def takes(*inputs: Tensor) -> bool:
-    """Whether the library can be given these tensors' addresses: no stand-in for a tensor, one of
-    another type or place may get there."""
+    """Whether the library can be given these tensors: all of one type that it has code for, and
+    none empty."""
     return (
         not torch.compiler.is_compiling()
-        and all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in inputs)
+        and all(map(plain, inputs))
         and inputs[0].dtype in TYPES
         and all(x.dtype == inputs[0].dtype and x.numel() > 0 for x in inputs)
         and LIBRARY.get() is not None
     )
 
 
-def places(*tensors: Tensor) -> list[int]:
-    """The addresses of tensors."""
-    return [tensor.data_ptr() for tensor in tensors]
+def call(function: str, *arguments: int | Tensor | ctypes.Array | None) -> None:
+    """Calls the library. It is given tensors' addresses, and they live until it has returned."""
+    given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    getattr(LIBRARY.get(), function)(*given)
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """An array of C's of the addresses of tensors, which must live as long as it is used."""
+    return array(ctypes.c_void_p, [None if x is None else x.data_ptr() for x in tensors])
 
 
 def array(kind: type, values: Sequence) -> ctypes.Array:
-    """An array of C's, of addresses or whole numbers."""
+    """An array of C's."""
     return (kind * len(values))(*values)
 
 
 # ===== The loss
 
 
-def errors_by_library(logits: Tensor, targets: Tensor) -> Tensor | None:
-    """Makes of logits (N, V), in place, their softmax less one at each row's target, targets (N,)
-    int64: N times the gradient of the mean cross-entropy. Returns the nats of each row, (N,) in
-    fp32."""
-    if not (takes(logits) and logits.is_contiguous() and targets.device.type == "cpu"):
+def errors_by_library(logits: Tensor, targets: Tensor, want_errors: bool = True) -> Tensor | None:
+    """The nats of each row of logits (N, V), (N,) in fp32, at targets (N,) int64. With want_errors
+    logits become, in place, their softmax less one at each row's target: N times the gradient of
+    the mean cross-entropy."""
+    fits = targets.dtype == torch.int64 and targets.shape == logits.shape[:1]
+    if not (takes(logits) and logits.is_contiguous() and fits and plain(targets)):
         return None
     # an index beyond the row would write to memory that is another's
     if not 0 <= int(targets.min()) <= int(targets.max()) < logits.size(1):
         raise IndexError(f"targets: they must be from 0 to {logits.size(1) - 1}")
-    targets = targets.contiguous()
     nats = logits.new_empty(len(logits), dtype=torch.float32)
-    LIBRARY.get().error_of_logits(
-        logits.dtype == torch.bfloat16,
-        *logits.shape,
-        *places(targets, logits, nats),
-    )
+    is_bf16 = logits.dtype == torch.bfloat16
+    call("error_of_logits", is_bf16, *logits.shape, want_errors, targets.contiguous(), logits, nats)
     return nats
 
 
 # ===== A causal filter
 
 
-class FilterByLibrary(torch.autograd.Function):
+class ShortFilterPass(torch.autograd.Function):
     """`CausalFilter` of lags.py for taps of each channel, in fp32."""
 
     @staticmethod
@@ -91,7 +103,7 @@ class FilterByLibrary(torch.autograd.Function):
         ctx.save_for_backward(x, taps)
         ctx.sizes = x.size(0), x.size(1) - len(taps) + 1, x.size(2), len(taps)
         out = x.new_empty(ctx.sizes[:3])
-        LIBRARY.get().causal_filter(*ctx.sizes, *places(x, taps, out))
+        call("causal_filter", *ctx.sizes, x, taps, out)
         return out
 
     @staticmethod
@@ -99,8 +111,7 @@ class FilterByLibrary(torch.autograd.Function):
     def backward(ctx, of_out: Tensor):
         x, taps = ctx.saved_tensors
         of_x, of_taps = torch.empty_like(x), taps.new_empty(len(x), *taps.shape)
-        tensors = places(x, taps, of_out.contiguous(), of_x, of_taps)
-        LIBRARY.get().causal_filter_backward(*ctx.sizes, *tensors)
+        call("causal_filter_backward", *ctx.sizes, x, taps, of_out.contiguous(), of_x, of_taps)
         return of_x, of_taps.sum(0)
 
 
@@ -109,7 +120,7 @@ def filter_by_library(x: Tensor, taps: Tensor) -> Tensor | None:
     (B, T, P)."""
     if not takes(x, taps) or x.dtype != torch.float32 or taps.size(1) != x.size(2):
         return None
-    return FilterByLibrary.apply(x, taps) if x.size(1) >= len(taps) else None
+    return ShortFilterPass.apply(x, taps) if x.size(1) >= len(taps) else None
 
 
 # ===== The Haar wavelet of scales that have columns of their own, and the gates behind it
@@ -125,7 +136,7 @@ class GatedHaar(torch.autograd.Function):
         ctx.sizes = both.dtype == torch.bfloat16, *both.shape[:2], len(widths), sum(widths)
         ctx.widths = array(ctypes.c_int64, widths)
         out = both.new_empty(*both.shape[:2], sum(widths))
-        LIBRARY.get().gated_haar(*ctx.sizes, ctx.widths, *places(both, before, out))
+        call("gated_haar", *ctx.sizes, ctx.widths, both, before, out)
         return out
 
     @staticmethod
@@ -133,8 +144,8 @@ class GatedHaar(torch.autograd.Function):
     def backward(ctx, of_out: Tensor):
         both, before = ctx.saved_tensors
         of_both, of_before = torch.empty_like(both), torch.empty_like(before)
-        tensors = places(both, before, of_out.contiguous(), of_both, of_before)
-        LIBRARY.get().gated_haar_backward(*ctx.sizes, ctx.widths, *tensors)
+        tensors = both, before, of_out.contiguous(), of_both, of_before
+        call("gated_haar_backward", *ctx.sizes, ctx.widths, *tensors)
         return of_both, of_before, None
 
 
@@ -146,24 +157,25 @@ def gated_haar_by_library(both: Tensor, before: Tensor, widths: tuple[int, ...])
     return GatedHaar.apply(both, before, widths) if fits and takes(both, before) else None
 
 
-def takes_haar_state(h: Tensor, before: Tensor) -> bool:
-    """Whether `haar_state_by_library` can be asked."""
-    return takes(h, before) and h.dtype == torch.float32
+def takes_haar_state(h: Tensor, before: Tensor, levels: int) -> bool:
+    """Whether `haar_state_by_library` can be called."""
+    size = (len(h), 2**levels - 1, h.size(2))
+    return takes(h, before) and h.dtype == torch.float32 and before.shape == size
 
 
 def haar_state_by_library(h: Tensor, before: Tensor, levels: int) -> Tensor:
-    """What a fixed wavelet of so many levels remembers after h (B, T, P), all levels' in a row (B,
+    """What a fixed wavelet of so many levels remembers after h (B, T, P), level by level, (B,
     2^J − 1, P), from the same before h."""
-    h, before = h.contiguous(), before.contiguous()
-    after = torch.empty_like(before)
-    LIBRARY.get().haar_state(*h.shape[:2], levels, h.size(2), *places(h, before, after))
+    after = torch.empty_like(before, memory_format=torch.contiguous_format)
+    sizes = *h.shape[:2], levels, h.size(2)
+    call("haar_state", *sizes, h.contiguous(), before.contiguous(), after)
     return after
 
 
 # ===== Squared ReLU, and sums of the residual stream
 
 
-class SquaredReLUByLibrary(torch.autograd.Function):
+class SquaredReLUPass(torch.autograd.Function):
     """max(0, x)² of x (…)."""
 
     @staticmethod
@@ -172,7 +184,7 @@ class SquaredReLUByLibrary(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.sizes = x.dtype == torch.bfloat16, x.numel()
         out = torch.empty_like(x)
-        LIBRARY.get().squared_relu(*ctx.sizes, *places(x, out))
+        call("squared_relu", *ctx.sizes, x, out)
         return out
 
     @staticmethod
@@ -180,54 +192,44 @@ class SquaredReLUByLibrary(torch.autograd.Function):
     def backward(ctx, of_out: Tensor):
         (x,) = ctx.saved_tensors
         of_x = torch.empty_like(x)
-        tensors = places(x, of_out.contiguous(), of_x)
-        LIBRARY.get().squared_relu_backward(*ctx.sizes, *tensors)
+        call("squared_relu_backward", *ctx.sizes, x, of_out.contiguous(), of_x)
         return of_x
 
 
 def squared_relu_by_library(x: Tensor) -> Tensor | None:
     """max(0, x)² of x (…)."""
-    return SquaredReLUByLibrary.apply(x) if takes(x) else None
+    return SquaredReLUPass.apply(x) if takes(x) else None
 
 
 class WeightedSum(torch.autograd.Function):
     """Σ_i weights_i · parts_i, in fp32."""
 
     @staticmethod
-    def forward(ctx, count: int, *inputs: Tensor) -> Tensor:
-        """inputs: `count` parts of one shape, then as many weights, each a number."""
-        parts, weights = [x.contiguous() for x in inputs[:count]], inputs[count:]
+    def forward(ctx, *inputs: Tensor) -> Tensor:
+        """inputs: parts of one shape, then as many weights, each a number."""
+        terms = len(inputs) // 2
+        parts, weights = [x.contiguous() for x in inputs[:terms]], inputs[terms:]
         # a part is of use to the gradient of its weight alone
-        learned = ctx.needs_input_grad[1 + count :]
+        learned = ctx.needs_input_grad[terms:]
         kept = [part if wanted else None for part, wanted in zip(parts, learned, strict=True)]
         ctx.save_for_backward(*kept, *weights)
         ctx.likes = [(part.shape, part.dtype) for part in parts]
-        ctx.sizes = parts[0].numel(), count
+        ctx.sizes = parts[0].numel(), terms
         ctx.kinds = array(ctypes.c_int64, [part.dtype == torch.bfloat16 for part in parts])
         out = torch.empty_like(parts[0], dtype=torch.float32)
-        arrays = (array(ctypes.c_void_p, places(*some)) for some in (weights, parts))
-        LIBRARY.get().weighted_sum(*ctx.sizes, ctx.kinds, *arrays, out.data_ptr())
+        call("weighted_sum", *ctx.sizes, ctx.kinds, addresses(weights), addresses(parts), out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_out: Tensor):
-        count, saved = ctx.sizes[1], ctx.saved_tensors
-        parts, weights = saved[:count], saved[count:]
-        of_out = of_out.contiguous()
+        terms, saved = ctx.sizes[1], ctx.saved_tensors
+        parts, weights = saved[:terms], saved[terms:]
         of_parts = [of_out.new_empty(shape, dtype=kind) for shape, kind in ctx.likes]
-        of_weights = of_out.new_empty(count)
-        given = [None if part is None else part.data_ptr() for part in parts]
-        LIBRARY.get().weighted_sum_backward(
-            *ctx.sizes,
-            ctx.kinds,
-            array(ctypes.c_void_p, places(*weights)),
-            array(ctypes.c_void_p, given),
-            of_out.data_ptr(),
-            array(ctypes.c_void_p, places(*of_parts)),
-            of_weights.data_ptr(),
-        )
-        return None, *of_parts, *of_weights.unbind()
+        of_weights = of_out.new_empty(terms)
+        given = ctx.kinds, addresses(weights), addresses(parts), of_out.contiguous()
+        call("weighted_sum_backward", *ctx.sizes, *given, addresses(of_parts), of_weights)
+        return *of_parts, *of_weights.unbind()
 
 
 def weighted_sum_by_library(terms: Sequence[tuple[Tensor | float, Tensor]]) -> Tensor | None:
@@ -241,7 +243,7 @@ def weighted_sum_by_library(terms: Sequence[tuple[Tensor | float, Tensor]]) -> T
     fit = all(w.dim() == 0 for w in weights) and all(x.shape == first.shape for x in parts)
     if not fit or not takes(first, *weights) or not all(takes(x) for x in parts):
         return None
-    return WeightedSum.apply(len(parts), *parts, *weights)
+    return WeightedSum.apply(*parts, *weights)
 
 
 # ===== The associative memory
@@ -256,7 +258,8 @@ class Recall(torch.autograd.Function):
     """`recall` of memory.py without the keys that it remembers."""
 
     @staticmethod
-    def forward(ctx, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, goes_back: bool, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """goes_back: whether gradients may be asked for, and what they need is to be kept."""
         inputs = tuple(x.contiguous() for x in inputs)
         query_key, *_, pairs = inputs
         texts, length, inner = query_key.size(0), query_key.size(1), query_key.size(2) // 2
@@ -264,15 +267,14 @@ class Recall(torch.autograd.Function):
         ctx.sizes = query_key.dtype == torch.bfloat16, width, texts, heads, length, PIECE
         out = query_key.new_empty(texts, length, inner)
         after = torch.empty_like(pairs)
-        kept = []  # what was read, and matrices on the way
-        if any(ctx.needs_input_grad):
+        kept = [None, None]  # what was read, and matrices on the way
+        if goes_back:
             pieces = -(-length // PIECE)
             kept = [
                 pairs.new_empty(texts, length, inner),
                 pairs.new_empty(texts, heads, pieces, width, width),
             ]
-        tensors = places(*inputs, out, after, *kept)
-        LIBRARY.get().recall(*ctx.sizes, *tensors, *[None] * (2 - len(kept)))
+        call("recall", *ctx.sizes, *inputs, out, after, *kept)
         ctx.save_for_backward(*inputs[:-1], *kept)
         return out, after
 
@@ -285,10 +287,9 @@ class Recall(torch.autograd.Function):
         of_inputs = [torch.empty_like(x) for x in (query_key, value_gate, rates)]
         of_inputs += [of_taps, torch.empty_like(keys), torch.empty_like(of_after)]
         of_results = of_out.contiguous(), of_after.contiguous()
-        tensors = places(*inputs, reads, marks, *of_results, *of_inputs)
-        LIBRARY.get().recall_backward(*ctx.sizes, *tensors)
+        call("recall_backward", *ctx.sizes, *inputs, reads, marks, *of_results, *of_inputs)
         of_inputs[3] = of_taps.sum(0)
-        return tuple(of_inputs)
+        return None, *of_inputs
 
 
 def recall_by_library(
@@ -302,12 +303,15 @@ def recall_by_library(
         return None
     if not takes(rates, taps, keys, pairs) or rates.dtype != torch.float32:
         return None
-    texts, length, both = query_key.shape
-    heads = pairs.size(1)
+    texts, length, _ = query_key.shape
+    heads, width = pairs.size(1), pairs.size(2)
+    inner = heads * width
     sizes = {
-        value_gate: query_key.shape, rates: (texts, length, 2 * heads), taps: (2, 4, both // 2),
-        keys: (texts, 3, both), pairs: (texts, heads, both // 2 // heads, both // 2 // heads),
+        query_key: (texts, length, 2 * inner), value_gate: (texts, length, 2 * inner),
+        rates: (texts, length, 2 * heads), taps: (2, 4, inner), keys: (texts, 3, 2 * inner),
+        pairs: (texts, heads, width, width),
     }  # fmt: skip
     if any(tensor.shape != size for tensor, size in sizes.items()):
         return None
-    return Recall.apply(query_key, value_gate, rates, taps, keys, pairs)
+    goes_back = torch.is_grad_enabled()
+    return Recall.apply(goes_back, query_key, value_gate, rates, taps, keys, pairs)

@@ -184,7 +184,7 @@ def read_on(model: nn.Module, corpus: Corpus, split: str) -> float:
     model.eval()
     longest = getattr(model, "longest", None)
     if longest is not None:
-        nats = score(model, file.tokens, longest, longest // 4, "window")
+        nats = score(model, file.tokens, longest, max(1, longest // 4), "window")
     elif hasattr(model, "start"):
         nats = score(model, file.tokens, 0, 0, "stream")
     else:

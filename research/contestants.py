@@ -107,7 +107,7 @@ RELEASED = {"released": "configs/released-small.json", "released-4m": "configs/r
 # Builder, and keys of its config. Widths are such that each has about 1 million parameters besides
 # embedding and head (4 million with -4m), like RELEASED.
 OWN = {
-    # best-small's memory in each block, of four heads in place of two and a wavelet: what that adds
+    # best-small with two more heads of memory in each block in place of its wavelet
     "delta-ngrams": (
         partial(build_delta_net, width=128, layers=2, inner=300, taps=4),
         MUON | {"ngram_slots": 21000, "recall_heads": 4},

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = [("model", "build_model"), ("layers.state", "State")]  # what the exported model imports
 
-# What stands for functions that need the C++, which is not exported.
+# Functions that need the C++, which is not exported, and what stands for each of them.
 LEFT_OUT = {
     ("layers.passes", name)
     for name in (

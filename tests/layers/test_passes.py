@@ -7,9 +7,17 @@ from helpers import VOCAB, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layers import passes
-from layers.lags import CausalFilter, haar_of_scales, haar_state, torch_haar_state
+from layers.lags import (
+    CausalFilter,
+    HaarState,
+    causal_filter,
+    gated_haar,
+    haar_of_scales,
+    torch_haar_state,
+)
 from layers.loss import linear_cross_entropy
-from model import build_model
+from layers.memory import AssociativeMemory
+from model import SquaredReLU, build_model, weighted_sum
 
 pytestmark = pytest.mark.skipif(
     passes.LIBRARY.get() is None, reason=f"no library: {passes.LIBRARY.missing()}"
@@ -119,16 +127,15 @@ def test_the_gated_wavelet_gives_what_torch_gives_and_its_gradients(kind, length
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 14, 15, 16, 40])
 def test_what_the_wavelet_remembers_is_what_torch_remembers_with_its_gradients(length):
     torch.manual_seed(length)
-    given = [torch.randn(2, length, 6), *(torch.randn(2, 2**level, 6) for level in range(4))]
-    given = [x.requires_grad_() for x in given]
-    weights = [torch.randn(2, 2**level, 6) for level in range(4)]
+    given = [torch.randn(2, length, 6).requires_grad_(), torch.randn(2, 15, 6).requires_grad_()]
+    weights = torch.randn(2, 15, 6)
 
     def all_of(function):
-        after = function(given[0], given[1:])
-        total = sum((x * w).sum() for x, w in zip(after, weights, strict=True))
-        return [*after, *torch.autograd.grad(total, given)]
+        after = function(*given, 4)
+        return [after, *torch.autograd.grad((after * weights).sum(), given)]
 
-    assert all_near(all_of(haar_state), all_of(torch_haar_state), torch.float32)
+    assert passes.takes_haar_state(*given, 4)
+    assert all_near(all_of(HaarState.apply), all_of(torch_haar_state), torch.float32)
 
 
 # ===== Squared ReLU, and sums of the residual stream
@@ -146,7 +153,7 @@ def test_squared_relu_gives_what_torch_gives_and_its_gradient(kind):
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3000, 3)])
-def test_a_weighted_sum_gives_what_torch_gives_and_its_gradients(shape):
+def test_a_weighted_sum_gives_what_torch_gives_and_its_gradients(shape, monkeypatch):
     torch.manual_seed(0)
     parts = [torch.randn(shape), torch.randn(shape).bfloat16(), torch.randn(shape)]
     weights = [torch.tensor(0.5), torch.tensor(-2.0)]
@@ -156,12 +163,36 @@ def test_a_weighted_sum_gives_what_torch_gives_and_its_gradients(shape):
     def all_of(total):
         return [total, *torch.autograd.grad((total * wanted).sum(), given)]
 
-    terms = list(zip([*weights, 1.0], parts, strict=True))
-    ours = all_of(passes.weighted_sum_by_library(terms))
+    def by_torch(terms):
+        with monkeypatch.context() as patch:
+            patch.setattr(passes.LIBRARY, "get", lambda: None)
+            return weighted_sum(*terms)
+
+    terms = list(zip([*weights, 0.25], parts, strict=True))
     expected = all_of(sum(weight * x.float() for weight, x in terms))
-    for got, want in zip(ours, expected, strict=True):
-        assert got.dtype == want.dtype
-        assert near(got, want, got.dtype)
+    for total in (passes.weighted_sum_by_library(terms), by_torch(terms)):
+        for got, want in zip(all_of(total), expected, strict=True):
+            assert got.dtype == want.dtype
+            assert near(got, want, got.dtype)
+
+
+@pytest.mark.parametrize("size", [3, 300])  # of a gradient that the system takes back when freed
+@pytest.mark.parametrize("function", [torch.sum, lambda x: (x.mT * x.mT).sum()])
+def test_a_gradient_may_lie_in_memory_as_it_likes(size, function, monkeypatch):
+    """A sum's gradient is one number, read again and again, and a transposed one is transposed."""
+    torch.manual_seed(0)
+    x = torch.randn(size, 43, 2 * size).requires_grad_()
+    before, taps = torch.randn(size, 1, size), torch.randn(4, 2 * size)
+
+    def all_of():
+        filtered = causal_filter(x, taps, 40)
+        mixed = gated_haar(x, before, (1, size - 1), F.silu)
+        outputs = [filtered, mixed, SquaredReLU()(x), weighted_sum((0.5, x), (2.0, x))]
+        return [torch.autograd.grad(function(y), x)[0] for y in outputs]
+
+    ours = all_of()
+    monkeypatch.setattr(passes.LIBRARY, "get", lambda: None)
+    assert all_near(ours, all_of(), torch.float32)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
@@ -213,6 +244,11 @@ def test_it_takes_what_it_can_read_and_nothing_else():
     logits, targets = logits_and_targets(torch.float32)
     assert passes.errors_by_library(logits.half(), targets) is None
     assert passes.errors_by_library(logits[:, ::2], targets) is None
+    for wrong in (targets.int(), targets[1:], targets.to("meta"), targets[:, None]):
+        assert passes.errors_by_library(logits, wrong) is None
+    assert passes.takes_haar_state(both, torch.randn(2, 3, 10), 2)
+    for wrong in (torch.randn(2, 1, 10), torch.randn(1, 3, 10), torch.randn(2, 3, 9)):
+        assert not passes.takes_haar_state(both, wrong, 2)
 
 
 def narrow() -> dict:
@@ -227,8 +263,14 @@ def narrow() -> dict:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_network_learns_the_same_with_and_without_the_library(monkeypatch, bf16):
+    """And uses all of it."""
     ids = torch.randint(VOCAB, (2, 21), generator=torch.Generator().manual_seed(1))
-    used = []
+    used = set()
+    call = passes.call
+
+    def watched(function, *arguments):
+        used.add(function)
+        call(function, *arguments)
 
     def gradients():
         torch.manual_seed(0)
@@ -238,10 +280,11 @@ def test_a_network_learns_the_same_with_and_without_the_library(monkeypatch, bf1
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    get = passes.LIBRARY.get
-    monkeypatch.setattr(passes.LIBRARY, "get", lambda: used.append(True) or get())
+    monkeypatch.setattr(passes, "call", watched)
     ours = gradients()
-    assert len(used) > 10
+    both_ways = ["causal_filter", "gated_haar", "squared_relu", "weighted_sum", "recall"]
+    backward = {f"{name}_backward" for name in both_ways}
+    assert used == {*both_ways, *backward, "error_of_logits", "haar_state"}
     monkeypatch.setattr(passes.LIBRARY, "get", lambda: None)
     for got, expected in zip(ours, gradients(), strict=True):
         scale = expected.abs().max()
@@ -257,15 +300,28 @@ def test_a_plan_of_a_network_with_it_needs_no_numbers():
     assert loss.shape == ()
 
 
-def test_the_loss_is_taken_from_it():
-    h, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+def test_a_loss_without_gradients_is_the_same_and_makes_none(monkeypatch):
+    h, weight = torch.randn(2, 3, 8), torch.randn(40, 8)
     targets = torch.randint(40, (2, 3))
-    expected = F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten())
-    loss = linear_cross_entropy(h, weight, targets)
-    torch.testing.assert_close(loss, expected)
-    for got, wanted in zip(
-        torch.autograd.grad(loss, (h, weight)),
-        torch.autograd.grad(expected, (h, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, wanted)
+    asked = []
+    call = passes.call
+    monkeypatch.setattr(passes, "call", lambda *given: asked.append(given) or call(*given))
+    with torch.no_grad():
+        loss = linear_cross_entropy(h, weight, targets)
+    ((name, _, rows, words, want_errors, *_),) = asked
+    assert (name, rows, words, want_errors) == ("error_of_logits", 6, 40, False)
+    torch.testing.assert_close(
+        loss, F.cross_entropy((h @ weight.T).flatten(0, 1), targets.flatten())
+    )
+
+
+def test_an_evaluation_keeps_nothing_for_a_way_back(monkeypatch):
+    memory = AssociativeMemory(tiny(recall_heads=1, recall_dim=16))
+    h = torch.randn(1, 5, tiny().C)
+    asked = []
+    call = passes.call
+    monkeypatch.setattr(passes, "call", lambda *given: asked.append(given) or call(*given))
+    with torch.no_grad():
+        memory(h, memory.start(1, h))
+    memory(h, memory.start(1, h))
+    assert [given[-1] is None for given in asked if given[0] == "recall"] == [True, False]
