@@ -1,6 +1,6 @@
 """Trains variants of a config with several seeds each and says which differences exceed the noise.
 
-    python -m research.ablate --config configs/quickstart.json --tokens 500000 --try "levels=4"
+    python -m research.ablate --config configs/quickstart.json --tokens 500000 --try recall_heads=1
     python -m research.ablate --minutes 1 --file variants.json --out logs/ablation --jobs 2
 
 A variant is the config with some keys changed; the first, `baseline`, has none changed. Each run is

@@ -40,6 +40,7 @@ from common.tensors import load_tensors
 from config import make_config
 from data.order import Windows
 from data.tokens import FORMAT, HEADER_BYTES, TokenFile
+from layers import passes
 from layers.features import token_features
 from training.loop import hours
 from training.optimizers import LossScale
@@ -172,6 +173,15 @@ def test_training_lowers_the_validation_loss(settings, tmp_path, monkeypatch):
     run(monkeypatch, "--config", settings(max_steps=30, eval_interval=15, lr=0.05, **NO_DROPOUT))
     losses = [m["loss"] for m in untimed(only_run(tmp_path)) if m["kind"] == "validation"]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_run_without_our_own_library_says_so_and_trains(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(passes.LIBRARY, "missing", lambda: "there is no C++ compiler g++")
+    monkeypatch.setattr(passes.LIBRARY, "get", lambda: None)
+    run(monkeypatch, "--config", settings(max_steps=2, compile=False))
+    told = [line for line in capsys.readouterr().out.splitlines() if "no C++ compiler" in line]
+    assert told == ["steps by torch alone, which is slower: there is no C++ compiler g++"]
+    assert only_run(tmp_path).is_dir()
 
 
 def stop_at_step(step, number):
