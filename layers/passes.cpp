@@ -476,18 +476,18 @@ struct Memory {
   int64_t pieces() const { return (length + piece - 1) / piece; }
 };
 
-// One head of one text: where its part of each tensor begins, and how far rows are apart. T: the
-// type of the projections.
-template <int D, class T>
+// One head of one text: where its part of each tensor, or of its gradient, begins, and how far rows
+// are apart. T: the type of the projections, F: of the rest, fp32; both const but for gradients.
+template <int D, class T, class F>
 struct Head {
   int64_t inner;  // heads · D
-  const T *query, *key, *value, *gate;
-  const float *forget, *write;              // rows of 2 · heads
-  const float *query_taps, *key_taps;       // rows of inner
-  const float *queries_before, *keys_before;  // (TAPS − 1, 2 · inner)
+  T *query, *key, *value, *gate;
+  F *forget, *write;                 // rows of 2 · heads
+  F *query_taps, *key_taps;          // rows of inner
+  F *queries_before, *keys_before;   // (TAPS − 1, 2 · inner)
 
-  Head(const Memory& m, int64_t text, int64_t head, const T* query_key, const T* value_gate,
-       const float* rates, const float* taps, const float* keys)
+  Head(const Memory& m, int64_t text, int64_t head, T* query_key, T* value_gate, F* rates, F* taps,
+       F* keys)
       : inner(m.heads * D) {
     query = query_key + text * m.length * 2 * inner + head * D;
     key = query + inner;
@@ -502,12 +502,18 @@ struct Head {
   }
 
   // Projections of queries or of keys, from TAPS − 1 positions before the text on, to x.
-  void joined(int64_t length, const float* before, const T* projected, float* x) const {
+  void joined(int64_t length, F* before, T* projected, float* x) const {
     for (int64_t t = 0; t < TAPS - 1; t++)
       std::memcpy(x + t * D, before + t * 2 * inner, D * sizeof(float));
-    for (int64_t t = 0; t < length; t++) numbers<D>(projected + t * 2 * inner, x + (TAPS - 1 + t) * D);
+    for (int64_t t = 0; t < length; t++)
+      numbers<D>(projected + t * 2 * inner, x + (TAPS - 1 + t) * D);
   }
 };
+
+template <int D, class T>
+using Given = Head<D, const T, const float>;
+template <int D, class T>
+using OfGiven = Head<D, T, float>;
 
 // TAPS rows of x, filtered and brought to length 1; returns what that multiplied by.
 template <int D>
@@ -546,7 +552,7 @@ void filtered_unit_backward(const float* x, const float* taps, int64_t inner, co
 // Of a head of a text what it reads, gated: out (length, rows of inner). reads: what it reads
 // without the gate, and marks: the matrix before each piece, both for the way back, or null.
 template <int D, class T>
-void recall(const Memory& m, const Head<D, T>& h, const float* before, T* out, float* after,
+void recall(const Memory& m, const Given<D, T>& h, const float* before, T* out, float* after,
             float* reads, float* marks) {
   std::vector<float> queries((TAPS - 1 + m.length) * D), keys(queries.size());
   h.joined(m.length, h.queries_before, h.query, queries.data());
@@ -570,33 +576,10 @@ void recall(const Memory& m, const Head<D, T>& h, const float* before, T* out, f
   transpose<D>(r, after);
 }
 
-// Where the gradients of a head of a text go: as in `Head`, but for the taps, which are of each
-// text.
-template <int D, class T>
-struct OfHead {
-  T *query, *key, *value, *gate;
-  float *forget, *write, *query_taps, *key_taps, *queries_before, *keys_before;
-
-  OfHead(const Memory& m, int64_t text, int64_t head, T* query_key, T* value_gate, float* rates,
-         float* taps, float* keys) {
-    const int64_t inner = m.heads * D;
-    query = query_key + text * m.length * 2 * inner + head * D;
-    key = query + inner;
-    value = value_gate + text * m.length * 2 * inner + head * D;
-    gate = value + inner;
-    forget = rates + text * m.length * 2 * m.heads + head;
-    write = forget + m.heads;
-    query_taps = taps + text * 2 * TAPS * inner + head * D;
-    key_taps = query_taps + TAPS * inner;
-    queries_before = keys + text * (TAPS - 1) * 2 * inner + head * D;
-    keys_before = queries_before + inner;
-  }
-};
-
 // The gradients of all that went in, from those of out and of the matrix after the text. Piece by
 // piece from the end: its matrices are made once more from the one before it, then gone back over.
 template <int D, class T>
-void recall_backward(const Memory& m, const Head<D, T>& h, const OfHead<D, T>& of,
+void recall_backward(const Memory& m, const Given<D, T>& h, const OfGiven<D, T>& of,
                      const float* reads, const float* marks, const T* of_out,
                      const float* of_after, float* of_before) {
   const int64_t length = m.length, piece = m.piece, inner = h.inner, joined = TAPS - 1 + length;
@@ -726,7 +709,7 @@ void recall_all(int64_t width, const Memory& m, const T* query_key, const T* val
                 T* out, float* after, float* reads, float* marks) {
   for_each_head(width, m, [=](auto d, int64_t text, int64_t head) {
     constexpr int D = d();
-    const Head<D, T> h(m, text, head, query_key, value_gate, rates, taps, keys);
+    const Given<D, T> h(m, text, head, query_key, value_gate, rates, taps, keys);
     const int64_t n = text * m.heads + head, first = text * m.length * h.inner + head * D;
     recall(m, h, before + n * D * D, out + first, after + n * D * D,
            reads ? reads + first : nullptr, marks ? marks + n * m.pieces() * D * D : nullptr);
@@ -741,8 +724,10 @@ void recall_all_backward(int64_t width, const Memory& m, const T* query_key, con
                          float* of_rates, float* of_taps, float* of_keys, float* of_before) {
   for_each_head(width, m, [=](auto d, int64_t text, int64_t head) {
     constexpr int D = d();
-    const Head<D, T> h(m, text, head, query_key, value_gate, rates, taps, keys);
-    const OfHead<D, T> of(m, text, head, of_query_key, of_value_gate, of_rates, of_taps, of_keys);
+    const Given<D, T> h(m, text, head, query_key, value_gate, rates, taps, keys);
+    float* const of_own_taps = of_taps + text * 2 * TAPS * h.inner;  // each text has its own
+    const OfGiven<D, T> of(m, text, head, of_query_key, of_value_gate, of_rates, of_own_taps,
+                           of_keys);
     const int64_t n = text * m.heads + head, first = text * m.length * h.inner + head * D;
     recall_backward(m, h, of, reads + first, marks + n * m.pieces() * D * D, of_out + first,
                     of_after + n * D * D, of_before + n * D * D);

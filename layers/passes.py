@@ -235,13 +235,12 @@ class WeightedSum(torch.autograd.Function):
 def weighted_sum_by_library(terms: Sequence[tuple[Tensor | float, Tensor]]) -> Tensor | None:
     """Σ weight · x, in fp32: x (…) of one shape, the first of them in fp32, a weight a number or a
     tensor of one in fp32."""
-    first = terms[0][1]
-    if not takes(first) or first.dtype != torch.float32:
+    parts = [x for _, x in terms]
+    first = parts[0]
+    if first.dtype != torch.float32 or not all(takes(x) and x.shape == first.shape for x in parts):
         return None
     weights = [w if isinstance(w, Tensor) else first.new_tensor(w) for w, _ in terms]
-    parts = [x for _, x in terms]
-    fit = all(w.dim() == 0 for w in weights) and all(x.shape == first.shape for x in parts)
-    if not fit or not takes(first, *weights) or not all(takes(x) for x in parts):
+    if not takes(first, *weights) or any(w.dim() for w in weights):
         return None
     return WeightedSum.apply(*parts, *weights)
 
@@ -299,9 +298,9 @@ def recall_by_library(
     taps (2, 4, heads·d), and of the text before the last keys (B, 3, 2·heads·d) and the matrix (B,
     heads, d, d) → what was read, gated, (B, T, heads·d), and the matrix after the text. All but the
     first two are in fp32."""
-    if pairs.size(-1) not in WIDTHS or not (takes(query_key, value_gate)):
+    if pairs.size(-1) not in WIDTHS or rates.dtype != torch.float32:
         return None
-    if not takes(rates, taps, keys, pairs) or rates.dtype != torch.float32:
+    if not (takes(query_key, value_gate) and takes(rates, taps, keys, pairs)):
         return None
     texts, length, _ = query_key.shape
     heads, width = pairs.size(1), pairs.size(2)

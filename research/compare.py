@@ -120,13 +120,19 @@ def data_digest(corpus: Corpus, batch: int, bf16: bool = False) -> str:
 # ===== A run
 
 
-def bits_per_byte(model: nn.Module, corpus: Corpus, split: str, tokens: int | None = None) -> float:
-    """Bits per byte of a split in windows of block_size side by side; of its first `tokens` tokens
-    only, if given."""
+def bits_per_byte(
+    model: nn.Module,
+    corpus: Corpus,
+    split: str,
+    tokens: int | None = None,
+    reading: tuple[int, int, str] | None = None,
+) -> float:
+    """Bits per byte of a split, of its first `tokens` tokens only if given. reading: window, stride
+    and context as in `score`; None for windows of block_size side by side."""
     file = getattr(corpus, split)
-    block = model.block_size
     ids = file.tokens[:tokens]
-    nats = score(model.eval(), ids, block, block, "window")
+    reading = reading or (model.block_size, model.block_size, "window")
+    nats = score(model.eval(), ids, *reading)
     size = file.scored_bytes if tokens is None else text_bytes(corpus.tokenizer, ids[1:].tolist())
     return figures(nats, len(ids), size, 1)["bits_per_byte"]
 
@@ -180,16 +186,14 @@ def read_on(model: nn.Module, corpus: Corpus, split: str) -> float:
     on with its state (ours), in long windows (others without a longest text), or in windows of
     block_size of which each begins a quarter after the one before it and scores its last quarter,
     which takes four times as long as windows side by side."""
-    file = getattr(corpus, split)
-    model.eval()
     longest = getattr(model, "longest", None)
     if longest is not None:
-        nats = score(model, file.tokens, longest, max(1, longest // 4), "window")
+        reading = (longest, max(1, longest // 4), "window")
     elif hasattr(model, "start"):
-        nats = score(model, file.tokens, 0, 0, "stream")
+        reading = (0, 0, "stream")
     else:
-        nats = score(model, file.tokens, LONG_WINDOW, LONG_WINDOW, "window")
-    return figures(nats, len(file.tokens), file.scored_bytes, 1)["bits_per_byte"]
+        reading = (LONG_WINDOW, LONG_WINDOW, "window")
+    return bits_per_byte(model, corpus, split, reading=reading)
 
 
 def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:

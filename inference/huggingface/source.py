@@ -12,15 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = [("model", "build_model"), ("layers.state", "State")]  # what the exported model imports
 
-# Functions that need the C++, which is not exported, and what stands for each of them.
-LEFT_OUT = {
-    ("layers.passes", name)
-    for name in (
-        "errors_by_library", "filter_by_library", "gated_haar_by_library", "haar_state_by_library",
-        "recall_by_library", "squared_relu_by_library", "takes_haar_state",
-        "weighted_sum_by_library",
-    )
-}  # fmt: skip
+# The module whose functions need the C++, which is not exported, and what stands for each of them.
+LEFT_OUT = "layers.passes"
 STAND_IN = '''def {}(*inputs) -> None:
     """Nothing: the C++ of the repository is not here."""'''
 
@@ -120,18 +113,18 @@ def names_defined(statement: ast.stmt) -> list[str]:
 
 
 def needed() -> tuple[list[Module], dict[str, set[str]]]:
-    """The modules that the network is in, each behind those that it imports from, and of each the
-    names of the definitions that are used."""
+    """The modules that the network is in, each behind those that it imports from, and of each (and
+    of the one that is left out) the names of the definitions that are used."""
     modules: dict[str, Module] = {}
     names: dict[str, set[str]] = {}
     waiting = list(ROOTS)
     while waiting:
         module, name = waiting.pop()
-        if (module, name) == ("config", "Config") or (module, name) in LEFT_OUT:
-            continue
-        if name in names.setdefault(module, set()):
+        if (module, name) == ("config", "Config") or name in names.setdefault(module, set()):
             continue
         names[module].add(name)
+        if module == LEFT_OUT:
+            continue
         if module not in modules:
             modules[module] = Module(module)
         waiting += modules[module].uses(name)
@@ -184,7 +177,7 @@ def imports_of(text: str, modules: list[Module]) -> str:
 def network_source() -> str:
     """The text of the one file. Raises `ValueError` where two files define the same name."""
     modules, names = needed()
-    parts = [config_source(), *(STAND_IN.format(name) for _, name in sorted(LEFT_OUT))]
+    parts = [config_source(), *(STAND_IN.format(name) for name in sorted(names[LEFT_OUT]))]
     seen: dict[str, str] = {"Config": "config"}
     for module in modules:
         parts.append(f"# {'=' * 40} {module.name.replace('.', '/')}.py")
