@@ -34,7 +34,9 @@ class CausalFilter(torch.autograd.Function):
         ctx.save_for_backward(x, taps)
         out = x[:, :length] * taps[0]
         for i in range(1, taps.size(0)):
-            out.addcmul_(x[:, i : i + length], taps[i])
+            # Not in place: what forward both changes and returns has no gradient where torch 2.11
+            # compiles it.
+            out = out.addcmul(x[:, i : i + length], taps[i])
         return out
 
     @staticmethod
@@ -163,7 +165,9 @@ class HaarOfScales(torch.autograd.Function):
             u[..., :kept] += lagged[..., :kept]
             u[..., kept:] -= lagged[..., kept:]
             u *= math.sqrt(0.5)
-        return c.to(v.dtype)
+        # A copy even of the same type: what forward both changes and returns has no gradient where
+        # torch 2.11 compiles it.
+        return c.to(v.dtype, copy=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
