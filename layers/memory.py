@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config
+from layers.delta_rule import DeltaRule, has_kernels
 from layers.lags import causal_filter
 from layers.passes import recall_by_library
 from layers.state import BlockState, remember
@@ -89,19 +90,21 @@ def recall(
         return read, {"keys": new_keys, "pairs": pairs}
     heads = rates.size(-1) // 2
 
-    def split(x: Tensor) -> Tensor:  # (…, T, heads·d) → (…, heads, T, d)
-        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
     joined, new_keys = remember(state["keys"], query_key)
     both_taps = taps.transpose(0, 1).flatten(1).to(joined.dtype)  # (TAPS, 2·heads·d)
     filtered = causal_filter(joined, both_taps, query_key.size(1))  # (B, T, 2·heads·d)
     value, gate = value_gate.chunk(2, dim=-1)
     with torch.autocast(joined.device.type, enabled=False):
-        q, k = unit(split(filtered.float().unflatten(-1, (2, -1)).movedim(2, 0)))
-        log_alpha = -F.softplus(rates[..., :heads].mT)  # (B, heads, T)
-        beta = rates[..., heads:].mT.sigmoid()
-        read, pairs = delta_rule(q, k, split(value).float(), log_alpha, beta, state["pairs"])
-    read = read.transpose(1, 2).flatten(2)  # (B, T, heads·d)
+        q, k = unit(filtered.float().unflatten(-1, (2, heads, -1))).unbind(2)  # (B, T, heads, d)
+        v = value.unflatten(-1, (heads, -1))
+        log_alpha = -F.softplus(rates[..., :heads])  # (B, T, heads)
+        beta = rates[..., heads:].sigmoid()
+        given = q, k, v, log_alpha, beta, state["pairs"]
+        if q.size(1) > 1 and has_kernels(q):
+            read, pairs = DeltaRule.apply(*given)
+        else:
+            read, pairs = delta_rule(*given)
+    read = read.flatten(2)  # (B, T, heads·d)
     return read.to(gate.dtype) * F.silu(gate), {"keys": new_keys, "pairs": pairs}
 
 
@@ -114,18 +117,20 @@ def unit(x: Tensor) -> Tensor:
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, pairs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v (B, heads, T, d), log α and β (B, heads, T), S before them (B, heads, d, d)
-    → o (B, heads, T, d), and S after them.
+    """q, k, v (B, T, heads, d), log α and β (B, T, heads), S before them (B, heads, d, d)
+    → o (B, T, heads, d), and S after them.
 
     Within a chunk, with γ_t the product of its α up to t and S the matrix before it, the recurrence
     unrolls to a triangular system for all u:
 
         u_t + β_t Σ_{s<t} γ_t/γ_s (k_t·k_s) u_s = β_t (v_t − γ_t S k_t)
     """
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
+    log_alpha, beta = log_alpha.mT, beta.mT  # (B, heads, T)
     if q.size(2) == 1:  # the recurrence itself
         pairs = log_alpha.exp()[..., None] * pairs
         pairs = pairs + (beta[..., None] * (v - k @ pairs.mT)).mT @ k
-        return q @ pairs.mT, pairs
+        return (q @ pairs.mT).transpose(1, 2), pairs
     length = q.size(2)
     size = min(CHUNK, length)
     filler = -length % size
@@ -156,7 +161,7 @@ def delta_rule(
         pairs = last_c * pairs + us[-1].mT @ kept_c
     from_before = gamma * (q @ torch.stack(before, dim=2).mT)
     from_chunk = (decay * (q @ k.mT)) @ torch.stack(us, dim=2)
-    return (from_before + from_chunk).flatten(2, 3)[:, :, :length], pairs
+    return (from_before + from_chunk).flatten(2, 3)[:, :, :length].transpose(1, 2), pairs
 
 
 # ===== Table of n-grams

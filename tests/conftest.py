@@ -49,3 +49,21 @@ def text(tmp_path):
 def settings(text, tmp_path):
     """Writes a config for train.py, of `text` and with these keys changed."""
     return functools.partial(write_settings, tmp_path)
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of a test of Triton's kernels, "cpu" where they are interpreted; skips the test
+    where Triton is not installed."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        return "cuda"
+    # The interpreter turns arrays of one number into an int in a way that NumPy 2.4 no longer has.
+    from triton.runtime import interpreter
+
+    def patched(tensor, scope, before=interpreter._patch_lang_tensor):
+        before(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    return "cpu"

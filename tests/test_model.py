@@ -854,15 +854,15 @@ def test_training_weighs_the_loss_of_n_cells_by_one_over_the_root_of_n(cells):
 
 def test_associative_memory_equals_the_recurrence(monkeypatch):
     monkeypatch.setattr(memory_module, "CHUNK", 8)
-    q, k, v = F.normalize(torch.randn(3, 2, 2, 21, 4), dim=-1)
-    log_alpha, beta, pairs = -torch.rand(2, 2, 21), torch.rand(2, 2, 21), torch.randn(2, 2, 4, 4)
+    q, k, v = F.normalize(torch.randn(3, 2, 21, 2, 4), dim=-1)
+    log_alpha, beta, pairs = -torch.rand(2, 21, 2), torch.rand(2, 21, 2), torch.randn(2, 2, 4, 4)
     reads, last = memory_module.delta_rule(q, k, v, log_alpha, beta, pairs)
     for t in range(21):
-        pairs = log_alpha[..., t, None, None].exp() * pairs
-        u = beta[..., t, None] * (v[:, :, t] - (pairs @ k[:, :, t, :, None]).squeeze(-1))
-        pairs = pairs + u[..., :, None] * k[:, :, t, None, :]
+        pairs = log_alpha[:, t, :, None, None].exp() * pairs
+        u = beta[:, t, :, None] * (v[:, t] - (pairs @ k[:, t, :, :, None]).squeeze(-1))
+        pairs = pairs + u[..., :, None] * k[:, t, :, None, :]
         torch.testing.assert_close(
-            reads[:, :, t], (pairs @ q[:, :, t, :, None]).squeeze(-1), atol=1e-5, rtol=1e-5
+            reads[:, t], (pairs @ q[:, t, :, :, None]).squeeze(-1), atol=1e-5, rtol=1e-5
         )
     torch.testing.assert_close(last, pairs, atol=1e-5, rtol=1e-5)
 
@@ -883,7 +883,7 @@ def test_associative_memory_finds_what_followed_a_token(monkeypatch):
     rule = memory_module.delta_rule
 
     def watched(q, k, *rest):
-        asked.append(q[:, :, -1:] @ k.mT)
+        asked.append(q.transpose(1, 2)[:, :, -1:] @ k.transpose(1, 2).mT)
         return rule(q, k, *rest)
 
     monkeypatch.setattr(memory_module, "delta_rule", watched)

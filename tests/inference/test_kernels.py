@@ -11,7 +11,7 @@ from inference.graphs import GraphedStep
 from inference.packed import quantised
 from inference.weights import Table
 
-pytestmark = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+pytestmark = pytest.mark.usefixtures("interpreted_triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
     "one": [(70, 192)],
@@ -23,20 +23,6 @@ SHAPES = {
 
 def assert_near(found, expected, tolerance):
     assert (found.float() - expected).norm() / expected.norm() < tolerance
-
-
-@pytest.fixture(autouse=True)
-def scalars_of_numpy(monkeypatch):
-    """Triton's interpreter turns arrays of one number into an int in a way that NumPy 2.4 no longer
-    has."""
-    if DEVICE == "cpu":
-        from triton.runtime import interpreter
-
-        def patched(tensor, scope, before=interpreter._patch_lang_tensor):
-            before(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
