@@ -1,10 +1,10 @@
-"""WaveletLM beside a Transformer of Llama's architecture on a GPU, for equal seconds of training.
+"""WaveletLM beside a Transformer and a delta net on a GPU, for equal seconds of training.
 
     python -m research.gpu_compare --pack my_books/ --tokens books.npz.xz
     python -m research.gpu_compare --tokens books.npz.xz --seconds 170 --out runs/ \\
-        --models best=configs/best-30m.json llama
+        --models best=configs/best-30m.json transformer delta
 
-The first command makes a file of tokens, the second trains on it. Both contestants get the same
+The first command makes a file of tokens, the second trains on it. All contestants get the same
 batches in the same order, bf16 autocast, torch.compile, Muon for their matrices, a table of
 n-grams, a schedule by the share of the seconds that has gone, and the same loss, of all logits at
 once.
@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ from common.device import cpu_multiplies_bf16
 from common.files import written_whole
 from config import Config, load_config
 from data.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from layers.memory import NgramEmbedding
 from model import build_model
 from research.contestants import MUON
+from research.delta_net import build_delta_net
+from research.opponent import Opponent
 from research.tables import markdown_table
+from research.transformer import build_transformer
 from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 from training.record import environment
 
@@ -59,90 +62,21 @@ COUNTED_ROWS = 8
 EVALUATED_ROWS = 16  # windows that are measured at a time: their logits are half a gigabyte
 
 
-# ===== The Transformer
+# ===== The contestants
 
-
-class LlamaBlock(nn.Module):
-    """Causal attention with rotary positions and normed queries and keys, then SwiGLU; RMSNorm
-    before both."""
-
-    HEAD = 64  # channels of a head
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-5)
-        self.norm2 = nn.RMSNorm(width, eps=1e-5)
-        self.query_norm = nn.RMSNorm(self.HEAD, eps=1e-5)
-        self.key_norm = nn.RMSNorm(self.HEAD, eps=1e-5)
-        # A matrix each rather than one for all three: Muon makes the update of each orthogonal.
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
-        self.gate = nn.Linear(width, inner, bias=False)
-        self.up = nn.Linear(width, inner, bias=False)
-        self.down = nn.Linear(inner, width, bias=False)
-        for last in (self.output, self.down):  # each block starts as the identity
-            nn.init.zeros_(last.weight)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C) → (B, T, C); cos, sin (T, HEAD / 2): of the positions' angles."""
-
-        def heads(y: Tensor) -> Tensor:  # (B, T, C) → (B, heads, T, HEAD)
-            return y.unflatten(-1, (-1, self.HEAD)).transpose(1, 2)
-
-        def turned(y: Tensor) -> Tensor:  # by the rotary angles, in fp32
-            a, b = y.float().chunk(2, dim=-1)
-            return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-        h = self.norm1(x)
-        v = heads(self.value(h))
-        q = turned(self.query_norm(heads(self.query(h)))).to(v.dtype)
-        k = turned(self.key_norm(heads(self.key(h)))).to(v.dtype)
-        read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.output(read.transpose(1, 2).flatten(2))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-class Llama(nn.Module):
-    """ids (B, T) → logits (B, T, V) and no state. Names are WaveletLM's, by which Muon tells tables
-    from matrices."""
-
-    def __init__(self, config: Config, vocab_size: int, layers: int, inner: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, config.C)
-        nn.init.normal_(self.token_embedding.weight, std=1 / math.sqrt(config.C))  # as WaveletLM's
-        self.ngrams = NgramEmbedding(config) if config.ngram_slots else None
-        self.blocks = nn.ModuleList(LlamaBlock(config.C, inner) for _ in range(layers))
-        self.final_norm = nn.RMSNorm(config.C, eps=1e-5)
-        self.lm_head = nn.Linear(config.C, vocab_size, bias=False)
-        half = LlamaBlock.HEAD // 2
-        speeds = 10_000.0 ** (-torch.arange(half) / half)  # (HEAD / 2,), as in Llama
-        turns = torch.arange(config.block_size)[:, None] * speeds  # (T, HEAD / 2)
-        self.register_buffer("cos", turns.cos(), persistent=False)
-        self.register_buffer("sin", turns.sin(), persistent=False)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → what the head reads, (B, T, C)."""
-        x = self.token_embedding(ids)
-        if self.ngrams is not None:
-            x = x + self.ngrams(ids, self.ngrams.start(ids.size(0), ids.device))[0]
-        for block in self.blocks:
-            x = block(x, self.cos[: ids.size(1)], self.sin[: ids.size(1)])
-        return self.final_norm(x)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, None]:
-        """ids (B, T) → logits (B, T, V), and no state."""
-        return self.lm_head(self.hidden(ids)), None
-
-
-# Layers and width of the MLP: each has, at 512 channels and with its table, the parameters of
-# configs/best-30m.json.
-LLAMAS = {"llama": (5, 1280), "llama-4": (4, 1792), "llama-6": (6, 960), "llama-8": (8, 560)}
+# Each has, at 512 channels and with its table, the parameters of configs/best-30m.json: networks of
+# compare.py, written out with what helps them.
+OPPONENTS = {
+    "transformer": partial(build_transformer, width=512, layers=6, inner=1536, taps=4),
+    "transformer-4": partial(build_transformer, width=512, layers=4, inner=2816, taps=4),
+    "delta": partial(build_delta_net, width=512, layers=5, inner=1880, taps=4),
+}
 # compare.py's Muon. A matrix's update has the same norm at any width, so its rate stays; Adam's,
 # chosen at 128 channels, goes with one over the width, as in configs/best-30m.json.
-LLAMA_KEYS = MUON | {"C": 512, "ngram_slots": 500_000, "lr": 8e-3, "block_size": 512}
+OPPONENT_KEYS = MUON | {
+    "C": 512, "ngram_slots": 500_000, "lr": 8e-3, "block_size": 512, "recall_heads": 8,
+    "recall_dim": 64,
+}  # fmt: skip
 
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -157,30 +91,27 @@ class Entrant:
 
     def __init__(self, model: str, vocab_size: int, device: str, seed: int, block_size: int | None):
         self.name, _, file = model.partition("=")
-        if not file and self.name not in LLAMAS:
+        if not file and self.name not in OPPONENTS:
+            known = ", ".join(OPPONENTS)
             raise InputError(
-                f"models: unknown model {model}; known are {', '.join(LLAMAS)} and NAME=CONFIG_FILE"
+                f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE"
             )
         keys = {} if block_size is None else {"block_size": block_size}
-        self.config = load_config(file, **keys) if file else Config(**LLAMA_KEYS | keys)
+        self.config = load_config(file, **keys) if file else Config(**OPPONENT_KEYS | keys)
         if self.config.token_features or self.config.decompose_bypass_cross_window:
             raise InputError(
                 f"{file}: turn off token_features and decompose_bypass_cross_window, which need"
                 " texts"
             )
         torch.manual_seed(seed)
-        self.model = (
-            build_model(self.config, vocab_size)
-            if file
-            else Llama(self.config, vocab_size, *LLAMAS[self.name])
-        )
+        self.model = (build_model if file else OPPONENTS[self.name])(self.config, vocab_size)
         self.model.to(device)
         self.initial = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.head_loss = head_loss
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per token of ids and targets (B, T)."""
-        if isinstance(self.model, Llama):
+        if isinstance(self.model, Opponent):
             return self.head_loss(self.model.hidden(ids), self.model.lm_head.weight, targets)
         hidden, _ = self.model.hidden(ids)
         return self.head_loss(hidden, self.model.head_weight(), targets)
@@ -188,7 +119,7 @@ class Entrant:
     def compile(self) -> None:
         """Compiles a block, once for all that are alike, and the loss: minutes less than compiling
         all of it as one program."""
-        for block in self.model.blocks if isinstance(self.model, Llama) else self.model.layers:
+        for block in self.model.layers:
             block.compile()
         self.head_loss = torch.compile(head_loss)
 
@@ -576,8 +507,10 @@ def entrants_table(results: list[dict[str, Any]]) -> str:
 def read_arguments() -> argparse.Namespace:
     parser = Parser(__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    models = ["best=configs/best-30m.json", "llama"]
-    known = f"{', '.join(LLAMAS)} or NAME=FILE, a WaveletLM's config (default {' '.join(models)})"
+    models = ["best=configs/best-30m.json", "transformer", "delta"]
+    known = (
+        f"{', '.join(OPPONENTS)} or NAME=FILE, a WaveletLM's config (default {' '.join(models)})"
+    )
     # fmt: off
     add("--tokens", required=True, metavar="FILE", help="the token file, which --pack makes")
     add("--pack", metavar="FOLDER",
