@@ -412,7 +412,8 @@ class MixerBank(nn.ModuleList):
         first = mixers[0]  # of one width, all of them have the same parts
         inward = self.inward(mixers, transform)
 
-        def product(x: Tensor, weights: list[Tensor], inward: Tensor | None = inward) -> Tensor:
+        # `inward` without a type: torch 2.9 cannot compile a union in an inner function.
+        def product(x: Tensor, weights: list[Tensor], inward=inward) -> Tensor:
             """x (n, N, P) by n matrices (out, w), into which the way to their width and the
             transform are multiplied: they have fewer rows than x has."""
             matrices = torch.stack(weights)  # (n, out, w)

@@ -196,7 +196,7 @@ class OwnBranch:
     ) -> tuple[Tensor, Tensor | None, dict]:
         """One branch over all positions: arguments and results as in `DecoderBlock`."""
 
-        def whole(rows: Tensor | None) -> Tensor | None:  # (N, C) → (B, T, C)
+        def whole(rows):  # (N, C) or None → (B, T, C); torch 2.9 cannot compile types of it
             return None if rows is None else rows.view(-1, length, rows.size(1))
 
         x, mean, new = self.block.mix_positions(
