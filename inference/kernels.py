@@ -14,8 +14,9 @@ that run at once) takes a few whole rows of one matrix and goes along them; a th
 at a time.
 
 Integers become floats without a conversion, because a GPU makes fewer conversions than products in
-the same time. Put into the leading bits of a mantissa, an integer is a number from 1 to 2. What is
-too much in it adds a multiple of Σ x to the sum, which is taken off at the end.
+the same time. A 4-bit number put into the leading bits of a mantissa is a number from 1 to 2. What
+is too much in it adds a multiple of Σ x to the sum, which is taken off at the end. An int8 put into
+the last bits of the mantissa of 2²³ is that much more, and 2²³ is subtracted without rounding.
 
 In the kernels names of tensors are addresses of their first elements; `x_s`, `add_s`, `add_n` and
 `y_s` are strides in elements, of scales s and outputs n.
@@ -43,6 +44,21 @@ if HAS_TRITON:
         """Bits in the 23 places of an fp32's mantissa → the number from 1 to 2 that has them."""
         # 0x3F800000 is 1.0: sign 0, exponent 0, an empty mantissa.
         return (bits | 0x3F800000).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _number(bits):
+        """Bits in the 23 places of an fp32's mantissa → 2²³ + the integer that they are."""
+        # 0x4B000000 is 2²³: an exponent at which the last place of the mantissa counts ones.
+        return (bits | 0x4B000000).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _pair(place, mask):
+        """Two bf16 that are read as one int32 → both as fp32."""
+        both = tl.load(place, mask=mask, other=0)
+        # A bf16 is the upper half of an fp32. The first one is the lower half of the int32: it is
+        # shifted up; of the second one the mask −65536 clears what is below.
+        first = (both << 16).to(tl.float32, bitcast=True)
+        return first, (both & -65536).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _place(table, outputs, inputs, ROWS: tl.constexpr, STACKED: tl.constexpr):
@@ -119,25 +135,38 @@ if HAS_TRITON:
     @triton.jit
     def _int8_kernel(
         weight, scale, table, x, add, bias, y, outputs, inputs, x_s, add_s, add_n, y_s, width, beta,
-        ROWS: tl.constexpr, INPUTS: tl.constexpr, STACKED: tl.constexpr,
+        ROWS: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr, STACKED: tl.constexpr,
         HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr, FINISH: tl.constexpr,
     ):  # fmt: skip
-        """weight: int8 seen as uint8. With u = q + 128 as the leading bits of a mantissa, a number
-        is 1 + u/256 = 1.5 + q/256. So Σ q x = 256·(Σ (1 + u/256) x − 1.5·Σ x)."""
+        """weight: words of four int8, seen as int32. x: fp32 if WIDE, else pairs of bf16 seen as
+        int32. ROWS rows of WORDS at a time."""
         s, rows, inside, inputs, start, before = _place(table, outputs, inputs, ROWS, STACKED)
-        k = tl.arange(0, INPUTS)
-        w = weight + start + tl.arange(0, ROWS)[:, None] * inputs + k[None, :]  # (ROWS, INPUTS)
-        sums = tl.zeros((ROWS, INPUTS), tl.float32)
-        ones = tl.zeros((INPUTS,), tl.float32)  # of x alone, as if all weights were 1
-        for at in range(0, inputs, INPUTS):
-            here = k < inputs - at
+        words = inputs // 4
+        word = tl.arange(0, WORDS)
+        w = weight + start // 4 + tl.arange(0, ROWS)[:, None] * words + word[None, :]
+        sums = tl.zeros((ROWS, WORDS), tl.float32)
+        for at in range(0, words, WORDS):
+            here = word < words - at
             a = tl.load(w + at, mask=inside[:, None] & here[None, :], other=0)
-            b = tl.load(x + s * x_s + at + k, mask=here, other=0.0).to(tl.float32)
-            # XOR with 128 makes q + 128 of a byte's int8 q; 15 shifts 8 bits to the top of 23.
-            sums += _mantissa((a ^ 128).to(tl.int32) << 15) * b[None, :]
-            ones += b
-        total = tl.sum(sums, 1) - 1.5 * tl.sum(ones, 0)
-        total *= 256 * tl.load(scale + before + rows, mask=inside, other=0.0).to(tl.float32)
+            if WIDE:
+                b = x + s * x_s + 4 * (at + word)
+                b0 = tl.load(b, mask=here, other=0.0)
+                b1 = tl.load(b + 1, mask=here, other=0.0)
+                b2 = tl.load(b + 2, mask=here, other=0.0)
+                b3 = tl.load(b + 3, mask=here, other=0.0)
+            else:
+                b0, b1 = _pair(x + s * x_s + 2 * (at + word), here)
+                b2, b3 = _pair(x + s * x_s + 2 * (at + word) + 1, here)
+            # XOR with 128 makes u = q + 128 of each int8 q; 2²³ + 128 is taken off again.
+            a = a ^ -2139062144  # 0x80808080
+            sums += (
+                (_number(a & 255) - 8388736.0) * b0[None, :]
+                + (_number((a >> 8) & 255) - 8388736.0) * b1[None, :]
+                + (_number((a >> 16) & 255) - 8388736.0) * b2[None, :]
+                + (_number((a >> 24) & 255) - 8388736.0) * b3[None, :]
+            )
+        total = tl.sum(sums, 1)
+        total *= tl.load(scale + before + rows, mask=inside, other=0.0).to(tl.float32)
         _store(
             total, y, add, bias, s, rows, inside, add_s, add_n, y_s, width, beta,
             HAS_ADD, HAS_BIAS, FINISH,
@@ -176,11 +205,7 @@ if HAS_TRITON:
                 even = tl.load(b, mask=here[:, None], other=0.0)
                 odd = tl.load(b + 1, mask=here[:, None], other=0.0)
             else:
-                b = tl.load(x + s * x_s + at * 32 + at_byte, mask=here[:, None], other=0)
-                # A bf16 is the upper half of an fp32. The even one is the lower half of the int32:
-                # it is shifted up; of the odd one the mask −65536 clears what is below.
-                even = (b << 16).to(tl.float32, bitcast=True)
-                odd = (b & -65536).to(tl.float32, bitcast=True)
+                even, odd = _pair(x + s * x_s + at * 32 + at_byte, here[:, None])
             # Low halves, of 4 bits, are shifted to the top of 23; high halves are 4 places higher.
             inner = (
                 _mantissa((a & 15) << 19) * even[None, :, :]
@@ -240,7 +265,7 @@ class Stack:
         )
         self.scale = self.weight  # stands in for scales where there are none
         if self.kind == "int8":
-            self.weight = self.weight.view(torch.uint8)
+            self.words = self.weight.flatten().view(torch.int32)  # as the kernel reads them
             self.scale = torch.cat([m["scale"] for m in matrices])  # (Σ out,)
         elif self.kind == "int4":
             # Scale and offset, two bf16, are read as one int32: (Σ out·groups,).
@@ -266,7 +291,7 @@ class Stack:
         for outputs, inputs, width in zip(self.outputs, self.inputs, self.widths, strict=True):
             end = at + outputs * inputs
             weight = flat[at // per_byte : end // per_byte].view(outputs, -1)[:, :width]
-            tensors = {self.kind: weight.view(torch.int8) if self.kind == "int8" else weight}
+            tensors = {self.kind: weight}
             if self.kind == "int8":
                 tensors["scale"] = self.scale[row : row + outputs]
             elif self.kind == "int4":
@@ -293,8 +318,8 @@ class Stack:
             wide = self.kind == "float32" or (add is not None and add.dtype == torch.float32)
             kind = torch.float32 if wide else torch.bfloat16
             y = x.new_empty(x.size(0), max(self.outputs), dtype=kind)
-        # At 4 bits a byte has two weights: bf16 inputs are read in pairs too, as int32.
-        pairs = self.kind == "int4" and x.dtype == torch.bfloat16
+        # Quantised weights are read several at a time: bf16 inputs in pairs then, as int32.
+        pairs = self.kind.startswith("int") and x.dtype == torch.bfloat16
         if pairs:
             x = x.view(torch.int32)
         rows, size, warps = self.SHAPES[self.kind]
@@ -316,7 +341,9 @@ class Stack:
                 self.weight, self.scale, *rest, GROUPS=size // 32, WIDE=not pairs, **how
             )
         elif self.kind == "int8":
-            _int8_kernel[grid](self.weight, self.scale, *rest, INPUTS=size, **how)
+            _int8_kernel[grid](
+                self.words, self.scale, *rest, WORDS=size // 4, WIDE=not pairs, **how
+            )
         else:
             inputs = size // self.weight.element_size()
             _float_kernel[grid](self.weight, *rest, INPUTS=inputs, **how)
@@ -327,6 +354,6 @@ class Stack:
         between them, and, where they are read in pairs, with rows that begin at a pair."""
         if x.size(1) < max(self.inputs):
             x = F.pad(x, (0, max(self.inputs) - x.size(1)))
-        if x.stride(1) != 1 or (self.kind == "int4" and x.stride(0) % 2):
+        if x.stride(1) != 1 or (self.kind.startswith("int") and x.stride(0) % 2):
             x = x.contiguous()
         return x

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from common.command import Parser, run_command
 from common.device import free
@@ -179,6 +180,7 @@ class Width:
         row[f"{name}_replay_ms"] = mean_ms(step.graph.replay, 100)
         row[f"{name}_tokens_per_second"] = 1e3 / ms
         row[f"{name}_gb_per_second"] = row["bytes"] / ms / 1e6
+        row[f"{name}_kernels"] = kernels_of(step.graph.replay)
 
     def prompt(self) -> None:
         """A prompt of 512 tokens."""
@@ -202,6 +204,16 @@ class Width:
         tokens = torch.zeros(n, 1, dtype=torch.int64, device=self.ids.device)
         ms = mean_ms(lambda: step(tokens), 20)
         self.row[f"{n}_rows_tokens_per_second"] = 1e3 * n / ms
+
+
+def kernels_of(call: Callable[[], object]) -> list[tuple[str, float]]:
+    """The kernels of a call in their order: the name of each and its microseconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if str(e.device_type).endswith("CUDA")]
+    events.sort(key=lambda e: e.time_range.start)
+    return [(e.name[:90], round(e.time_range.elapsed_us(), 2)) for e in events]
 
 
 # ===== Products alone

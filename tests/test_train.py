@@ -904,3 +904,44 @@ def test_a_plan_needs_no_data_and_writes_nothing(settings, tmp_path, monkeypatch
     run(monkeypatch, "--config", settings(dataset="nowhere.txt", layers=1), "--plan", "2")
     assert "total_gib: " in capsys.readouterr().out
     assert not (tmp_path / "logs").exists()
+
+
+# ===== Compiled
+
+
+def compiles_as(monkeypatch, change):
+    """Makes torch.compile give the loss itself, with change(model, True) before it and
+    change(model, False) after it."""
+
+    def compiled(loss, mode):
+        def call(*arguments):
+            change(loss.__self__, True)
+            result = loss(*arguments)
+            change(loss.__self__, False)
+            return result
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+
+
+def test_a_compiled_loss_that_loses_a_gradient_is_not_used(monkeypatch, text, tmp_path):
+    def frozen(model, during):
+        model.final_ln.weight.requires_grad_(not during)
+
+    compiles_as(monkeypatch, frozen)
+    said = []
+    monkeypatch.setattr(Record, "say", lambda self, line: said.append(line))
+    trainer = trainer_of(tmp_path, text, compile=True)
+    assert trainer.loss == trainer.model.loss
+    assert said == [
+        "not compiled, training goes on without: compiled, final_ln.weight would not learn;"
+        " another torch may do it right"
+    ]
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_compiled_loss_that_keeps_all_gradients_is_used(monkeypatch, text, tmp_path):
+    compiles_as(monkeypatch, lambda model, during: None)
+    trainer = trainer_of(tmp_path, text, compile=True)
+    assert trainer.loss != trainer.model.loss

@@ -644,6 +644,8 @@ def compiled_loss(trainer: Trainer) -> Callable:
             ids, targets, state = trainer.micro_batch(i)
             with trainer.autocast():
                 compiled(ids, targets, state)[0].backward()
+        if lost := lost_gradient(trainer):
+            raise RuntimeError(f"compiled, {lost} would not learn; another torch may do it right")
         trainer.record.say(f"compiled in {time.perf_counter() - started:.0f} s")
     except (RuntimeError, OSError, ImportError) as error:
         # no compiler, no Triton, an unsupported operation
@@ -651,3 +653,25 @@ def compiled_loss(trainer: Trainer) -> Callable:
         compiled = trainer.model.loss
     trainer.model.zero_grad(set_to_none=True)  # the trial was no step
     return compiled
+
+
+def lost_gradient(trainer: Trainer) -> str | None:
+    """The name of a parameter whose gradient, which a compiled pass has just made, is all zero or
+    missing where the plain one is not; None where there is none. torch 2.11 has made such programs,
+    and a run that trains with one looks like a slow learner."""
+    if trainer.config.stochastic_depth_rate:
+        return None  # blocks are left out at random: either pass may miss one
+    suspects = {
+        name: p
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    }
+    if not suspects:
+        return None
+    trainer.model.zero_grad(set_to_none=True)
+    ids, targets, _ = trainer.micro_batch(0)
+    with trainer.autocast():
+        # one text is enough to see that, and needs less memory than the compiled pass did
+        trainer.model.loss(ids[:1], targets[:1])[0].backward()
+    found = (name for name, p in suspects.items() if p.grad is not None and p.grad.any())
+    return next(found, None)
