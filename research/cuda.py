@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from common.device import free
 from common.files import write_whole
 from config import load_config
 from data.prepare import Corpus
+from layers.memory import AssociativeMemory
 from research import cuda_decoding
 from research.timing import mean_ms, median_ms
 from research.training_speed import plain_loss
@@ -316,6 +318,51 @@ def small_compiled(results: Results) -> None:
         free()
 
 
+# ===== The associative memory alone
+
+
+def memory(results: Results) -> None:
+    """An associative memory of configs/best-30m.json, forward and back over its batch in bf16: by
+    torch's operations and by our kernels, plain and compiled, and how far the gradients are
+    apart."""
+    config = load_config(ROOT / "configs/best-30m.json")
+    with torch.device(DEVICE):
+        module = AssociativeMemory(config)
+        with torch.no_grad():
+            # else rates are the same at all positions, and queries those of the keys
+            module.forget_write.weight.normal_(std=0.02)
+            module.query_key.weight.add_(torch.randn_like(module.query_key.weight), alpha=0.02)
+        h = torch.randn(config.micro_batch_size, config.block_size, config.C, requires_grad=True)
+        of_out = torch.randn_like(h)
+    inputs = [h, *module.parameters()]
+
+    def gradients(forward: Callable) -> list[torch.Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out, _ = forward(h, module.start(len(h), h))
+        return torch.autograd.grad((out * of_out).sum(), inputs)
+
+    wanted: list[torch.Tensor] = []
+    for name, by_kernels, is_compiled in (
+        ("torch", False, False), ("torch, compiled", False, True),
+        ("kernels", True, False), ("kernels, compiled", True, True),
+    ):  # fmt: skip
+        torch._dynamo.reset()
+        with mock.patch("layers.memory.has_kernels", lambda q, value=by_kernels: value):
+            forward = torch.compile(module.forward) if is_compiled else module.forward
+            row = results.row("associative memory", name)
+            began = time.time()
+            found = gradients(forward)
+            row["first_s"] = time.time() - began
+            wanted = wanted or found
+            pairs = zip(found, wanted, strict=True)
+            row["error"] = max(cuda_decoding.relative_error(f, w) for f, w in pairs)
+            with undisturbed():
+                row["ms"] = mean_ms(lambda forward=forward: gradients(forward), STEPS)
+            file = f"profile_memory_{name.replace(', ', '_')}.txt"
+            write_profile(lambda forward=forward: gradients(forward), results.folder / file)
+        results.save()
+
+
 # ===== The commands of a user
 
 
@@ -388,7 +435,7 @@ def decode(results: Results) -> None:
 # Seconds that a section takes, roughly: it is left out where less than half of that is left.
 SECTIONS = {
     ceilings: 10, train: 40, decode: 90, others: 40, compiled: 100, compiled_fp8: 100,
-    small_compiled: 60, commands: 120,
+    small_compiled: 60, memory: 60, commands: 120,
 }  # fmt: skip
 
 
