@@ -60,12 +60,16 @@ def _as_pairs(value: Any) -> Any:
     return () if value == [] else value  # [] is how the default is written
 
 
+def _as_dict(pairs: tuple[tuple[str, float], ...]) -> dict[str, float]:
+    return dict(pairs)  # a function, since pydantic 2.7 asks a serializer for its signature
+
+
 Floats = Annotated[tuple[Annotated[float, Field(ge=0, le=MOST)], ...], BeforeValidator(_as_tuple)]
 # numpy's limit; torch's is above 1,000,003 times as much, see `Trainer.take_step`
 MOST_SEED = 2**32 - 1
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...], BeforeValidator(_as_tuple)]
 Mixture = Annotated[
-    tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), PlainSerializer(dict)
+    tuple[tuple[str, float], ...], BeforeValidator(_as_pairs), PlainSerializer(_as_dict)
 ]
 Basis = Literal["haar", "zero", "random"]
 Bases = Annotated[tuple[Basis, ...], BeforeValidator(_as_tuple)]

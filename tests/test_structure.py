@@ -129,6 +129,7 @@ import sys
 import threading
 
 import torch
+import torch.distributed.nn  # torch 2.9 writes a file when this is first imported
 
 DONE = []
 
