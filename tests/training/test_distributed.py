@@ -9,7 +9,13 @@ import sys
 
 import pytest
 import torch
-from helpers import NO_DROPOUT, SMALL, run_in_child, start_child
+from helpers import (
+    NO_DROPOUT,
+    SMALL,
+    run_in_child,
+    skip_without_forked_training,
+    start_child,
+)
 
 from common.command import InputError
 from common.tensors import load_tensors, save_tensors
@@ -25,6 +31,7 @@ STEPS = 4
 def as_ranks(start):
     """Starts a child by `start(rank, make_rank)` for each rank of two; `make_rank()` gives it the
     variables that torchrun would. Waits for both to end well."""
+    skip_without_forked_training()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
