@@ -69,7 +69,7 @@ ids = tokenizer("{prompt}", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
 ```
 
-It needs torch, and transformers from 5.24 on; the network's source is `network.py`. The code is under Apache-2.0 (`LICENSE`).
+It needs torch, and transformers from 5.17 on; the network's source is `network.py`. The code is under Apache-2.0 (`LICENSE`).
 
 ## Figures
 {figures}

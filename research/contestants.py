@@ -36,14 +36,18 @@ class Foreign(Opponent):
         return self.network.base_model(inputs_embeds=e, use_cache=False).last_hidden_state
 
 
-def transformers_library():
+def transformers_library(at_least: str = "5.17"):
     """The module `transformers`, imported late since it is optional. Raises `InputError` where it
-    is not installed."""
+    is not installed, or older than `at_least`."""
     try:
         import transformers
+        from transformers.utils.versions import require_version
+
+        require_version(f"transformers>={at_least}")
     except ImportError:
         raise InputError(
-            "models: Llama and Mamba-2 need the package transformers; pip install '.[research]'"
+            f"models: Llama and Mamba-2 need the package transformers from {at_least} on;"
+            f" pip install 'transformers>={at_least}'"
         ) from None
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice on fast GPU kernels
     return transformers

@@ -46,6 +46,8 @@ from research.timing import interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Of transformers: its caches say their sizes and are gone on from as they are measured here.
+CACHES_SINCE = "5.24"
 HEAD = 64  # channels of a head, of Llama's and of Mamba-2's: what both usually have
 MAMBA_STATES = range(112, 145, 8)  # numbers per channel, about the usual 128, that fit parameters
 TOLERANCE = 0.03  # of the parameters, by which networks may differ
@@ -73,7 +75,7 @@ def llama_config(width: int, layers: int, parameters: int, vocab_size: int, posi
     # A layer has 4 matrices of attention, width², and 3 of the MLP, width · inner.
     inner = round((parameters / layers - 4 * width**2) / (3 * width))
     heads = width // HEAD
-    return transformers_library().LlamaConfig(
+    return transformers_library(CACHES_SINCE).LlamaConfig(
         vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=positions,
         tie_word_embeddings=False, attn_implementation="sdpa",
@@ -88,7 +90,7 @@ def usual_layers(width: int, parameters: int) -> int:
 def mamba_config(width: int, parameters: int, vocab_size: int):
     """Mamba-2 with the number of layers, and of states, that come closest to `parameters` besides
     embedding and head."""
-    library = transformers_library()
+    library = transformers_library(CACHES_SINCE)
 
     def config(layers: int, states: int):
         return library.Mamba2Config(
@@ -148,7 +150,7 @@ def read(network: nn.Module, ids: Tensor, cache) -> Tensor:
 
 def empty_cache(config, kind: str, length: int):
     """A cache of `kind`, "dynamic" or "static", for at most `length` tokens."""
-    library = transformers_library()
+    library = transformers_library(CACHES_SINCE)
     if kind == "static":
         return library.StaticCache(config=config, max_cache_len=length)
     return library.DynamicCache(config=config)
@@ -169,7 +171,7 @@ class Llama:
     """A Transformer of `transformers` that keeps every token's keys and values."""
 
     def __init__(self, config):
-        self.network = transformers_library().LlamaForCausalLM(config).eval()
+        self.network = transformers_library(CACHES_SINCE).LlamaForCausalLM(config).eval()
         self.parameters = body_parameters(self.network)
 
     def nbytes(self, context: int, rows: int) -> int:
@@ -198,7 +200,7 @@ class Mamba2:
     """A recurrent network of `transformers`."""
 
     def __init__(self, config):
-        self.network = transformers_library().Mamba2ForCausalLM(config).eval()
+        self.network = transformers_library(CACHES_SINCE).Mamba2ForCausalLM(config).eval()
         self.parameters = body_parameters(self.network)
 
     def nbytes(self, context: int, rows: int) -> int:

@@ -129,7 +129,8 @@ import sys
 import threading
 
 import torch
-import torch.distributed.nn  # torch 2.9 writes a file when this is first imported
+import filelock  # some versions of it, and torch 2.9 with the next line, write a file
+import torch.distributed.nn
 
 DONE = []
 

@@ -19,7 +19,7 @@ from .configuration_waveletlm import WaveletLMConfig
 from .network import Config, State, build_model
 
 # Before it beam search reorders no state of this name, and so goes on with those of other texts.
-require_version("transformers>=5.24", "pip install -U transformers")
+require_version("transformers>=5.17", "pip install -U transformers")
 
 # positions that are read at once: enough to keep matrix products busy, and their memory is bounded
 PIECE = 512

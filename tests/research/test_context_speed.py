@@ -13,6 +13,9 @@ from config import load_config
 from research import context_speed
 from research.context_speed import body_parameters, empty_cache, filled_cache, read
 
+pytest.importorskip(
+    "transformers", minversion=context_speed.CACHES_SINCE, reason="its caches are other ones"
+)
 VOCAB = 100
 CONTEXTS = [8, 40]
 
