@@ -22,7 +22,6 @@ In the kernels names of tensors are addresses of their first elements; `x_s`, `a
 `y_s` are strides in elements, of scales s and outputs n.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -30,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from common.gpu import HAS_TRITON, compiles_kernels
+
 # Inputs are filled up to a multiple of this: a group at 4 bits, and at every width a multiple of 16
 # bytes, so that every row begins at an aligned address.
 STEP = 64
@@ -224,8 +224,8 @@ if HAS_TRITON:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether these kernels multiply one row on this device: a GPU, and Triton is installed."""
-    return HAS_TRITON and device.type == "cuda"
+    """Whether these kernels multiply one row on this device: a GPU that Triton compiles for."""
+    return device.type == "cuda" and compiles_kernels()
 
 
 def _aligned(tensors: dict[str, Tensor], kind: str) -> Tensor:
@@ -354,6 +354,9 @@ class Stack:
         between them, and, where they are read in pairs, with rows that begin at a pair."""
         if x.size(1) < max(self.inputs):
             x = F.pad(x, (0, max(self.inputs) - x.size(1)))
-        if x.stride(1) != 1 or (self.kind.startswith("int") and x.stride(0) % 2):
+        if x.stride(1) != 1:
             x = x.contiguous()
+        # pairs of 16 bits begin where pairs do
+        if self.kind.startswith("int") and (x.stride(0) % 2 or x.storage_offset() % 2):
+            x = F.pad(x, (0, x.size(1) % 2)).clone(memory_format=torch.contiguous_format)
         return x

@@ -16,9 +16,11 @@ Backward, G_t is the gradient of S_t. With w_t = G_t k_t, the gradient of β_t e
     of log α_t = Σ G'_{t−1} ⊙ S_{t−1}, where G'_{t−1} = α_t (G_t − z_t k_tᵀ) is what G_{t−1} has
                                      from later positions
 
-That sum c_{t−1} follows from the one after it: c_{t−1} = c_t + of_o_t·o_t − v_t·z_t. So no S has to
-be kept: one pass back over rows of G finds all z_t, and with z_t and e_t known the columns of G and
-S do not need one another either; one pass back and one forward over columns find the rest.
+That sum c_{t−1} follows from the one after it: c_{t−1} = c_t + of_o_t·o_t − v_t·z_t. (Its rounding
+errors add up on the way, to about 1e-6 of the largest c: where α is so small that the true sum is
+below that, what is left is noise.) So no S has to be kept: one pass back over rows of G finds all
+z_t, and with z_t and e_t known the columns of G and S do not need one another either; one pass back
+and one forward over columns find the rest.
 
 In the kernels names of tensors are addresses of their first elements. q and k are (B, T, heads, d)
 in fp32 with steps of `row` elements from a position to the next, v the same with `v_row`. Without
@@ -27,15 +29,14 @@ gaps are log_alpha and beta (B, T, heads), o, e, z and gradients (B, T, heads, d
 that neighbouring threads, which have neighbouring rows, read neighbouring numbers.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from common.gpu import HAS_TRITON, compiles_kernels
+
 WIDTHS = (16, 32, 64, 128)  # of keys, that there are kernels for
-# Rows or columns of S in one program, which is one warp of 32 threads: each has a whole row, so
-# that no sum needs other threads.
+# Rows or columns of S in one program, which is one warp of 32 threads: a sum is over what a few
+# neighbouring threads hold, and nothing waits for another warp.
 BLOCK = 32
 # Positions that are read ahead: a read takes as long as some positions.
 STAGES = 3
@@ -62,7 +63,7 @@ if HAS_TRITON:
             t = first + n
             key = tl.load(k + t * row + head * D + j)
             query = tl.load(q + t * row + head * D + j)
-            value = tl.load(v + t * v_row + head * D + i).to(tl.float32)
+            value = tl.load(v + t * v_row + head * D + i)
             a = tl.exp(tl.load(log_alpha + t * heads + head))
             b = tl.load(beta + t * heads + head)
             s *= a
@@ -94,7 +95,7 @@ if HAS_TRITON:
             t = first + length - 1 - n
             key = tl.load(k + t * row + head * D + j)
             query = tl.load(q + t * row + head * D + j)
-            value = tl.load(v + t * v_row + head * D + i).to(tl.float32)
+            value = tl.load(v + t * v_row + head * D + i)
             a = tl.exp(tl.load(log_alpha + t * heads + head))
             b = tl.load(beta + t * heads + head)
             place = (t * heads + head) * D + i
@@ -169,16 +170,27 @@ if HAS_TRITON:
 
 def has_kernels(q: Tensor) -> bool:
     """Whether there are kernels for queries like q (B, T, heads, d), on their device."""
-    return HAS_TRITON and q.device.type == "cuda" and q.size(3) in WIDTHS
+    return q.device.type == "cuda" and q.size(3) in WIDTHS and compiles_kernels()
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, T, heads, d) as the kernels read it, a copy only where texts, heads or channels do not
-    follow each other, and the elements from a position to the next."""
+    """x (B, T, heads, d) in fp32 as the kernels read it, a copy only where texts, heads or channels
+    do not follow each other, and the elements from a position to the next."""
+    x = x.float()  # numbers of 16 bits cannot be read ahead one by one
     text, row, head, channel = x.stride()
-    if (text, head, channel) != (row * x.size(1), x.size(3), 1):
-        x = x.contiguous()
-    return x, x.stride(1)
+    if (text, head, channel) == (row * x.size(1), x.size(3), 1):
+        return x, row
+    return x.contiguous(), x.size(2) * x.size(3)
+
+
+def _laid_out_alike(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int]:
+    """q and k as `_laid_out` gives them, with one step for both."""
+    q, row = _laid_out(q)
+    k, other = _laid_out(k)
+    if row != other:
+        q, row = q.contiguous(), q.size(2) * q.size(3)
+        k = k.contiguous()
+    return q, k, row
 
 
 @torch.library.custom_op("waveletlm::delta_rule", mutates_args=())
@@ -191,10 +203,9 @@ def _forward(
     e = q.new_empty(q.shape)
     after = torch.empty_like(pairs, memory_format=torch.contiguous_format)  # exchanged
     block = min(BLOCK, width)
-    q, row = _laid_out(q)
-    k, _ = _laid_out(k)
+    q, k, row = _laid_out_alike(q, k)
     v, v_row = _laid_out(v)
-    if texts and length:
+    if texts:
         _read_kernel[(texts * heads, width // block)](
             q, k, v, log_alpha.contiguous(), beta.contiguous(), pairs.mT.contiguous(), o, e, after,
             length, heads, row, v_row, D=width, BLOCK=block, STAGES=STAGES, num_warps=1,
@@ -224,8 +235,7 @@ def _backward(
     shares = q.new_empty(2, *log_alpha.shape, blocks)  # of log α and of β
     grid = (texts * heads, blocks)
     how = {"D": width, "BLOCK": block, "STAGES": STAGES, "num_warps": 1}
-    q, row = _laid_out(q)
-    k, _ = _laid_out(k)
+    q, k, row = _laid_out_alike(q, k)
     v, v_row = _laid_out(v)
     _rows_back_kernel[grid](
         q, k, v, log_alpha, beta, o, e, after.mT.contiguous(), of_o, of_after.mT.contiguous(), z,

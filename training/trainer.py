@@ -643,7 +643,8 @@ def compiled_loss(trainer: Trainer) -> Callable:
         for i in range(trainer.config.grad_accum):  # a CUDA graph is made for each part of a step
             ids, targets, state = trainer.micro_batch(i)
             with trainer.autocast():
-                compiled(ids, targets, state)[0].backward()
+                loss, _ = compiled(ids, targets, state)
+            (trainer.scaler.scale * loss).backward()  # else fp16 has zeros for small gradients
         if lost := lost_gradient(trainer):
             raise RuntimeError(f"compiled, {lost} would not learn; another torch may do it right")
         trainer.record.say(f"compiled in {time.perf_counter() - started:.0f} s")
@@ -657,10 +658,13 @@ def compiled_loss(trainer: Trainer) -> Callable:
 
 def lost_gradient(trainer: Trainer) -> str | None:
     """The name of a parameter whose gradient, which a compiled pass has just made, is all zero or
-    missing where the plain one is not; None where there is none. torch 2.11 has made such programs,
-    and a run that trains with one looks like a slow learner."""
-    if trainer.config.stochastic_depth_rate:
-        return None  # blocks are left out at random: either pass may miss one
+    missing where the plain one is not; None where there is none, or where a plain pass cannot be
+    made. torch 2.11 has made such programs, and a run that trains with one looks like a slow
+    learner."""
+    config = trainer.config
+    # Blocks are left out at random: either pass may miss one. And fp8 wants many rows.
+    if config.stochastic_depth_rate or config.amp_dtype == "fp8":
+        return None
     suspects = {
         name: p
         for name, p in trainer.model.named_parameters()
@@ -670,8 +674,12 @@ def lost_gradient(trainer: Trainer) -> str | None:
         return None
     trainer.model.zero_grad(set_to_none=True)
     ids, targets, _ = trainer.micro_batch(0)
-    with trainer.autocast():
-        # one text is enough to see that, and needs less memory than the compiled pass did
-        trainer.model.loss(ids[:1], targets[:1])[0].backward()
+    try:
+        with trainer.autocast():
+            # one text is enough to see that, and needs little memory
+            loss, _ = trainer.model.loss(ids[:1], targets[:1])
+        (trainer.scaler.scale * loss).backward()
+    except torch.OutOfMemoryError:
+        return None
     found = (name for name, p in suspects.items() if p.grad is not None and p.grad.any())
     return next(found, None)

@@ -10,13 +10,14 @@ from layers.delta_rule import DeltaRule
 
 def inputs(device: str, texts: int, length: int, heads: int, width: int) -> list[torch.Tensor]:
     """q, k, v, log α, β and the matrix before, of so many texts."""
-    q, k = memory.unit(torch.randn(texts, length, 2, heads, width)).unbind(2)
-    both = torch.randn(texts, length, 2 * heads * width)  # of values and gates, as in `recall`
-    v = both.chunk(2, dim=-1)[0].unflatten(-1, (heads, -1))
-    log_alpha = -torch.rand(texts, length, heads)
-    beta = torch.rand(texts, length, heads)
-    pairs = torch.randn(texts, heads, width, width)
-    return [x.to(device) for x in (q, k, v, log_alpha, beta, pairs)]
+    with torch.device(device):
+        q, k = memory.unit(torch.randn(texts, length, 2, heads, width)).unbind(2)
+        both = torch.randn(texts, length, 2 * heads * width)  # of values and gates, as in `recall`
+        v = both.chunk(2, dim=-1)[0].unflatten(-1, (heads, -1))
+        log_alpha = -torch.rand(texts, length, heads)
+        beta = torch.rand(texts, length, heads)
+        pairs = torch.randn(texts, heads, width, width)
+    return [q, k, v, log_alpha, beta, pairs]
 
 
 def results(function, given: list[torch.Tensor], of_after: bool = True) -> list[torch.Tensor]:
@@ -31,7 +32,7 @@ def results(function, given: list[torch.Tensor], of_after: bool = True) -> list[
 
 
 @pytest.mark.parametrize(
-    "texts, length, heads, width", [(2, 37, 2, 16), (1, 40, 1, 64), (2, 2, 3, 32)]
+    "texts, length, heads, width", [(2, 37, 2, 16), (1, 40, 1, 64), (2, 2, 3, 32), (1, 3, 1, 128)]
 )
 def test_it_gives_what_torch_gives_and_its_gradients(
     interpreted_triton, texts, length, heads, width
@@ -39,7 +40,7 @@ def test_it_gives_what_torch_gives_and_its_gradients(
     given = inputs(interpreted_triton, texts, length, heads, width)
     ours = results(DeltaRule.apply, given)
     for got, wanted in zip(ours, results(memory.delta_rule, given), strict=True):
-        assert (got - wanted).norm() <= 2e-6 * wanted.norm()
+        assert (got - wanted).norm() <= 4e-6 * wanted.norm()
 
 
 def test_the_gradient_of_the_matrix_after_a_text_may_be_missing(interpreted_triton):
@@ -47,7 +48,22 @@ def test_the_gradient_of_the_matrix_after_a_text_may_be_missing(interpreted_trit
     ours = results(DeltaRule.apply, given, of_after=False)
     expected = results(memory.delta_rule, given, of_after=False)
     for got, wanted in zip(ours, expected, strict=True):
-        assert (got - wanted).norm() <= 2e-6 * wanted.norm()
+        assert (got - wanted).norm() <= 4e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("copied", [0, 1])
+def test_queries_and_keys_may_lie_in_memory_in_other_ways(interpreted_triton, copied):
+    given = inputs(interpreted_triton, 2, 9, 2, 16)
+    expected = DeltaRule.apply(*given)
+    given[copied] = given[copied].contiguous()  # the other one has gaps
+    for got, wanted in zip(DeltaRule.apply(*given), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_no_positions_leave_the_matrix_as_it_is(interpreted_triton):
+    given = inputs(interpreted_triton, 2, 0, 1, 16)
+    read, after = DeltaRule.apply(*given)
+    assert read.shape == (2, 0, 1, 16) and torch.equal(after, given[-1])
 
 
 def test_a_text_in_pieces_gives_what_the_whole_gives(interpreted_triton):
