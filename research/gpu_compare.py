@@ -64,8 +64,8 @@ EVALUATED_ROWS = 16  # windows that are measured at a time: their logits are hal
 
 # ===== The contestants
 
-# Each has, at 512 channels and with its table, about the parameters of configs/best-30m.json: networks of
-# compare.py, written out with what helps them.
+# Networks of compare.py, written out with what helps them. Each has, at 512 channels and with its
+# table, about the parameters of configs/best-30m.json.
 OPPONENTS = {
     "transformer": partial(build_transformer, width=512, layers=6, inner=1536, taps=4),
     "transformer-4": partial(build_transformer, width=512, layers=4, inner=2816, taps=4),
