@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import Loaded, add_checkpoint_options, load_asked
+from common import gpu
 from common.command import InputError, Parser, first_line, run_command
 from common.device import DEVICE_HELP, chosen_device
 from common.files import check_regular, read_utf8
 from config import Config
 from data.tokenizer import Tokenizer
-from inference import cpu_kernels, kernels
+from inference import cpu_kernels
 from inference.decode import Decoder, PackedModel
 from inference.endings import Ending, Endings, ended_text
 from inference.graphs import can_be_captured, graphed
@@ -330,11 +331,8 @@ def say_what_is_slower(decoder: Decoder) -> None:
         print(f"note: weights are multiplied by torch's own kernels: {reason}", file=sys.stderr)
     if decoder.device.type != "cuda":
         return
-    if not kernels.HAS_TRITON:
-        print(
-            "note: Triton is not installed, so weights are multiplied by torch's own kernels",
-            file=sys.stderr,
-        )
+    if reason := gpu.missing():
+        print(f"note: weights are multiplied by torch's own kernels: {reason}", file=sys.stderr)
     if not can_be_captured(decoder):
         print(
             "note: a memory that writes is no part of a CUDA graph, so steps are launched one"

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from checkpoint import load_model
+from common import gpu
 from common.command import InputError, Parser, run_command
 from config import Config, add_config_options, given_options, load_config, make_config
 from data.corpus import check_source, located
@@ -395,10 +396,17 @@ def start(asked: Asked, record: Record, world: World, begun: bool) -> Trainer:
         f" ({trainer.total_steps / trainer.batches.steps_per_epoch:.2f} epochs), {world.size} ×"
         f" {trainer.device}, autocast {trainer.cast}"
     )
-    on_cpu = torch.device(trainer.device).type == "cpu"
-    if on_cpu and not config.compile and (reason := passes.LIBRARY.missing()):
+    if not config.compile and (reason := what_is_missing(trainer)):
         record.say(f"steps by torch alone, which is slower: {reason}")
     return trainer
+
+
+def what_is_missing(trainer: Trainer) -> str:
+    """Why code of our own takes no part in the steps; empty where it does, or there is none."""
+    kind = torch.device(trainer.device).type
+    if kind == "cpu":
+        return passes.LIBRARY.missing()
+    return gpu.missing() if kind == "cuda" and trainer.config.recall_heads else ""
 
 
 if __name__ == "__main__":

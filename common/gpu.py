@@ -2,9 +2,10 @@
 
 import functools
 import importlib.util
-import warnings
 
 import torch
+
+from common.command import first_line
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -18,26 +19,21 @@ if HAS_TRITON:
 
 
 @functools.cache
-def _can_compile() -> bool:
-    """Compiles and runs a kernel that writes one number."""
+def missing() -> str:
+    """Why Triton makes no kernels for this GPU; empty where it does. It needs a C compiler, which
+    images of a GPU's machine often lack. Not to be asked first while a CUDA graph is captured."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
     try:
         _write_one[(1,)](torch.zeros(1, device="cuda"))
         torch.cuda.synchronize()
-        return True
     except Exception as error:  # whatever a compiler, a linker or a driver may lack
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(
-            f"no GPU kernels of our own, torch's operations take their place: {reason}",
-            stacklevel=2,
-        )
-        return False
+        return first_line(error)
+    return ""
 
 
 def compiles_kernels() -> bool:
-    """Whether Triton is installed and compiles for this GPU. It makes its launchers with a C
-    compiler, which images of a GPU's machine often lack: then it says so once, as a warning.
-
-    Not to be asked for the first time while a CUDA graph is captured."""
+    """Whether Triton makes kernels for this GPU."""
     if torch.compiler.is_compiling():
         return HAS_TRITON  # torch.compile needs the same compiler, and fails without
-    return HAS_TRITON and _can_compile()
+    return not missing()
