@@ -269,6 +269,13 @@ def test_nothing_of_the_repository_is_imported(made):
 # ===== In this process
 
 
+def test_the_source_that_is_cut_out_uses_no_name_that_it_does_not_define():
+    """Also where no CPU runs it, such as what only a GPU would call."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+    done = subprocess.run(command, input=network_source(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("pairs")][::6])
 @torch.no_grad()
 def test_the_source_that_is_cut_out_computes_the_same(case):

@@ -12,10 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROOTS = [("model", "build_model"), ("layers.state", "State")]  # what the exported model imports
 
-# The module whose functions need the C++, which is not exported, and what stands for each of them.
-LEFT_OUT = "layers.passes"
+# The modules whose functions need the C++ or Triton's kernels, which are not exported, and what
+# stands for each of these functions. What they give, None, is what they say where there are none.
+LEFT_OUT = ("layers.passes", "layers.delta_rule")
 STAND_IN = '''def {}(*inputs) -> None:
-    """Nothing: the C++ of the repository is not here."""'''
+    """Nothing: the C++ and the kernels of the repository are not here."""'''
 
 CONFIG = '''class Config(SimpleNamespace):
     """The keys that shape the network, as in the config.json of the run that it is from."""
@@ -114,7 +115,7 @@ def names_defined(statement: ast.stmt) -> list[str]:
 
 def needed() -> tuple[list[Module], dict[str, set[str]]]:
     """The modules that the network is in, each behind those that it imports from, and of each (and
-    of the one that is left out) the names of the definitions that are used."""
+    of those that are left out) the names of the definitions that are used."""
     modules: dict[str, Module] = {}
     names: dict[str, set[str]] = {}
     waiting = list(ROOTS)
@@ -123,7 +124,7 @@ def needed() -> tuple[list[Module], dict[str, set[str]]]:
         if (module, name) == ("config", "Config") or name in names.setdefault(module, set()):
             continue
         names[module].add(name)
-        if module == LEFT_OUT:
+        if module in LEFT_OUT:
             continue
         if module not in modules:
             modules[module] = Module(module)
@@ -177,7 +178,8 @@ def imports_of(text: str, modules: list[Module]) -> str:
 def network_source() -> str:
     """The text of the one file. Raises `ValueError` where two files define the same name."""
     modules, names = needed()
-    parts = [config_source(), *(STAND_IN.format(name) for name in sorted(names[LEFT_OUT]))]
+    without = sorted(name for module in LEFT_OUT for name in names[module])
+    parts = [config_source(), *map(STAND_IN.format, without)]
     seen: dict[str, str] = {"Config": "config"}
     for module in modules:
         parts.append(f"# {'=' * 40} {module.name.replace('.', '/')}.py")
