@@ -141,3 +141,10 @@ def test_a_step_by_kernels_is_the_models(case, fused):
     for i in range(38, 40):
         expected, state = model(ids[:, i : i + 1], state)
         assert_near(step(ids[:, i : i + 1]), expected[:, 0], 1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_may_begin_between_two_pairs(bits):
+    stack = kernels.Stack([quantised(torch.randn(5, 64, device=DEVICE), bits)])
+    x = torch.randn(2, 131, device=DEVICE).bfloat16()[:1, 1:65]
+    assert torch.equal(stack(x), stack(x.clone()))
