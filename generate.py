@@ -327,12 +327,11 @@ def compile_step(decoder: Decoder, settings: Settings) -> None:
 
 def say_what_is_slower(decoder: Decoder) -> None:
     """What the device is not used for that it could be."""
-    if decoder.device.type == "cpu" and (reason := cpu_kernels.missing()):
+    missing = {"cpu": cpu_kernels.missing, "cuda": gpu.missing}.get(decoder.device.type)
+    if missing and (reason := missing()):
         print(f"note: weights are multiplied by torch's own kernels: {reason}", file=sys.stderr)
     if decoder.device.type != "cuda":
         return
-    if reason := gpu.missing():
-        print(f"note: weights are multiplied by torch's own kernels: {reason}", file=sys.stderr)
     if not can_be_captured(decoder):
         print(
             "note: a memory that writes is no part of a CUDA graph, so steps are launched one"

@@ -46,19 +46,25 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
+    def _program(length, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+        """What a program works on: its head; of all positions of all texts its text's first; all D
+        rows or columns of a matrix, the BLOCK other ones that are its own, and where these cross in
+        the memory of the matrices, (D, BLOCK)."""
+        text_and_head = tl.program_id(0)
+        first = (text_and_head // heads).to(tl.int64) * length
+        whole = tl.arange(0, D)
+        own = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        matrix = text_and_head.to(tl.int64) * D * D + whole[:, None] * D + own[None, :]
+        return text_and_head % heads, first, whole, own, matrix
+
+    @triton.jit
     def _read_kernel(
         q, k, v, log_alpha, beta, before, o, e, after, length, heads, row, v_row,
-        D: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """The way forward, for BLOCK rows i of S: o, e, and the matrix after the text."""
-        text = tl.program_id(0) // heads
-        head = tl.program_id(0) % heads
-        j = tl.arange(0, D)
-        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        matrix = tl.program_id(0).to(tl.int64) * D * D + j[:, None] * D + i[None, :]
+        head, first, j, i, matrix = _program(length, heads, D, BLOCK)
         s = tl.load(before + matrix)  # Sᵀ, (D, BLOCK)
-        first = text.to(tl.int64) * length  # of all positions of all texts, this text's first
         for n in tl.range(0, length, num_stages=STAGES):
             t = first + n
             key = tl.load(k + t * row + head * D + j)
@@ -77,20 +83,13 @@ if HAS_TRITON:
     @triton.jit
     def _rows_back_kernel(
         q, k, v, log_alpha, beta, o, e, after, of_o, of_after, z, of_log_alpha, of_beta,
-        length, heads, row, v_row, blocks, D: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        length, heads, row, v_row, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """The way back, for BLOCK rows i of G: z, and this block's share of the gradients of log α
         and β, (B, T, heads, blocks)."""
-        text = tl.program_id(0) // heads
-        head = tl.program_id(0) % heads
-        block = tl.program_id(1)
-        j = tl.arange(0, D)
-        i = block * BLOCK + tl.arange(0, BLOCK)
-        matrix = tl.program_id(0).to(tl.int64) * D * D + j[:, None] * D + i[None, :]
+        head, first, j, i, matrix = _program(length, heads, D, BLOCK)
         g = tl.load(of_after + matrix)  # Gᵀ, (D, BLOCK)
         c = tl.sum(g * tl.load(after + matrix), 0)  # (BLOCK,), each row's share
-        first = text.to(tl.int64) * length
         for n in tl.range(0, length, num_stages=STAGES):
             t = first + length - 1 - n
             key = tl.load(k + t * row + head * D + j)
@@ -107,25 +106,19 @@ if HAS_TRITON:
             c += of_read * read - b * w * value
             g = a * (g - key[:, None] * (b * w)[None, :])
             tl.store(z + place, b * w)
-            share = (t * heads + head) * blocks + block
+            share = (t * heads + head) * tl.num_programs(1) + tl.program_id(1)
             tl.store(of_beta + share, tl.sum(w * error, 0))
             tl.store(of_log_alpha + share, tl.sum(c, 0))
 
     @triton.jit
     def _columns_back_kernel(
         q, k, log_alpha, beta, e, z, of_o, of_after, of_k, of_before, length, heads, row,
-        D: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """The way back, for BLOCK columns j of G: β Gᵀ e of each position, and the gradient of the
         matrix before the text."""
-        text = tl.program_id(0) // heads
-        head = tl.program_id(0) % heads
-        i = tl.arange(0, D)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        matrix = tl.program_id(0).to(tl.int64) * D * D + i[:, None] * D + j[None, :]
+        head, first, i, j, matrix = _program(length, heads, D, BLOCK)
         g = tl.load(of_after + matrix)  # (D, BLOCK)
-        first = text.to(tl.int64) * length
         for n in tl.range(0, length, num_stages=STAGES):
             t = first + length - 1 - n
             key = tl.load(k + t * row + head * D + j)
@@ -142,18 +135,12 @@ if HAS_TRITON:
     @triton.jit
     def _columns_forward_kernel(
         k, log_alpha, beta, before, e, z, of_o, of_q, of_k, length, heads, row,
-        D: tl.constexpr, BLOCK: tl.constexpr,
-        STAGES: tl.constexpr,
+        D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """The way forward once more, for BLOCK columns j of S: the gradient of q, and to that of k
         what it lacks."""
-        text = tl.program_id(0) // heads
-        head = tl.program_id(0) % heads
-        i = tl.arange(0, D)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        matrix = tl.program_id(0).to(tl.int64) * D * D + i[:, None] * D + j[None, :]
+        head, first, i, j, matrix = _program(length, heads, D, BLOCK)
         s = tl.load(before + matrix)  # (D, BLOCK)
-        first = text.to(tl.int64) * length
         for n in tl.range(0, length, num_stages=STAGES):
             t = first + n
             key = tl.load(k + t * row + head * D + j)
@@ -239,7 +226,7 @@ def _backward(
     v, v_row = _laid_out(v)
     _rows_back_kernel[grid](
         q, k, v, log_alpha, beta, o, e, after.mT.contiguous(), of_o, of_after.mT.contiguous(), z,
-        shares[0], shares[1], length, heads, row, v_row, blocks, **how,
+        shares[0], shares[1], length, heads, row, v_row, **how,
     )  # fmt: skip
     _columns_back_kernel[grid](
         q, k, log_alpha, beta, e, z, of_o, of_after, of_k, of_pairs, length, heads, row, **how

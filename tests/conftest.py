@@ -61,9 +61,9 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     # The interpreter turns arrays of one number into an int in a way that NumPy 2.4 no longer has.
     from triton.runtime import interpreter
 
-    def patched(
-        tensor, *scope, before=interpreter._patch_lang_tensor
-    ):  # a scope from Triton 3.6 on
+    before = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):  # with a scope from Triton 3.6 on
         before(tensor, *scope)
         put = scope[0].set_attr if scope else setattr
         put(tensor, "__index__", lambda self: self.handle.data.item())

@@ -18,7 +18,8 @@ from transformers.utils.versions import require_version
 from .configuration_waveletlm import WaveletLMConfig
 from .network import Config, State, build_model
 
-# Before it beam search reorders no state of this name, and so goes on with those of other texts.
+# Older ones (5.10 is one) reorder no state of this name in beam search, and so go on with those of
+# other texts; this is the oldest that was tried.
 require_version("transformers>=5.17", "pip install -U transformers")
 
 # positions that are read at once: enough to keep matrix products busy, and their memory is bounded
