@@ -67,11 +67,23 @@ inline Ints load(const int16_t* q) { return _mm512_loadu_si512(q); }
 inline Ints load(const int8_t* w) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
 }
-inline Ints load(const uint8_t* w) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+// 4-bit weights as they lie: a register's two groups, or one and zeros. A masked load would do for
+// both, but of weights in memory the sums then took 1.4 times as long.
+inline Ints load(const uint8_t* w, int64_t groups) {
+  if (groups > 1) return _mm512_loadu_si512(w);
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
 }
-inline Ints low_half_byte(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi16(15)); }
-inline Ints high_half_byte(Ints v) { return _mm512_srli_epi16(v, 4); }
+template <int BITS>
+inline Ints half_byte(Ints v) {  // of each 16 bits the four from bit BITS on
+  const Ints shifted = _mm512_srli_epi16(v, BITS);
+  return BITS == 12 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
+}
+// Number `at` of 8 for the first group in a register, the one after it for the second.
+inline Floats of_groups(__m256 v, int64_t at) {
+  const Ints first = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const Ints places = _mm512_add_epi32(first, _mm512_set1_epi32(int(at)));
+  return _mm512_permutexvar_ps(places, _mm512_castps256_ps512(v));
+}
 inline Ints products(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }  // sums of two of them
 #ifdef __AVX512VNNI__
 inline Ints products_plus(Ints a, Ints b, Ints c) { return _mm512_dpwssd_epi32(c, a, b); }
@@ -103,11 +115,17 @@ inline Ints load(const int16_t* q) {
 inline Ints load(const int8_t* w) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 }
-inline Ints load(const uint8_t* w) {
-  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+inline Ints load(const uint8_t* w, int64_t) {  // a register holds one group
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
 }
-inline Ints low_half_byte(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi16(15)); }
-inline Ints high_half_byte(Ints v) { return _mm256_srli_epi16(v, 4); }
+template <int BITS>
+inline Ints half_byte(Ints v) {
+  const Ints shifted = _mm256_srli_epi16(v, BITS);
+  return BITS == 12 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15));
+}
+inline Floats of_groups(__m256 v, int64_t at) {
+  return _mm256_permutevar8x32_ps(v, _mm256_set1_epi32(int(at)));
+}
 inline Ints products(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 inline Ints products_plus(Ints a, Ints b, Ints c) { return _mm256_add_epi32(products(a, b), c); }
 inline Floats numbers(Ints v) { return _mm256_cvtepi32_ps(v); }
@@ -115,6 +133,8 @@ inline Floats numbers(Ints v) { return _mm256_cvtepi32_ps(v); }
 #endif
 
 constexpr int64_t WORDS = 2 * WIDE;  // numbers of 16 bits in a register
+constexpr int64_t PER_WORD = 4;      // 4-bit weights in each of them
+constexpr int64_t HELD = PER_WORD * WORDS / GROUP;  // groups of 4-bit weights in a register
 
 // ===== x, rounded to 16 bits
 
@@ -126,9 +146,11 @@ struct Rounded {
   const float* sum;
 };
 
-// Rounds one group of x, of which `count` numbers are there. With `halves` even inputs come first
-// and odd ones after them, as a row of 4-bit weights has them in its low and high half bytes.
-void round_group(const float* x, int64_t count, bool halves, int16_t* q, float* scale, float* sum) {
+// Rounds one group of x, of which `count` numbers are there, to q. `apart`: 0 leaves them in order;
+// else every fourth input from the first on is written to q, every fourth from the second on `apart`
+// numbers further, and so on, which is how 4-bit weights come out of a register (`dot_int4`).
+void round_group(
+    const float* x, int64_t count, int64_t apart, int16_t* q, float* scale, float* sum) {
   alignas(32) float v[GROUP] = {};
   std::memcpy(v, x, sizeof(float) * std::min(count, GROUP));
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -145,27 +167,27 @@ void round_group(const float* x, int64_t count, bool halves, int16_t* q, float* 
   // Where x is not finite the scale is NaN, and so is the result.
   *scale = largest / 32767 + 0 * sum_of(total);
   const __m256 factor = _mm256_set1_ps(largest > 0 ? 32767 / largest : 0);
-  const __m256i even_first = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  // of 8 numbers of 16 bits in each half of a register: 0 and 4, 1 and 5, 2 and 6, 3 and 7
+  const __m256i four_apart = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  const __m256i halves_in_turn = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   __m256i counted = _mm256_setzero_si256();
   for (int64_t k = 0; k < GROUP; k += 2 * LANES) {
-    __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + k), factor));
-    __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + k + LANES), factor));
+    const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + k), factor));
+    const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + k + LANES), factor));
     counted = _mm256_add_epi32(counted, _mm256_add_epi32(a, b));
-    if (halves) {
-      a = _mm256_permutevar8x32_epi32(a, even_first);
-      b = _mm256_permutevar8x32_epi32(b, even_first);
-    }
-    // Packing joins the lower halves of a and b, then their upper halves. With `halves` these are
-    // the even and the odd inputs; without, 0xd8 puts the four quarters into order.
-    __m256i both = _mm256_packs_epi32(a, b);
-    if (halves) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k / 2), _mm256_castsi256_si128(both));
-      _mm_storeu_si128(
-          reinterpret_cast<__m128i*>(q + GROUP / 2 + k / 2), _mm256_extracti128_si256(both, 1));
-    } else {
-      both = _mm256_permute4x64_epi64(both, 0xd8);
+    // Packing joins the lower halves of a and b, then their upper halves; 0xd8 puts these four
+    // quarters into order.
+    __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    if (!apart) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + k), both);
+      continue;
     }
+    both = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(both, four_apart), halves_in_turn);
+    alignas(32) int16_t fours[2 * LANES];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(fours), both);
+    for (int64_t i = 0; i < PER_WORD; i++)
+      std::memcpy(q + i * apart + k / PER_WORD, fours + 4 * i, 4 * sizeof(int16_t));
   }
   // Of the rounded numbers, so that what rounding adds is multiplied by w and not by h (`dot_int4`).
   *sum = *scale * sum_of(_mm256_cvtepi32_ps(counted));
@@ -176,14 +198,18 @@ int64_t rounded_size(int64_t inputs) {
   return round_up((inputs + GROUP - 1) / GROUP, LANES) * (GROUP / 2 + 2);
 }
 
-Rounded rounded(const float* x, int64_t count, int64_t inputs, bool halves, float* to) {
+// `fours`: for 4-bit weights; a register of them holds HELD groups, and so do WORDS numbers of x.
+Rounded rounded(const float* x, int64_t count, int64_t inputs, bool fours, float* to) {
   const int64_t groups = round_up((inputs + GROUP - 1) / GROUP, LANES);
   auto* const q = reinterpret_cast<int16_t*>(to);
   float* const scale = to + groups * GROUP / 2;
   float* const sum = scale + groups;
   for (int64_t g = 0; g < groups; g++) {
     const int64_t from = std::min(g * GROUP, count);
-    round_group(x + from, count - from, halves, q + g * GROUP, scale + g, sum + g);
+    const int64_t of_fours = g / HELD * PER_WORD * WORDS + g % HELD * WORDS / HELD;
+    round_group(
+        x + from, count - from, fours ? WORDS : 0, q + (fours ? of_fours : g * GROUP), scale + g,
+        sum + g);
   }
   return {q, scale, sum};
 }
@@ -239,26 +265,35 @@ void dot_int8(const int8_t* w, int64_t n, const Rounded* x, float* sums) {
   for (int i = 0; i < X; i++) sums[i] = sum_of(eight_of(acc[i]));
 }
 
-// Sums of one group of 4-bit weights, for each of X rows of x.
+// Sums over `count` groups of 4-bit weights, at most 8, for X rows of x, from group `from` on.
+//
+// 16 bits of a row hold four weights that follow each other, the first in the lowest bits. So a
+// register's shift by 4·i bits leaves every fourth weight from the i-th on, and x lies like that.
 template <int X>
-inline void add_group(
-    const uint8_t* w, int64_t g, const Rounded* x, const float factor[X][LANES], int at,
-    Floats* acc) {
-  constexpr int PARTS = GROUP / 2 / WORDS;
-  Ints even[PARTS];
-  Ints odd[PARTS];
-  for (int j = 0; j < PARTS; j++) {
-    const Ints bytes = load(w + GROUP / 2 * g + WORDS * j);
-    even[j] = low_half_byte(bytes);
-    odd[j] = high_half_byte(bytes);
-  }
+inline void add_groups(
+    const uint8_t* w, __m256i steps, int64_t from, int64_t count, const Rounded* x, Floats* acc,
+    __m256* rest) {
+  const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(steps, 16));
+  const __m256 offset =
+      _mm256_castsi256_ps(_mm256_and_si256(steps, _mm256_set1_epi32(int(0xffff0000))));
+  const __m256 lowest = _mm256_fnmadd_ps(_mm256_set1_ps(8), scale, offset);
+  __m256 factor[X];
   for (int i = 0; i < X; i++) {
-    const int16_t* const q = x[i].q + GROUP * g;
-    Ints sum = products(even[0], load(q));
-    for (int j = 1; j < PARTS; j++) sum = products_plus(even[j], load(q + WORDS * j), sum);
-    for (int j = 0; j < PARTS; j++)
-      sum = products_plus(odd[j], load(q + GROUP / 2 + WORDS * j), sum);
-    acc[i] = times_plus(all(factor[i][at]), numbers(sum), acc[i]);
+    factor[i] = _mm256_mul_ps(scale, _mm256_loadu_ps(x[i].scale + from));
+    rest[i] = _mm256_fmadd_ps(lowest, _mm256_loadu_ps(x[i].sum + from), rest[i]);
+  }
+  for (int64_t at = 0; at < count; at += HELD) {
+    const uint8_t* const row = w + GROUP / 2 * (from + at);
+    read_ahead(row);
+    const Ints four = load(row, count - at);
+    const Ints weight[PER_WORD] = {
+        half_byte<0>(four), half_byte<4>(four), half_byte<8>(four), half_byte<12>(four)};
+    for (int i = 0; i < X; i++) {
+      const int16_t* const q = x[i].q + GROUP * (from + at);
+      Ints sum = products(weight[0], load(q));
+      for (int j = 1; j < PER_WORD; j++) sum = products_plus(weight[j], load(q + WORDS * j), sum);
+      acc[i] = times_plus(of_groups(factor[i], at), numbers(sum), acc[i]);
+    }
   }
 }
 
@@ -267,36 +302,25 @@ inline void add_group(
 template <int X>
 void dot_int4(
     const uint8_t* w, const uint32_t* steps, int64_t n, const Rounded* x, float* sums) {
-  // Two sums in turn: each must wait for its last addition, and that takes as long as two groups.
-  Floats acc[2][X];
+  Floats acc[X];
   __m256 rest[X];
   for (int i = 0; i < X; i++) {
-    acc[0][i] = acc[1][i] = zeros();
+    acc[i] = zeros();
     rest[i] = _mm256_setzero_ps();
   }
   const int64_t groups = n / GROUP;
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int64_t from = 0; from < groups; from += LANES) {  // 8 groups' scales and offsets at a time
-    const int64_t count = std::min(LANES, groups - from);
-    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes);
-    const __m256i both = _mm256_maskload_epi32(reinterpret_cast<const int*>(steps + from), there);
-    const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    const __m256 offset =
-        _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))));
-    const __m256 lowest = _mm256_fnmadd_ps(_mm256_set1_ps(8), scale, offset);
-    alignas(32) float factor[X][LANES];
-    for (int i = 0; i < X; i++) {
-      _mm256_store_ps(factor[i], _mm256_mul_ps(scale, _mm256_loadu_ps(x[i].scale + from)));
-      rest[i] = _mm256_fmadd_ps(lowest, _mm256_loadu_ps(x[i].sum + from), rest[i]);
-    }
-    for (int at = 0; at < count; at += 2) {
-      read_ahead(w + GROUP / 2 * (from + at));  // a line of memory has two groups
-      add_group<X>(w, from + at, x, factor, at, acc[0]);
-      if (at + 1 < count) add_group<X>(w, from + at + 1, x, factor, at + 1, acc[1]);
-    }
+  int64_t from = 0;
+  for (; from + LANES <= groups; from += LANES) {  // 8 groups' scales and offsets at a time
+    const __m256i of_eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(steps + from));
+    add_groups<X>(w, of_eight, from, LANES, x, acc, rest);
   }
-  for (int i = 0; i < X; i++)
-    sums[i] = sum_of(_mm256_add_ps(eight_of(plus(acc[0][i], acc[1][i])), rest[i]));
+  if (from < groups) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(groups - from)), lanes);
+    const __m256i of_rest = _mm256_maskload_epi32(reinterpret_cast<const int*>(steps + from), there);
+    add_groups<X>(w, of_rest, from, groups - from, x, acc, rest);
+  }
+  for (int i = 0; i < X; i++) sums[i] = sum_of(_mm256_add_ps(eight_of(acc[i]), rest[i]));
 }
 
 // ===== Finishing

@@ -24,7 +24,7 @@ needs_kernels = pytest.mark.skipif(
     not cpu_kernels.usable(CPU), reason=f"no CPU kernels: {cpu_kernels.missing()}"
 )
 # (out, in): less than a register, whole groups, several groups and a part, wide and narrow
-SHAPES = [(7, 5), (100, 64), (33, 70), (512, 130), (20, 1000)]
+SHAPES = [(7, 5), (100, 64), (33, 70), (512, 130), (9, 700), (20, 1000)]
 BITS = [32, 16, 8, 4]
 
 
