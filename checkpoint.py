@@ -89,11 +89,11 @@ DATA_HELP = (
 )
 
 
-def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = True) -> None:
+def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
     """Adds --checkpoint and --tokenizer, which `load_asked` reads."""
     parser.add_argument(
         "--checkpoint",
-        required=required,
+        required=True,
         metavar="PATH",
         help="run directory, .safetensors file, an old .pt, or owner/name[:file] of the Hugging"
         " Face hub where no such path is here",

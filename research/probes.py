@@ -1,7 +1,6 @@
 """What a network can do with its context, as numbers.
 
     python -m research.probes --checkpoint logs/RUN           # a trained model, on its test split
-    python -m research.probes --mqar --config FILE --lr 0.001 --steps 100   # associative recall
 
 - Loss by position: nats per token by the place in the window. A model that uses its context gets
   better along it.
@@ -10,16 +9,11 @@
 - Needle by distance: a key of random tokens and its value stand in a text, and after d tokens the
   key again. The lift of the value over a text that holds another value there, and how often the
   value is the most probable token.
-- Multi-query associative recall (after Arora et al., "Zoology", 2023): pairs of key and value, then
-  keys in another order between filler, each to be answered by its value. Accuracy on sequences that
-  were never seen; chance is 1 in 128.
 """
 
 import itertools
 import json
 import math
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,25 +22,12 @@ from torch import Tensor, nn
 
 from checkpoint import DATA_HELP, add_checkpoint_options, load_asked, say_on_stderr
 from common.command import InputError, Parser, run_command
-from config import Config, load_config, make_config
 from data.prepare import read_tokens
-from model import build_model
-from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 
 # A needle: three tokens of a vocabulary of thousands are a key that no text has by chance.
 KEY = 3
 VALUE = 1  # token
 BATCH = 16  # windows that are read at a time, which bounds the memory of their logits
-
-# Associative recall: a sequence of 128 tokens begins with 8 pairs of key and value. Id 0 is the
-# filler, 1 to 128 are keys, 129 to 256 values.
-PAIRS = 8
-LENGTH = 128
-KEYS = 128
-VALUES = 128
-FILLER = 0
-MQAR_VOCABULARY = 1 + KEYS + VALUES
-HELD_OUT = 2**40  # seeds from here on are of the test, those before of training
 
 
 @torch.inference_mode()
@@ -140,129 +121,32 @@ def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids)[0][:, -1].float()
 
 
-# ===== Multi-query associative recall
-
-
-def recall_batch(
-    rows: int, seed: int, pairs: int = PAIRS, length: int = LENGTH
-) -> tuple[Tensor, Tensor]:
-    """(ids, answers), both (rows, length) int64: answers are the value where a key is asked for,
-    else −100 (not scored)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def distinct(high: int, count: int) -> Tensor:
-        """(rows, count) numbers below `high`, in random order, none twice in a row."""
-        return torch.rand(rows, high, generator=generator).argsort(1)[:, :count]
-
-    keys = 1 + distinct(KEYS, pairs)
-    values = 1 + KEYS + torch.randint(VALUES, (rows, pairs), generator=generator)
-    ids = torch.full((rows, length), FILLER)
-    answers = torch.full((rows, length), -100)
-    ids[:, 0 : 2 * pairs : 2] = keys
-    ids[:, 1 : 2 * pairs : 2] = values
-    places = 2 * pairs + distinct(length - 2 * pairs, pairs)  # where keys are asked for
-    ids.scatter_(1, places, keys)
-    answers.scatter_(1, places, values)
-    return ids, answers
-
-
-def train_recall(
-    config: Config, steps: int, batch: int = 64, rows: int = 256, say=print
-) -> dict[str, float]:
-    """Trains a network of `config` on the task, by its seed; returns the accuracy on `rows` unseen
-    sequences."""
-    torch.manual_seed(config.seed)
-    model = build_model(config, MQAR_VOCABULARY)
-    optimizers = make_optimizers(model, config)
-    began = time.process_time()
-    for step in range(steps):
-        ids, answers = recall_batch(batch, config.seed * 2**20 + step)
-        loss = F.cross_entropy(model(ids)[0].flatten(0, 1), answers.flatten())
-        loss.backward()
-        step_at_rate(model, optimizers, learning_rate(step, steps, config), config.grad_clip)
-        if (step + 1) % max(1, steps // 10) == 0:
-            say(
-                f"step {step + 1}/{steps}  loss {loss.item():.4f}  accuracy"
-                f" {recall_accuracy(model, rows):.4f}"
-            )
-    return {
-        "mqar_accuracy": recall_accuracy(model, rows),
-        "mqar_steps": steps,
-        "mqar_cpu_seconds": time.process_time() - began,
-    }
-
-
-@torch.inference_mode()
-def recall_accuracy(model: nn.Module, rows: int) -> float:
-    """The share of right answers on so many sequences that training has not seen."""
-    was_training = model.training
-    ids, answers = recall_batch(rows, HELD_OUT)
-    guesses = torch.cat([model.eval()(part)[0].argmax(-1) for part in ids.split(64)])
-    model.train(was_training)
-    return (guesses == answers)[answers >= 0].double().mean().item()
-
-
-def recall_config(path: Path, lr: float | None = None, seed: int | None = None) -> Config:
-    """The config for the task: windows of its length, no dropout; with another learning rate or
-    seed."""
-    config = load_config(path)
-    if config.token_features:
-        raise InputError(f"{path}: token_features: the task's tokens have no text; set it to false")
-    places = ("embedding", "projection", "mixer", "mlp", "lm_head")
-    changes = {"block_size": LENGTH} | {f"dropout_{place}": 0.0 for place in places}
-    if lr is not None:
-        changes |= rates(config, lr)
-    if seed is not None:
-        changes |= {"seed": seed}
-    return make_config(config.model_dump() | changes, str(path))
-
-
 def main() -> None:
     parser = Parser(__doc__.split("\n", 1)[0])
-    add_checkpoint_options(parser, required=False)
+    add_checkpoint_options(parser)
     parser.add_argument("--data", default="test", help=DATA_HELP)
     parser.add_argument(
         "--windows", type=int, default=256, help="windows of each probe at the most (default 256)"
     )
-    parser.add_argument(
-        "--mqar", action="store_true", help="train a config on multi-query associative recall"
-    )
-    parser.add_argument(
-        "--config", default="config.json", metavar="FILE", help="for --mqar (default config.json)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=2000, help="steps of 64 sequences for --mqar (default 2000)"
-    )
-    parser.add_argument(
-        "--lr", type=float, help="for --mqar: learning rate in place of the config's"
-    )
-    parser.add_argument("--seed", type=int, help="for --mqar: seed in place of the config's")
     args = parser.parse_args()
-    if not args.checkpoint and not args.mqar:
-        raise InputError("checkpoint: give --checkpoint PATH, or --mqar with --config FILE")
-    if args.windows < 2 or args.steps < 1:
-        raise InputError("windows must be at least 2, steps at least 1")
-    result: dict = {}
-    if args.checkpoint:
-        model, config, tokenizer, folder, _ = load_asked(args.checkpoint, args.tokenizer)
-        text = read_tokens(args.data, config, tokenizer, say_on_stderr, folder)
-        probes = {
-            "nats_by_position": loss_by_position, "repetition_lift_nats": repetition_lift,
-            "needle_by_distance": needle_by_distance,
-        }  # fmt: skip
-        result |= {
-            name: probe(model.eval(), text.tokens, config.block_size, args.windows)
-            for name, probe in probes.items()
-        }
-        result |= {
-            "data": args.data,
-            "text": text.source,
-            "text_of_the_run": text.of_run,
-            "tokenizer": tokenizer.name,
-        }
-    if args.mqar:
-        config = recall_config(Path(args.config), args.lr, args.seed)
-        result |= train_recall(config, args.steps, say=lambda line: print(line, flush=True))
+    if args.windows < 2:
+        raise InputError("windows must be at least 2")
+    model, config, tokenizer, folder, _ = load_asked(args.checkpoint, args.tokenizer)
+    text = read_tokens(args.data, config, tokenizer, say_on_stderr, folder)
+    probes = {
+        "nats_by_position": loss_by_position, "repetition_lift_nats": repetition_lift,
+        "needle_by_distance": needle_by_distance,
+    }  # fmt: skip
+    result: dict = {
+        name: probe(model.eval(), text.tokens, config.block_size, args.windows)
+        for name, probe in probes.items()
+    }
+    result |= {
+        "data": args.data,
+        "text": text.source,
+        "text_of_the_run": text.of_run,
+        "tokenizer": tokenizer.name,
+    }
     print(json.dumps(result, indent=1))
 
 

@@ -189,7 +189,6 @@ def options_of(main: Callable[[], None]) -> list[str]:
         "-h",
         "--help",
         "--steps",
-        "--mqar",
         "--interactive",
         "--compile",
     }
