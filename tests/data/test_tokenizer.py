@@ -1,14 +1,18 @@
 """Tokenizers keep every text, and text streamed token by token is the text decoded at once."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from helpers import SHARED
+from helpers import ROOT, SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.command import InputError
 from config import Config
+from data import tokenizer as tokenizer_module
 from data.tokenizer import (
     ByteTokenizer,
     GPT2Tokenizer,
@@ -117,6 +121,32 @@ def test_saved_tokenizer_loads_as_the_same(every, tmp_path):
 def test_the_same_text_trains_the_same_model_however_it_is_cut(trained):
     again = train_sentencepiece(iter([TEXT[:7], TEXT[7:3000], TEXT[3000:]]), 340)
     assert SentencePieceTokenizer(again).fingerprint == trained.fingerprint
+
+
+def test_another_process_learns_the_same_model_from_a_part_of_a_text():
+    """SentencePiece draws that part by a seed that is another one in each process."""
+    code = (
+        "import hashlib, random, data.tokenizer as t; t.MOST_PIECES = 200;"
+        " letters = random.Random(0).choices('abcdefgh ', k=400_000);"
+        " print(hashlib.sha256(t.train_sentencepiece(iter([''.join(letters)]), 400)).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(found) == 1
+    assert len(found.pop()) == 65
+
+
+def test_pieces_are_drawn_from_the_whole_text():
+    drawn = [int(piece) for piece in tokenizer_module._drawn(map(str, range(20_000)), 1000)]
+    assert len(set(drawn)) == 1000
+    # of each fifth about 200; 60 is some five standard deviations
+    counts, _ = np.histogram(drawn, bins=5, range=(0, 20_000))
+    assert all(abs(count - 200) < 60 for count in counts)
+    assert tokenizer_module._drawn(iter("abc"), 3) == ["a", "b", "c"]
 
 
 def test_a_line_end_is_always_a_token_of_its_own(trained):
