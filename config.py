@@ -308,6 +308,12 @@ class Config(BaseModel):
         0, "heads of an associative memory (gated delta rule) beside the MLP; 0 = none", ge=0
     )
     recall_dim: int = option(32, "width of its keys and values", ge=1)
+    recall_horizon: int = option(
+        0,
+        "tokens after which it has forgotten all but 1/e of what it holds, at the latest; 0 = four"
+        " times block_size",
+        ge=0,
+    )
     recall_every: int = option(
         1, "blocks for each one that has it: the last, and every n-th before it", ge=1
     )

@@ -611,6 +611,7 @@ class Recall:
         self.rates_bias = weights.keep(f"{name}.rates.bias", memory.forget_write.bias)
         self.output = weights.matrix(f"{name}.output", memory.output.weight * alpha, "memory")
         self.taps = weights.keep(f"{name}.kernel.taps", memory.taps)
+        self.horizon = memory.horizon
         self.names = list(memory.start(0, alpha.detach()))  # of its state; alpha for the type only
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
@@ -618,7 +619,8 @@ class Recall:
         inside = self.inside(h).float().view(-1, length, sum(self.sizes))  # (B, T, ·)
         query_key, value_gate, rates = inside.split(self.sizes, dim=2)
         # read (B, T, ·)
-        read, new = recall(query_key, value_gate, rates + self.rates_bias, self.taps, part)
+        rates = rates + self.rates_bias
+        read, new = recall(query_key, value_gate, rates, self.taps, part, self.horizon)
         return self.output(read.flatten(0, 1)).float(), new
 
     def adopt(self, block: dict[str, Tensor]) -> dict:

@@ -470,10 +470,13 @@ void advance(const float* r, const float* k, const float* v, float alpha, float 
   if (READS) of_query.put(read);
 }
 
-// The sizes of a call: texts, heads, positions, and from one kept matrix to the next.
+// The sizes of a call: texts, heads, positions, and from one kept matrix to the next; and the most
+// of what it holds that a memory keeps from one position to the next.
 struct Memory {
   int64_t texts, heads, length, piece;
+  float most;
   int64_t pieces() const { return (length + piece - 1) / piece; }
+  float alpha(float rate) const { return std::min(most, sigmoid(-rate)); }  // exp(−softplus)
 };
 
 // One head of one text: where its part of each tensor, or of its gradient, begins, and how far rows
@@ -565,7 +568,7 @@ void recall(const Memory& m, const Given<D, T>& h, const float* before, T* out, 
     filtered_unit<D>(queries.data() + t * D, h.query_taps, h.inner, q);
     filtered_unit<D>(keys.data() + t * D, h.key_taps, h.inner, k);
     numbers<D>(h.value + t * 2 * h.inner, v);
-    const float alpha = sigmoid(-h.forget[t * 2 * m.heads]);  // exp(−softplus)
+    const float alpha = m.alpha(h.forget[t * 2 * m.heads]);
     alignas(64) float read[D];
     advance<D, true>(r, k, v, alpha, sigmoid(h.write[t * 2 * m.heads]), u, r, q, read);
     if (reads) std::memcpy(reads + t * h.inner, read, sizeof(read));
@@ -605,7 +608,7 @@ void recall_backward(const Memory& m, const Given<D, T>& h, const OfGiven<D, T>&
       q_scale[n] = filtered_unit<D>(queries.data() + t * D, h.query_taps, inner, q.data() + n * D);
       k_scale[n] = filtered_unit<D>(keys.data() + t * D, h.key_taps, inner, k.data() + n * D);
       numbers<D>(h.value + t * 2 * inner, v.data() + n * D);
-      alphas[n] = sigmoid(-h.forget[t * 2 * m.heads]);
+      alphas[n] = m.alpha(h.forget[t * 2 * m.heads]);
       betas[n] = sigmoid(h.write[t * 2 * m.heads]);
       advance<D, false>(r, k.data() + n * D, v.data() + n * D, alphas[n], betas[n],
                         us.data() + n * D, r + D * D);
@@ -652,7 +655,8 @@ void recall_backward(const Memory& m, const Given<D, T>& h, const OfGiven<D, T>&
         of_found[i] = -beta * alpha * of_u[i];
         put(beta * of_u[i], of.value + t * 2 * inner + i);
       }
-      of.forget[t * 2 * m.heads] = -of_alpha * alpha * (1.0f - alpha);
+      // At its bound α does not depend on what it was made from.
+      of.forget[t * 2 * m.heads] = alpha < m.most ? -of_alpha * alpha * (1.0f - alpha) : 0.0f;
       of.write[t * 2 * m.heads] = of_beta * beta * (1.0f - beta);
       for (int j = 0; j < D; j++) {
         float* gj = g + j * D;
@@ -804,12 +808,12 @@ void haar_state(int64_t texts, int64_t length, int64_t levels, int64_t width, co
 // query_key, value_gate (texts, length, 2 · inner) and out (texts, length, inner) with inner = heads
 // · width, rates (texts, length, 2 · heads), taps (2, TAPS, inner), keys (texts, TAPS − 1, 2 ·
 // inner), before, after (texts, heads, width, width); reads (texts, length, inner) and marks (texts,
-// heads, pieces, width, width) are null where there is no way back.
+// heads, pieces, width, width) are null where there is no way back. most: of α.
 void recall(int64_t bf16, int64_t width, int64_t texts, int64_t heads, int64_t length,
             int64_t piece, const void* query_key, const void* value_gate, const float* rates,
             const float* taps, const float* keys, const float* before, void* out, float* after,
-            float* reads, float* marks) {
-  const Memory m{texts, heads, length, piece};
+            float* reads, float* marks, float most) {
+  const Memory m{texts, heads, length, piece, most};
   const auto all = [=](auto type) {
     using T = decltype(type);
     recall_all(width, m, static_cast<const T*>(query_key), static_cast<const T*>(value_gate),
@@ -824,8 +828,8 @@ void recall_backward(int64_t bf16, int64_t width, int64_t texts, int64_t heads, 
                      const float* rates, const float* taps, const float* keys, const float* reads,
                      const float* marks, const void* of_out, const float* of_after,
                      void* of_query_key, void* of_value_gate, float* of_rates, float* of_taps,
-                     float* of_keys, float* of_before) {
-  const Memory m{texts, heads, length, piece};
+                     float* of_keys, float* of_before, float most) {
+  const Memory m{texts, heads, length, piece, most};
   const auto all = [=](auto type) {
     using T = decltype(type);
     recall_all_backward(width, m, static_cast<const T*>(query_key),

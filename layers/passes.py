@@ -11,6 +11,7 @@ all scales, d width of a key, V vocabulary.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,17 +22,19 @@ from common.native import NativeLibrary
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Gives each function its arguments' types: so many sizes, then so many addresses."""
+    """Gives each function its arguments' types: so many sizes, so many addresses, and maybe
+    numbers."""
     counts = {
         "error_of_logits": (4, 3), "causal_filter": (4, 3), "causal_filter_backward": (4, 5),
         "gated_haar": (5, 4), "gated_haar_backward": (5, 6), "haar_state": (4, 3),
         "squared_relu": (2, 2), "squared_relu_backward": (2, 3),
         "weighted_sum": (2, 4), "weighted_sum_backward": (2, 6),
-        "recall": (6, 10), "recall_backward": (6, 15),
+        "recall": (6, 10, 1), "recall_backward": (6, 15, 1),
     }  # fmt: skip
-    for name, (sizes, addresses) in counts.items():
+    for name, (sizes, addresses, *numbers) in counts.items():
         function = getattr(library, name)
         function.argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * addresses
+        function.argtypes += [ctypes.c_float] * sum(numbers)
         function.restype = None
 
 
@@ -56,7 +59,7 @@ def takes(*inputs: Tensor) -> bool:
     )
 
 
-def call(function: str, *arguments: int | Tensor | ctypes.Array | None) -> None:
+def call(function: str, *arguments: int | float | Tensor | ctypes.Array | None) -> None:
     """Calls the library. It is given tensors' addresses, and they live until it has returned."""
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     getattr(LIBRARY.get(), function)(*given)
@@ -257,8 +260,9 @@ class Recall(torch.autograd.Function):
     """`recall` of memory.py without the keys that it remembers."""
 
     @staticmethod
-    def forward(ctx, goes_back: bool, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """goes_back: whether gradients may be asked for, and what they need is to be kept."""
+    def forward(ctx, goes_back: bool, most: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """goes_back: whether gradients may be asked for, and what they need is to be kept. most: of
+        what a memory holds, that it keeps from one position to the next."""
         inputs = tuple(x.contiguous() for x in inputs)
         query_key, *_, pairs = inputs
         texts, length, inner = query_key.size(0), query_key.size(1), query_key.size(2) // 2
@@ -273,7 +277,8 @@ class Recall(torch.autograd.Function):
                 pairs.new_empty(texts, length, inner),
                 pairs.new_empty(texts, heads, pieces, width, width),
             ]
-        call("recall", *ctx.sizes, *inputs, out, after, *kept)
+        ctx.most = most
+        call("recall", *ctx.sizes, *inputs, out, after, *kept, most)
         ctx.save_for_backward(*inputs[:-1], *kept)
         return out, after
 
@@ -286,18 +291,20 @@ class Recall(torch.autograd.Function):
         of_inputs = [torch.empty_like(x) for x in (query_key, value_gate, rates)]
         of_inputs += [of_taps, torch.empty_like(keys), torch.empty_like(of_after)]
         of_results = of_out.contiguous(), of_after.contiguous()
-        call("recall_backward", *ctx.sizes, *inputs, reads, marks, *of_results, *of_inputs)
+        given = *inputs, reads, marks, *of_results
+        call("recall_backward", *ctx.sizes, *given, *of_inputs, ctx.most)
         of_inputs[3] = of_taps.sum(0)
-        return None, *of_inputs
+        return None, None, *of_inputs
 
 
 def recall_by_library(
-    query_key: Tensor, value_gate: Tensor, rates: Tensor, taps: Tensor, keys: Tensor, pairs: Tensor
-) -> tuple[Tensor, Tensor] | None:
+    query_key: Tensor, value_gate: Tensor, rates: Tensor, taps: Tensor, keys: Tensor, pairs: Tensor,
+    horizon: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """`recall` of memory.py, from query_key, value_gate (B, T, 2·heads·d), rates (B, T, 2·heads),
     taps (2, 4, heads·d), and of the text before the last keys (B, 3, 2·heads·d) and the matrix (B,
-    heads, d, d) → what was read, gated, (B, T, heads·d), and the matrix after the text. All but the
-    first two are in fp32."""
+    heads, d, d) → what was read, gated, (B, T, heads·d), and the matrix after the text. All tensors
+    but the first two are in fp32. horizon: as `recall` has it."""
     if pairs.size(-1) not in WIDTHS or rates.dtype != torch.float32:
         return None
     if not (takes(query_key, value_gate) and takes(rates, taps, keys, pairs)):
@@ -313,4 +320,5 @@ def recall_by_library(
     if any(tensor.shape != size for tensor, size in sizes.items()):
         return None
     goes_back = torch.is_grad_enabled()
-    return Recall.apply(goes_back, query_key, value_gate, rates, taps, keys, pairs)
+    most = math.exp(-1 / horizon)
+    return Recall.apply(goes_back, most, query_key, value_gate, rates, taps, keys, pairs)

@@ -255,6 +255,7 @@ CHANGES: dict[str, tuple[dict, dict]] = {  # key: (context, context with another
     "ngram_width": ({"ngram_slots": 11}, {"ngram_slots": 11, "ngram_width": 4}),
     "recall_heads": ({}, {"recall_heads": 2}),
     "recall_dim": ({"recall_heads": 2}, {"recall_heads": 2, "recall_dim": 8}),
+    "recall_horizon": ({"recall_heads": 2}, {"recall_heads": 2, "recall_horizon": 2}),
     "recall_every": ({"recall_heads": 2}, {"recall_heads": 2, "recall_every": 2}),
     "stab_spectral_norm": ({}, {"stab_spectral_norm": True}),
     "multinodal_enabled": ({}, CELLS),

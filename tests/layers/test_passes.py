@@ -256,7 +256,8 @@ def narrow() -> dict:
     return {
         "wavelet_mode": "haar", "decompose_bypass": False, "low_rank": 0,
         "mixer_gate_input": "stream", "cross_scale_gating": False, "mlp_taps": 4,
-        "recall_heads": 1, "recall_dim": 16, "levels": 2, "mlp_activation": "relu2",
+        "recall_heads": 1, "recall_dim": 16, "recall_horizon": 2048, "levels": 2,
+        "mlp_activation": "relu2",
         "per_scale_mixer_widths": [0.25, 0.5, 0.25],
     }  # fmt: skip
 
@@ -324,4 +325,4 @@ def test_an_evaluation_keeps_nothing_for_a_way_back(monkeypatch):
     with torch.no_grad():
         memory(h, memory.start(1, h))
     memory(h, memory.start(1, h))
-    assert [given[-1] is None for given in asked if given[0] == "recall"] == [True, False]
+    assert [given[-2] is None for given in asked if given[0] == "recall"] == [True, False]
