@@ -13,11 +13,14 @@ tried. Then come full runs, one for each seed.
 Minutes are of CPU time on one thread. How many steps each contestant makes in them is measured
 first, all in turn, so that a busy machine is fair to all. A run is a process of its own, so that
 its peak memory is its own too, and is saved when done: the same command again makes only what is
-missing.
+missing. The weights of a full run lie beside its result.
+
+A network is also measured as it learns from the text that it reads (`adapted`).
 """
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -40,6 +43,7 @@ from common.command import InputError, Parser, run_command
 from common.device import cpu_multiplies_bf16
 from common.figures import new_figure, plain, save_figure
 from common.files import written_whole
+from common.tensors import own_tensors, save_tensors
 from config import make_config
 from data.order import Windows
 from data.prepare import Corpus, prepare
@@ -63,6 +67,8 @@ from training.record import environment
 CURVE_POINTS = 10  # measurements on validation during a run
 LONG_WINDOW = 4096  # tokens, of networks that read as long a text as they are given
 CURVE_TOKENS = 16_384  # of validation, for the curve and the choice of the learning rate
+# AdamW's rate while a network learns from what it reads, of 1e-4, 3e-4 and 1e-3 the best for ours.
+ADAPTING_RATE = 3e-4
 RATES = (0.5, 1.0, 2.0)  # learning rates tried first, in units of the contestant's own
 MOST_RATES = 6  # tried for one contestant
 
@@ -111,7 +117,7 @@ def data_digest(corpus: Corpus, batch: int, bf16: bool = False) -> str:
         corpus.test.digest,
         corpus.tokenizer.fingerprint,
         batch,
-        "read_on",  # results have this figure
+        "adapted",  # results have this figure
         *(["bf16"] if bf16 else []),
     ]
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
@@ -143,10 +149,11 @@ def embedding_parameters(model: nn.Module) -> int:
 
 
 def train_and_measure(
-    entrant: Contestant, spec: Training, corpus: Corpus, batch: int, bf16: bool = False
-) -> dict[str, Any]:
+    entrant: Contestant, spec: Training, corpus: Corpus, batch: int, bf16: bool = False,
+    weights: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Trains and measures; returns the figures and the curve of [minutes, tokens, bits per byte of
-    validation]."""
+    validation]. weights: where to write those of a final run."""
     torch.set_num_threads(1)
     torch.manual_seed(spec.seed)
     config = entrant.config.model_copy(update=rates(entrant.config, spec.lr))
@@ -169,6 +176,8 @@ def train_and_measure(
             measured = bits_per_byte(model, corpus, "validation", CURVE_TOKENS)
             minutes = spec.minutes * done / spec.steps
             curve.append([minutes, done * batch * config.block_size, measured])
+    if spec.final and weights is not None:
+        save_tensors(own_tensors(model), weights)
     peak = peak_memory("cpu") / 2**20
     return {
         "model": entrant.name, "lr": spec.lr, "seed": spec.seed, "minutes": spec.minutes,
@@ -196,12 +205,42 @@ def read_on(model: nn.Module, corpus: Corpus, split: str) -> float:
     return bits_per_byte(model, corpus, split, reading=reading)
 
 
+def adapted(model: nn.Module, corpus: Corpus, split: str, rate: float = ADAPTING_RATE) -> float:
+    """Bits per byte of a whole split, in windows of block_size side by side, by a network that
+    takes a step of AdamW on each window after it was scored (dynamic evaluation: Krause et al.,
+    "Dynamic evaluation of neural sequence models", 2018). No token is learned from before it was
+    scored, and `model` itself stays as it is."""
+    model = copy.deepcopy(model).eval()
+    parameters = list(model.parameters())
+    # Squared gradients are remembered for 100 windows in place of 1,000, which a text is short for.
+    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.0)
+    file = getattr(corpus, split)
+    ids = torch.from_numpy(file.tokens.astype(np.int64))[None]  # (1, n)
+    nats = 0.0
+    for start in range(0, ids.size(1) - 1, model.block_size):
+        window = ids[:, start : start + model.block_size + 1]
+        loss, _ = model.loss(window[:, :-1], window[:, 1:])
+        nats += loss.item() * (window.size(1) - 1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return figures(nats, ids.size(1), file.scored_bytes, 1)["bits_per_byte"]
+
+
+KINDS = ("bits_per_byte", "read_on", "adapted")  # of a final run's figures, for each split
+
+
 def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:
     """Bits per byte of the whole splits that were not trained on."""
     found = {}
     for split in ("validation", "test"):
-        found[f"{split}_bits_per_byte"] = bits_per_byte(model, corpus, split)
-        found[f"{split}_read_on"] = read_on(model, corpus, split)
+        measured = (
+            bits_per_byte(model, corpus, split),
+            read_on(model, corpus, split),
+            adapted(model, corpus, split),
+        )
+        found |= {f"{split}_{kind}": bits for kind, bits in zip(KINDS, measured, strict=True)}
     return found
 
 
@@ -247,9 +286,7 @@ def contestants_table(results: Sequence[dict[str, Any]]) -> str:
         first = group[0]
         body = first["parameters"] - first["embedding_parameters"]
         tokens = sum(r["tokens"] for r in group) / len(group)
-        names = [
-            f"{s}_{kind}" for kind in ("bits_per_byte", "read_on") for s in ("validation", "test")
-        ]
+        names = [f"{split}_{kind}" for kind in KINDS for split in ("validation", "test")]
         values = [[r[name] for r in group] for name in names]
         rows.append(
             (
@@ -268,7 +305,8 @@ def contestants_table(results: Sequence[dict[str, Any]]) -> str:
         )
     header = [
         "model", "parameters", "+ embeddings", "optimizer, lr", "tokens", "tokens/s", "MiB",
-        "validation bits/byte", "test bits/byte", "validation, read on", "test, read on (runs)",
+        "validation bits/byte", "test bits/byte", "validation, read on", "test, read on",
+        "validation, adapted", "test, adapted (runs)",
     ]  # fmt: skip
     return markdown_table(header, [row for _, row in sorted(rows)])
 
@@ -416,10 +454,11 @@ def main() -> None:
     digest = data_digest(corpus, args.batch, args.bf16)
     if args.run:
         spec = Training(**json.loads(args.run))
-        result = train_and_measure(
-            contestant(spec.model, args.block_size), spec, corpus, args.batch, args.bf16
-        )
-        with written_whole(spec.path(out, digest, args.block_size)) as beside:
+        path = spec.path(out, digest, args.block_size)
+        entrant = contestant(spec.model, args.block_size)
+        weights = path.with_suffix(".safetensors")
+        result = train_and_measure(entrant, spec, corpus, args.batch, args.bf16, weights)
+        with written_whole(path) as beside:
             beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
     if set(args.models) & set(FOREIGN):
@@ -537,7 +576,8 @@ def section_of(
         f" windows of {args.block_size}, {args.batch} in a step; measured in such windows side by"
         " side over whole splits, and read on: ours with its state, others without a longest text"
         f" in windows of {LONG_WINDOW}, a Transformer in windows that begin a quarter after each"
-        " other and score their last quarter. Mean ± sample standard deviation (runs)."
+        " other and score their last quarter. Adapted: in windows side by side, and after each a"
+        f" step of AdamW at {ADAPTING_RATE:g} on it. Mean ± sample standard deviation (runs)."
         f" {chosen}\n\n{contestants_table(results)}\n"
     ) + tried_rates
 

@@ -1,6 +1,7 @@
 """The comparison and the ablations: equal terms, resumed tables, stated verdicts. Tiny networks,
 tiny text."""
 
+import copy
 import json
 import math
 import sys
@@ -13,7 +14,9 @@ import scipy.stats
 import torch
 from helpers import SMALL
 
+from checkpoint import fill
 from common.command import InputError
+from common.tensors import load_tensors
 from config import make_config
 from data.prepare import prepare, run_corpus
 from model import build_model
@@ -76,6 +79,7 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, monkeypatch, capsys):
             "chosen_by": bits,
             "validation_bits_per_byte": bits, "test_bits_per_byte": bits,
             "validation_read_on": bits, "test_read_on": bits,
+            "validation_adapted": bits, "test_adapted": bits,
             "environment": {"date": "2026-01-01", "commit": "c", "torch": "2", "machine": "m"},
         }  # fmt: skip
         spec.path(tmp_path, "data", 256).write_text(json.dumps(result))
@@ -161,9 +165,9 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     assert seconds["tiny"] > 0
     # read, not measured again
     assert compare.seconds_of_each(timers, tmp_path / "speed.json") == seconds
-    result = compare.train_and_measure(
-        entrant, compare.Training("tiny", 0.02, 1, 1 / 60, 25, True), corpus, 4, bf16=True
-    )
+    weights = tmp_path / "run.safetensors"
+    spec = compare.Training("tiny", 0.02, 1, 1 / 60, 25, True)
+    result = compare.train_and_measure(entrant, spec, corpus, 4, bf16=True, weights=weights)
     assert len(result["curve"]) == compare.CURVE_POINTS
     assert (
         result["curve"][-1][:2] == [1 / 60, result["tokens"]]
@@ -171,6 +175,11 @@ def test_a_run_makes_its_steps_and_measures_the_splits(tmp_path):
     )
     assert result["curve"][-1][2] < result["curve"][0][2]
     assert 0 < result["test_bits_per_byte"] < 8
+    trained = build_model(config, corpus.vocab_size)
+    fill(trained, load_tensors(weights), weights)
+    trained.block_size = config.block_size
+    for figure, of in (("bits_per_byte", compare.bits_per_byte), ("adapted", compare.adapted)):
+        assert of(trained, corpus, "test") == pytest.approx(result[f"test_{figure}"], rel=1e-6)
     model = build_model(config, corpus.vocab_size).eval()
     ids = torch.from_numpy(corpus.test.tokens.astype("int64"))[None]
     with torch.no_grad():
@@ -205,6 +214,27 @@ def test_reading_on_scores_each_token_once(tmp_path, monkeypatch, longest):
     model = Blind()
     expected = compare.bits_per_byte(model, corpus, "validation")
     assert compare.read_on(model, corpus, "validation") == pytest.approx(expected)
+
+
+def test_adapting_learns_from_what_was_scored_and_from_nothing_else(tmp_path):
+    (tmp_path / "tale.txt").write_text("The bears met 13 foxes.\n" * 400)
+    keys = {"dataset": str(tmp_path / "tale.txt"), "cache_dir": str(tmp_path / "cache")}
+    config = make_config(SMALL | keys, "test")
+    corpus = prepare(config, lambda line: None)
+    torch.manual_seed(0)
+    model = build_model(config, corpus.vocab_size)
+    model.block_size = config.block_size
+    before = copy.deepcopy(model.state_dict())
+    plain = compare.bits_per_byte(model, corpus, "validation")
+    assert compare.adapted(model, corpus, "validation", rate=0.0) == pytest.approx(plain, rel=1e-5)
+    assert compare.adapted(model, corpus, "validation", rate=3e-3) < 0.9 * plain
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    # A window is scored before it is learned from: a text of a single one gains nothing.
+    file = corpus.validation
+    short = SimpleNamespace(tokens=file.tokens[: config.block_size + 1], scored_bytes=100)
+    corpus = SimpleNamespace(validation=short)
+    once = compare.adapted(model, corpus, "validation", rate=3e-3)
+    assert once == compare.adapted(model, corpus, "validation", rate=0.0)
 
 
 def test_a_model_nobody_knows_is_a_clear_error():
