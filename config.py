@@ -310,8 +310,8 @@ class Config(BaseModel):
     recall_dim: int = option(32, "width of its keys and values", ge=1)
     recall_horizon: int = option(
         0,
-        "tokens after which it has forgotten all but 1/e of what it holds, at the latest; 0 = four"
-        " times block_size",
+        "tokens after which it has forgotten all but 1/e of what it holds, at the latest; 0 = no"
+        " limit, with which a text can be too long to be read on",
         ge=0,
     )
     recall_every: int = option(

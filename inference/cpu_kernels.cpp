@@ -198,7 +198,7 @@ int64_t rounded_size(int64_t inputs) {
   return round_up((inputs + GROUP - 1) / GROUP, LANES) * (GROUP / 2 + 2);
 }
 
-// `fours`: for 4-bit weights; a register of them holds HELD groups, and so do WORDS numbers of x.
+// `fours`: for 4-bit weights; a register of them holds HELD groups, PER_WORD · WORDS numbers.
 Rounded rounded(const float* x, int64_t count, int64_t inputs, bool fours, float* to) {
   const int64_t groups = round_up((inputs + GROUP - 1) / GROUP, LANES);
   auto* const q = reinterpret_cast<int16_t*>(to);

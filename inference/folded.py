@@ -611,7 +611,7 @@ class Recall:
         self.rates_bias = weights.keep(f"{name}.rates.bias", memory.forget_write.bias)
         self.output = weights.matrix(f"{name}.output", memory.output.weight * alpha, "memory")
         self.taps = weights.keep(f"{name}.kernel.taps", memory.taps)
-        self.horizon = memory.horizon
+        self.least = memory.least
         self.names = list(memory.start(0, alpha.detach()))  # of its state; alpha for the type only
 
     def __call__(self, h: Tensor, length: int, part: dict) -> tuple[Tensor, dict]:
@@ -620,7 +620,7 @@ class Recall:
         query_key, value_gate, rates = inside.split(self.sizes, dim=2)
         # read (B, T, ·)
         rates = rates + self.rates_bias
-        read, new = recall(query_key, value_gate, rates, self.taps, part, self.horizon)
+        read, new = recall(query_key, value_gate, rates, self.taps, part, self.least)
         return self.output(read.flatten(0, 1)).float(), new
 
     def adopt(self, block: dict[str, Tensor]) -> dict:

@@ -34,8 +34,8 @@ class AssociativeMemory(nn.Module):
         S_t = α_t S_{t−1} + u_t k_tᵀ,  u_t = β_t (v_t − α_t S_{t−1} k_t),  o_t = S_t q_t
 
     A key that comes again replaces its value, and a value whose key does not come again stays, but
-    for α, which leaves at most 1/e of it after `horizon` positions. Keys and queries are of length
-    1. Both pass a causal filter of 4 taps per channel. At first query and key are the same
+    for α, which leaves at most 1/e of it after recall_horizon positions. Keys and queries are of
+    length 1. Both pass a causal filter of 4 taps per channel. At first query and key are the same
     projection, the query of its own position and the key of the one before, so that what followed a
     token is found when the token comes again.
     """
@@ -46,9 +46,9 @@ class AssociativeMemory(nn.Module):
         super().__init__()
         self.heads = config.recall_heads
         self.width = config.recall_dim
-        # Windows of block_size hardly tell a memory that forgets a thousandth in each of its
-        # positions from one that forgets nothing; a text that is read on and on does.
-        self.horizon = config.recall_horizon or 4 * config.block_size
+        # Training windows hardly tell a memory that forgets a thousandth in each position from one
+        # that forgets nothing; a text that is read on and on does.
+        self.least = 1 / config.recall_horizon if config.recall_horizon else 0.0
         inner = self.heads * self.width
         self.query_key = nn.Linear(config.C, 2 * inner, bias=False)
         self.query_key.weight.data[inner:] = self.query_key.weight.data[:inner]
@@ -61,9 +61,8 @@ class AssociativeMemory(nn.Module):
         self.taps.data[1, -2] = 1.0
         nn.init.zeros_(self.forget_write.weight)
         # At first α lies between exp(−1/1024) and exp(−1/4) over the heads and β is a half:
-        # memories of a thousand positions to a few. At its bound α would have no gradient.
-        slowest = max(1 / 1024, 2 / self.horizon)
-        rates = torch.logspace(math.log10(slowest), math.log10(max(1 / 4, slowest)), self.heads)
+        # memories of a thousand positions to a few.
+        rates = torch.logspace(math.log10(1 / 1024), math.log10(1 / 4), self.heads)
         self.forget_write.bias.data = torch.cat([rates.expm1().log(), torch.zeros(self.heads)])
 
     def start(self, rows: int, like: Tensor) -> BlockState:
@@ -76,22 +75,21 @@ class AssociativeMemory(nn.Module):
             to_rates = self.forget_write
             rates = F.linear(h.float(), to_rates.weight.float(), to_rates.bias.float())
         projected = self.query_key(h), self.value_gate(h), rates
-        read, state = recall(*projected, self.taps, state, self.horizon)
+        read, state = recall(*projected, self.taps, state, self.least)
         return self.output(read), state
 
 
 def recall(
     query_key: Tensor, value_gate: Tensor, rates: Tensor, taps: Tensor, state: BlockState,
-    horizon: int,
+    least: float,
 ) -> tuple[Tensor, BlockState]:  # fmt: skip
     """What an associative memory finds, from the projections of its input.
 
     query_key, value_gate (B, T, 2·heads·d), rates (B, T, 2·heads) in fp32, taps (2, TAPS, heads·d)
-    → what was read, gated, (B, T, heads·d), and the new state. horizon: α is exp(−1/horizon) at the
-    most.
+    → what was read, gated, (B, T, heads·d), and the new state. log α is −softplus(rate) − least.
     """
     before = state["keys"], state["pairs"]
-    done = recall_by_library(query_key, value_gate, rates, taps, *before, horizon)
+    done = recall_by_library(query_key, value_gate, rates, taps, *before, least)
     if done is not None:
         read, pairs = done
         new_keys = remember(state["keys"], query_key[:, -state["keys"].size(1) :])[1]
@@ -105,7 +103,7 @@ def recall(
     with torch.autocast(joined.device.type, enabled=False):
         q, k = unit(filtered.float().unflatten(-1, (2, heads, -1))).unbind(2)  # (B, T, heads, d)
         v = value.unflatten(-1, (heads, -1))
-        log_alpha = (-F.softplus(rates[..., :heads])).clamp(max=-1 / horizon)  # (B, T, heads)
+        log_alpha = -F.softplus(rates[..., :heads]) - least  # (B, T, heads)
         beta = rates[..., heads:].sigmoid()
         given = q, k, v, log_alpha, beta, state["pairs"]
         if q.size(1) > 1 and has_kernels(q):

@@ -15,6 +15,9 @@
 
 namespace {
 
+// Numbers below which waking the other threads takes longer than doing it alone: a single token's
+// are fewer.
+constexpr int64_t ALONE = 16384;
 constexpr int64_t LANES = 16;  // numbers that are worked on side by side
 constexpr float HALF_ROOT = 0.70710678f;  // 1 / √2
 
@@ -101,7 +104,7 @@ float error_of_row(int64_t words, int64_t target, bool want_error, T* row, float
 template <class T>
 void error_of_logits(int64_t rows, int64_t words, bool want_errors, const int64_t* targets,
                      T* logits, float* nats) {
-#pragma omp parallel
+#pragma omp parallel if (rows * words > ALONE)
   {
     std::vector<float> e(words);
 #pragma omp for schedule(static)
@@ -266,7 +269,7 @@ template <class T>
 void gated(const Sizes& sizes, const T* both, const T* before, T* out) {
   const auto groups = columns_of(sizes.scales, sizes.widths);
   const int64_t length = sizes.length, width = sizes.width;
-#pragma omp parallel
+#pragma omp parallel if (sizes.texts * length * width > ALONE)
   {
     std::vector<float> u(length * LANES), gate(length * LANES);
 #pragma omp for schedule(static)
@@ -290,7 +293,7 @@ void gated_backward(const Sizes& sizes, const T* both, const T* before, const T*
                     T* of_both, T* of_before) {
   const auto groups = columns_of(sizes.scales, sizes.widths);
   const int64_t length = sizes.length, width = sizes.width;
-#pragma omp parallel
+#pragma omp parallel if (sizes.texts * length * width > ALONE)
   {
     std::vector<float> u(length * LANES), gate(length * LANES), of(length * LANES);
 #pragma omp for schedule(static)
@@ -343,7 +346,7 @@ void next_before(int64_t length, int64_t levels, int64_t width, const float* h, 
 
 template <class T>
 void squared_relu(int64_t count, const T* x, T* out) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : count > ALONE)
   for (int64_t i = 0; i < count; i++) {
     const float above = std::max(number(x[i]), 0.0f);
     put(above * above, out + i);
@@ -352,7 +355,7 @@ void squared_relu(int64_t count, const T* x, T* out) {
 
 template <class T>
 void squared_relu_backward(int64_t count, const T* x, const T* of_out, T* of_x) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : count > ALONE)
   for (int64_t i = 0; i < count; i++)
     put(2.0f * std::max(number(x[i]), 0.0f) * number(of_out[i]), of_x + i);
 }
@@ -476,7 +479,7 @@ struct Memory {
   int64_t texts, heads, length, piece;
   float most;
   int64_t pieces() const { return (length + piece - 1) / piece; }
-  float alpha(float rate) const { return std::min(most, sigmoid(-rate)); }  // exp(−softplus)
+  float alpha(float rate) const { return most * sigmoid(-rate); }  // exp(−softplus − least)
 };
 
 // One head of one text: where its part of each tensor, or of its gradient, begins, and how far rows
@@ -655,8 +658,7 @@ void recall_backward(const Memory& m, const Given<D, T>& h, const OfGiven<D, T>&
         of_found[i] = -beta * alpha * of_u[i];
         put(beta * of_u[i], of.value + t * 2 * inner + i);
       }
-      // At its bound α does not depend on what it was made from.
-      of.forget[t * 2 * m.heads] = alpha < m.most ? -of_alpha * alpha * (1.0f - alpha) : 0.0f;
+      of.forget[t * 2 * m.heads] = -of_alpha * alpha * (1.0f - alpha / m.most);
       of.write[t * 2 * m.heads] = of_beta * beta * (1.0f - beta);
       for (int j = 0; j < D; j++) {
         float* gj = g + j * D;
@@ -692,7 +694,7 @@ void recall_backward(const Memory& m, const Given<D, T>& h, const OfGiven<D, T>&
 // Calls run(width as a type, text, head) for each head of each text, shared out among threads.
 template <int D, class Run>
 void for_each_head(const Memory& m, const Run& run) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (m.texts * m.heads * m.length * D * D > ALONE)
   for (int64_t n = 0; n < m.texts * m.heads; n++)
     run(std::integral_constant<int, D>(), n / m.heads, n % m.heads);
 }
@@ -756,7 +758,7 @@ void error_of_logits(int64_t bf16, int64_t rows, int64_t words, int64_t want_err
 // x (texts, taps − 1 + length, width), weights (taps, width) → out (texts, length, width).
 void causal_filter(int64_t texts, int64_t length, int64_t width, int64_t taps, const float* x,
                    const float* weights, float* out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (texts * length * width > ALONE)
   for (int64_t n = 0; n < texts; n++)
     filter(length, width, taps, x + n * (taps - 1 + length) * width, weights,
            out + n * length * width);
@@ -766,7 +768,7 @@ void causal_filter(int64_t texts, int64_t length, int64_t width, int64_t taps, c
 void causal_filter_backward(int64_t texts, int64_t length, int64_t width, int64_t taps,
                             const float* x, const float* weights, const float* of_out, float* of_x,
                             float* of_weights) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (texts * length * width > ALONE)
   for (int64_t n = 0; n < texts; n++)
     filter_backward(length, width, taps, x + n * (taps - 1 + length) * width, weights,
                     of_out + n * length * width, of_x + n * (taps - 1 + length) * width,
@@ -800,7 +802,7 @@ void gated_haar_backward(int64_t bf16, int64_t texts, int64_t length, int64_t sc
 void haar_state(int64_t texts, int64_t length, int64_t levels, int64_t width, const float* h,
                 const float* before, float* after) {
   const int64_t size = before_level(levels) * width;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (texts * length * width > ALONE)
   for (int64_t n = 0; n < texts; n++)
     next_before(length, levels, width, h + n * length * width, before + n * size, after + n * size);
 }
@@ -862,7 +864,7 @@ void squared_relu_backward(int64_t bf16, int64_t count, const void* x, const voi
 // out = Σ_i weights_i · parts_i, of `count` numbers each. bf16 (parts): whether each one is.
 void weighted_sum(int64_t count, int64_t parts, const int64_t* bf16, const float* const* weights,
                   const void* const* x, float* out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (count > ALONE)
   for (int64_t at = 0; at < count; at += AT_ONCE) {
     const int64_t some = std::min(AT_ONCE, count - at);
     for (int64_t i = 0; i < parts; i++) {
@@ -880,7 +882,7 @@ void weighted_sum_backward(int64_t count, int64_t parts, const int64_t* bf16,
                            void* const* of_x, float* of_weights) {
   const int64_t pieces = (count + AT_ONCE - 1) / AT_ONCE;
   std::vector<float> of_piece(pieces * parts);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (count > ALONE)
   for (int64_t piece = 0; piece < pieces; piece++) {
     const int64_t at = piece * AT_ONCE, some = std::min(AT_ONCE, count - at);
     for (int64_t i = 0; i < parts; i++) {

@@ -299,12 +299,12 @@ class Recall(torch.autograd.Function):
 
 def recall_by_library(
     query_key: Tensor, value_gate: Tensor, rates: Tensor, taps: Tensor, keys: Tensor, pairs: Tensor,
-    horizon: int,
+    least: float,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """`recall` of memory.py, from query_key, value_gate (B, T, 2·heads·d), rates (B, T, 2·heads),
     taps (2, 4, heads·d), and of the text before the last keys (B, 3, 2·heads·d) and the matrix (B,
     heads, d, d) → what was read, gated, (B, T, heads·d), and the matrix after the text. All tensors
-    but the first two are in fp32. horizon: as `recall` has it."""
+    but the first two are in fp32. least: as `recall` has it."""
     if pairs.size(-1) not in WIDTHS or rates.dtype != torch.float32:
         return None
     if not (takes(query_key, value_gate) and takes(rates, taps, keys, pairs)):
@@ -320,5 +320,5 @@ def recall_by_library(
     if any(tensor.shape != size for tensor, size in sizes.items()):
         return None
     goes_back = torch.is_grad_enabled()
-    most = math.exp(-1 / horizon)
+    most = math.exp(-least)
     return Recall.apply(goes_back, most, query_key, value_gate, rates, taps, keys, pairs)

@@ -216,12 +216,14 @@ def task_of(name: str, people: int = 20_000, rows: int = 256) -> Task:
 
 
 def entrant_of(model: str, length: int, lr: float | None = None) -> Contestant:
-    """A contestant of compare.py without dropout, with another learning rate if one is given."""
+    """A contestant of compare.py without dropout of any kind, with another learning rate if one is
+    given."""
     entrant = contestant(model, length)
     if entrant.config.token_features:
         raise InputError(f"{model}: token_features: these tokens have no text; set it to false")
     places = ("embedding", "projection", "mixer", "mlp", "lm_head")
     changes: dict = {f"dropout_{place}": 0.0 for place in places}
+    changes |= {"lifting_dropout": 0.0, "stochastic_depth_rate": 0.0}
     if lr is not None:
         changes |= rates(entrant.config, lr)
     config = make_config(entrant.config.model_dump() | changes, model)
@@ -271,11 +273,22 @@ def read_arguments():
     return args
 
 
+def keep(args, found: dict[str, list[dict[str, float]]]) -> None:
+    """Writes the figures found so far to the file of --json."""
+    if args.json:
+        with written_whole(Path(args.json)) as beside:
+            result = {"task": args.task, "steps": args.steps, "runs": found}
+            beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     args = read_arguments()
     task = task_of(args.task, args.people)
     entrants = [entrant_of(model, task.length, args.lr) for model in args.models]
     found: dict[str, list[dict[str, float]]] = {entrant.name: [] for entrant in entrants}
+    if len(found) < len(entrants):
+        raise InputError("models: two have one name; give NAME=FILE other names")
+    keep(args, found)  # before hours are spent: a folder may be missing
     for seed in range(1, args.seeds + 1):
         for entrant in entrants:
             print(f"{entrant.name}, seed {seed}", flush=True)
@@ -284,10 +297,7 @@ def main() -> None:
             )
             print(json.dumps(figures), flush=True)
             found[entrant.name].append(figures)
-            if args.json:
-                with written_whole(Path(args.json)) as beside:
-                    result = {"task": args.task, "steps": args.steps, "runs": found}
-                    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            keep(args, found)
     names = list(found[entrants[0].name][0])
     rows = [
         [model, *(mean_deviation([run[name] for run in runs]) for name in names)]

@@ -73,7 +73,7 @@ OPTIONS: dict[str, list[dict]] = {
         {"fwpkm_inference_updates": True},
     ],
     "recall": [{}, {"recall_heads": 2, "recall_dim": 4},
-        {"recall_heads": 1, "recall_dim": 16, "recall_every": 2}],
+        {"recall_heads": 1, "recall_dim": 16, "recall_every": 2, "recall_horizon": 3}],
     "scale_norm": [{}, {"scale_norm": True}],
     "mixer_transform": [{}, {"mixer_transform": "identity"}],
     "mixer_top_k": [{}, {"mixer_top_k": 6}],

@@ -19,10 +19,12 @@ from common.tensors import check_tensors, open_tensors, own_tensors
 from config import Config, make_config
 from data.tokenizer import Tokenizer
 
-# Keys of the network that weights do not depend on: what training does to it, and how much text it
-# sees at a time. A run may have others than those that its weights were trained with.
+# Keys of the network that weights do not depend on: what training does to it, how much text it
+# sees at a time, and how long a memory keeps what it saw. A run may have others than those that its
+# weights were trained with.
 FREE_KEYS = {
     "block_size",
+    "recall_horizon",
     "stochastic_depth_rate",
     "gradient_checkpointing",
     "decompose_bypass_cross_window",

@@ -146,7 +146,7 @@ def test_pieces_are_drawn_from_the_whole_text():
     # of each fifth about 200; 60 is some five standard deviations
     counts, _ = np.histogram(drawn, bins=5, range=(0, 20_000))
     assert all(abs(count - 200) < 60 for count in counts)
-    assert tokenizer_module._drawn(iter("abc"), 3) == ["a", "b", "c"]
+    assert tokenizer_module._drawn(iter("abé"), 3) == [b"a", b"b", "é".encode()]
 
 
 def test_a_line_end_is_always_a_token_of_its_own(trained):
