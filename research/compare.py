@@ -42,7 +42,7 @@ from torch import nn
 from common.command import InputError, Parser, run_command
 from common.device import cpu_multiplies_bf16
 from common.figures import new_figure, plain, save_figure
-from common.files import written_whole
+from common.files import write_whole
 from common.tensors import own_tensors, save_tensors
 from config import make_config
 from data.order import Windows
@@ -52,15 +52,20 @@ from inference.scoring import figures, score
 from layers.features import fill_features
 from research.contestants import (
     FOREIGN,
-    OWN,
-    RELEASED,
+    KNOWN,
     Contestant,
     contestant,
     transformers_library,
 )
 from research.tables import markdown_table, mean_deviation, put_first
 from research.timing import seconds_of_each, step_timer, steps_in, take_step
-from training.optimizers import learning_rate, make_optimizers, rates
+from training.optimizers import (
+    clipped_step,
+    gradient_norm,
+    learning_rate,
+    make_optimizers,
+    rates,
+)
 from training.profiling import peak_memory
 from training.record import environment
 
@@ -212,9 +217,8 @@ def adapted(model: nn.Module, corpus: Corpus, split: str, rate: float = ADAPTING
     "Dynamic evaluation of neural sequence models", 2018). No token is learned from before it was
     scored, and `model` itself stays as it is."""
     model = copy.deepcopy(model).eval()
-    parameters = list(model.parameters())
     # Squared gradients are remembered for 100 windows in place of 1,000, which a text is short for.
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     file = getattr(corpus, split)
     ids = torch.from_numpy(file.tokens.astype(np.int64))[None]  # (1, n)
     nats = 0.0
@@ -223,26 +227,21 @@ def adapted(model: nn.Module, corpus: Corpus, split: str, rate: float = ADAPTING
         loss, _ = model.loss(window[:, :-1], window[:, 1:])
         nats += loss.item() * (window.size(1) - 1)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        clipped_step(model, [optimizer], gradient_norm(model), grad_clip=1.0)
     return figures(nats, ids.size(1), file.scored_bytes, 1)["bits_per_byte"]
 
 
-KINDS = ("bits_per_byte", "read_on", "adapted")  # of a final run's figures, for each split
+# A final run's figures, for each split that was not trained on.
+MEASURES = {"bits_per_byte": bits_per_byte, "read_on": read_on, "adapted": adapted}
 
 
 def final_figures(model: nn.Module, corpus: Corpus) -> dict[str, float]:
     """Bits per byte of the whole splits that were not trained on."""
-    found = {}
-    for split in ("validation", "test"):
-        measured = (
-            bits_per_byte(model, corpus, split),
-            read_on(model, corpus, split),
-            adapted(model, corpus, split),
-        )
-        found |= {f"{split}_{kind}": bits for kind, bits in zip(KINDS, measured, strict=True)}
-    return found
+    return {
+        f"{split}_{name}": measure(model, corpus, split)
+        for split in ("validation", "test")
+        for name, measure in MEASURES.items()
+    }
 
 
 # ===== The table
@@ -287,7 +286,7 @@ def contestants_table(results: Sequence[dict[str, Any]]) -> str:
         first = group[0]
         body = first["parameters"] - first["embedding_parameters"]
         tokens = sum(r["tokens"] for r in group) / len(group)
-        names = [f"{split}_{kind}" for kind in KINDS for split in ("validation", "test")]
+        names = [f"{split}_{name}" for name in MEASURES for split in ("validation", "test")]
         values = [[r[name] for r in group] for name in names]
         rows.append(
             (
@@ -391,13 +390,12 @@ def read_arguments() -> argparse.Namespace:
         help="folder of the runs, table.md and compare.png (default logs/compare)",
     )
     models = ["released", "llama", "llama-muon", "mamba2"]
-    known = ", ".join([*RELEASED, *OWN, *FOREIGN])
     parser.add_argument(
         "--models",
         nargs="+",
         default=models,
         metavar="MODEL",
-        help=f"{known}, or NAME=FILE, a WaveletLM's config (default {' '.join(models)})",
+        help=f"{KNOWN} (default {' '.join(models)})",
     )
     parser.add_argument("--dataset", default="pydoc", help="as in train.py (default pydoc)")
     parser.add_argument(
@@ -459,8 +457,7 @@ def main() -> None:
         entrant = contestant(spec.model, args.block_size)
         weights = path.with_suffix(".safetensors")
         result = train_and_measure(entrant, spec, corpus, args.batch, args.bf16, weights)
-        with written_whole(path) as beside:
-            beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_whole(path, json.dumps(result, indent=1).encode())
         return
     if set(args.models) & set(FOREIGN):
         transformers_library()

@@ -144,6 +144,8 @@ FOREIGN = {  # by the package transformers
     "mamba2-4m": (partial(build_mamba2, width=256, layers=10), ADAMW | {"lr": 12e-3}),
 }
 
+KNOWN = ", ".join([*RELEASED, *OWN, *FOREIGN]) + ", or NAME=FILE, a WaveletLM's config"
+
 
 def contestant(model: str, block_size: int) -> Contestant:
     """The contestant that an item of --models asks for: a name, or NAME=FILE for a WaveletLM of a
@@ -155,7 +157,6 @@ def contestant(model: str, block_size: int) -> Contestant:
         config = Config(block_size=block_size, min_lr=0.02 * keys["lr"], **keys)
         return Contestant(name, config, build)
     if not file and name not in RELEASED:
-        known = ", ".join([*RELEASED, *OWN, *FOREIGN])
-        raise InputError(f"models: unknown model {model}; known are {known} and NAME=CONFIG_FILE")
+        raise InputError(f"models: unknown model {model}; known are {KNOWN}")
     path = file or str(ROOT / RELEASED[name])
     return Contestant(name, load_config(path, block_size=block_size), build_model)

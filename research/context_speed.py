@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Of transformers: its caches say their sizes and are gone on from as they are measured here.
 CACHES_SINCE = "5.24"
+caching_library = partial(transformers_library, CACHES_SINCE)
 HEAD = 64  # channels of a head, of Llama's and of Mamba-2's: what both usually have
 MAMBA_STATES = range(112, 145, 8)  # numbers per channel, about the usual 128, that fit parameters
 TOLERANCE = 0.03  # of the parameters, by which networks may differ
@@ -75,7 +77,7 @@ def llama_config(width: int, layers: int, parameters: int, vocab_size: int, posi
     # A layer has 4 matrices of attention, width², and 3 of the MLP, width · inner.
     inner = round((parameters / layers - 4 * width**2) / (3 * width))
     heads = width // HEAD
-    return transformers_library(CACHES_SINCE).LlamaConfig(
+    return caching_library().LlamaConfig(
         vocab_size=vocab_size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=positions,
         tie_word_embeddings=False, attn_implementation="sdpa",
@@ -90,7 +92,7 @@ def usual_layers(width: int, parameters: int) -> int:
 def mamba_config(width: int, parameters: int, vocab_size: int):
     """Mamba-2 with the number of layers, and of states, that come closest to `parameters` besides
     embedding and head."""
-    library = transformers_library(CACHES_SINCE)
+    library = caching_library()
 
     def config(layers: int, states: int):
         return library.Mamba2Config(
@@ -150,7 +152,7 @@ def read(network: nn.Module, ids: Tensor, cache) -> Tensor:
 
 def empty_cache(config, kind: str, length: int):
     """A cache of `kind`, "dynamic" or "static", for at most `length` tokens."""
-    library = transformers_library(CACHES_SINCE)
+    library = caching_library()
     if kind == "static":
         return library.StaticCache(config=config, max_cache_len=length)
     return library.DynamicCache(config=config)
@@ -171,7 +173,7 @@ class Llama:
     """A Transformer of `transformers` that keeps every token's keys and values."""
 
     def __init__(self, config):
-        self.network = transformers_library(CACHES_SINCE).LlamaForCausalLM(config).eval()
+        self.network = caching_library().LlamaForCausalLM(config).eval()
         self.parameters = body_parameters(self.network)
 
     def nbytes(self, context: int, rows: int) -> int:
@@ -200,7 +202,7 @@ class Mamba2:
     """A recurrent network of `transformers`."""
 
     def __init__(self, config):
-        self.network = transformers_library(CACHES_SINCE).Mamba2ForCausalLM(config).eval()
+        self.network = caching_library().Mamba2ForCausalLM(config).eval()
         self.parameters = body_parameters(self.network)
 
     def nbytes(self, context: int, rows: int) -> int:

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.command import InputError, Parser, run_command
-from common.files import written_whole
+from common.files import write_whole
 from config import Config, make_config
-from research.contestants import FOREIGN, OWN, RELEASED, Contestant, contestant
+from research.contestants import KNOWN, Contestant, contestant
 from research.tables import markdown_table, mean_deviation
 from training.optimizers import learning_rate, make_optimizers, rates, step_at_rate
 
@@ -62,13 +62,11 @@ def distinct(generator: torch.Generator, rows: int, high: int, count: int) -> Te
 def each_answer(model: nn.Module, batch: Batch, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What `of` makes of the logits (n, V) and the answers (n,), for all answers of the batch in
     their order."""
-    was_training = model.training
     model.eval()
     found = []
     for ids, answers in zip(*(part.split(BATCH) for part in batch), strict=True):
         asked = answers != NONE
         found.append(of(model(ids)[0][asked].float(), answers[asked]))
-    model.train(was_training)
     return torch.cat(found).double()
 
 
@@ -254,13 +252,12 @@ def train(
 def read_arguments():
     parser = Parser(__doc__.split("\n", 1)[0])
     parser.add_argument("task", choices=["recall", "hops", "facts"])
-    known = ", ".join([*RELEASED, *OWN, *FOREIGN])
     parser.add_argument(
         "--models",
         nargs="+",
         default=["best=configs/best-small.json"],
         metavar="MODEL",
-        help=f"{known}, or NAME=FILE, a WaveletLM's config (default best=configs/best-small.json)",
+        help=f"{KNOWN} (default best=configs/best-small.json)",
     )
     parser.add_argument("--steps", type=int, default=1000, help="of 64 sequences (default 1000)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each network (default 1)")
@@ -276,9 +273,8 @@ def read_arguments():
 def keep(args, found: dict[str, list[dict[str, float]]]) -> None:
     """Writes the figures found so far to the file of --json."""
     if args.json:
-        with written_whole(Path(args.json)) as beside:
-            result = {"task": args.task, "steps": args.steps, "runs": found}
-            beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = {"task": args.task, "steps": args.steps, "runs": found}
+        write_whole(Path(args.json), (json.dumps(result, indent=1) + "\n").encode())
 
 
 def main() -> None:
